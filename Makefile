@@ -1,0 +1,49 @@
+# Two entry points: `make demo` and `make test`. Both make .venv once and reuse it until pyproject.toml changes.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Installing into an environment made for other pins would leave a mixture, so the stamp carries a hash of the pins.
+STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
+DEMO_DIR := bundles/demo
+
+.PHONY: help venv demo test test-slow test-golden lint clean
+
+help:
+	@echo "make demo         export the pocket model, pruned and unpruned, check both, print the table"
+	@echo "make test         the test suite"
+	@echo "make test-slow    the tests marked slow"
+	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN"
+	@echo "make lint         ruff and mypy --strict"
+
+venv: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[export,test]'
+	@touch $@
+
+# The demo writes into a folder of its own, and only that folder is cleared: other bundles are never overwritten.
+demo: $(STAMP)
+	@rm -rf $(DEMO_DIR)
+	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --output-dir $(DEMO_DIR)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m "slow and not full"
+
+test-golden: $(STAMP)
+	$(BIN)/python -m pytest -q -m "golden and not full"
+
+# export.py shares its module name with the package export/, so mypy reads it as a script of its own.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy -c "$$(cat export.py)"
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

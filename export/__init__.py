@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: names become objects, a graph is built, lowered, written and checked."""

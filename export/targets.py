@@ -1,0 +1,106 @@
+"""The table of targets: which backends make graphs for a phone, and what each of them can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.bundle import DelegateCoverage
+
+
+@dataclass(frozen=True)
+class LoweredGraph:
+    """One graph as a backend wrote it: file names relative to the output folder, and who executes its nodes."""
+
+    file: str
+    extra_files: tuple[str, ...]
+    coverage: tuple[DelegateCoverage, ...]
+
+    def __post_init__(self) -> None:
+        for name in (self.file, *self.extra_files):
+            if not name or Path(name).name != name:
+                raise ValueError(f"a lowered graph's file must be a bare name in the output folder, got {name!r}")
+
+
+class Lower(Protocol):
+    """Traces `module` with static shapes, lowers it and writes `graph_name` into `out_dir`."""
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        example_inputs: tuple[torch.Tensor, ...],
+        out_dir: Path,
+        graph_name: str,
+        *,
+        precision: str,
+        quant_vision: str | None,
+    ) -> LoweredGraph: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A converter together with the engine that runs what it makes; the first precision is the default."""
+
+    name: str
+    engine: str
+    precisions: tuple[str, ...]
+    quant_vision: tuple[str, ...]
+    pruner_form: str
+    load: Callable[[], Lower]
+
+    def __post_init__(self) -> None:
+        if not self.precisions:
+            raise ValueError(f"backend {self.name!r} must offer at least one precision")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of phone; the first backend is the default. `not_yet` says what is missing where nothing can be made."""
+
+    name: str
+    backends: tuple[Backend, ...]
+    not_yet: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.backends) == bool(self.not_yet):
+            raise ValueError(f"target {self.name!r} must either have backends or say why it has none")
+
+
+def _executorch() -> Lower:
+    from export.backends import executorch
+
+    return executorch.lower
+
+
+def _onnx() -> Lower:
+    from export.backends import onnx
+
+    return onnx.lower
+
+
+XNNPACK = Backend(
+    name="xnnpack",
+    engine="executorch",
+    precisions=("fp32", "fp16"),
+    quant_vision=("8da8w",),
+    pruner_form="default",
+    load=_executorch,
+)
+ONNX = Backend(
+    name="onnx",
+    engine="onnxruntime",
+    precisions=("fp32", "fp16"),
+    quant_vision=(),
+    pruner_form="default",
+    load=_onnx,
+)
+
+TARGETS: dict[str, Target] = {
+    "android": Target(name="android", backends=(XNNPACK, ONNX)),
+    "ios": Target(name="ios", backends=(), not_yet="Core ML packages are not made yet"),
+}
