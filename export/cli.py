@@ -1,0 +1,220 @@
+"""The command line: flags become a Request, errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from export.request import nearest
+from runtime.errors import PruneportError, RequestError
+
+if TYPE_CHECKING:
+    from runtime.bundle import Bundle
+    from runtime.harness import Verdict
+
+PASSED = 0
+FAILED = 1  # the engine ran and did not compute what the desktop model computes
+BAD_REQUEST = 2
+NOT_CHECKED = 3  # a step could not be run here, so nothing is known about it
+INTERRUPTED = 130
+
+EXIT_CODES = """\
+exit codes: 0 checked and equal, 1 the engine's outputs differ from the desktop's, 2 the request or a file cannot be
+used, 3 a step could not be checked on this machine, 130 interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are RequestErrors, so that there is one place that prints and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser and, by name, those of its verbs."""
+    parser = _Parser(
+        prog="pruneport",
+        description="Exports vision-language models whose image tokens are pruned inside the graph, and checks them.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    return parser, {"export": _add_export(verbs), "verify": _add_verify(verbs)}
+
+
+def _add_export(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    verb = verbs.add_parser(
+        "export",
+        help="make a bundle from a checkpoint, check it in its engine, report",
+        description="Makes a bundle from a checkpoint, checks it in its engine and reports.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    what = verb.add_argument_group("what to export")
+    what.add_argument("--model", required=True, metavar="M", help="model to export, e.g. llava-1.5-7b or pocket")
+    what.add_argument("--keep", required=True, metavar="N|all", help="image tokens to keep; `all` does not prune")
+    what.add_argument("--target", required=True, metavar="T", help="android (ios: not yet)")
+    what.add_argument("--backend", metavar="B", help="xnnpack (default for android) or onnx")
+    what.add_argument("--precision", metavar="P", help="fp32 or fp16")
+    what.add_argument("--quant-vision", metavar="Q", help="8da8w: 8-bit dynamic vision tower")
+    what.add_argument(
+        "--prune-at",
+        default="decoder",
+        metavar="WHERE",
+        help="decoder (default, as in the paper) or projector (image embeddings for ready-made runtimes)",
+    )
+    what.add_argument("--only", metavar="PART", help="vision: only the vision graph")
+    what.add_argument("--twin", action="store_true", help="export the unpruned twin too and compare both")
+    source = verb.add_argument_group("what to export it from")
+    source.add_argument("--weights", metavar="DIR|random", help="checkpoint folder, or `random` for seeded weights")
+    source.add_argument("--seed", default="0", metavar="N", help="seed of random weights (default 0)")
+    source.add_argument("--image", metavar="PHOTO", help="photo to check with (default: a sample of scikit-learn)")
+    run = verb.add_argument_group("how to run")
+    run.add_argument("--output-dir", default="bundles", metavar="DIR", help="where bundles go (default bundles)")
+    run.add_argument("--dry-run", action="store_true", help="say what would be made and what it needs, then stop")
+    _add_verbosity(run)
+    return verb
+
+
+def _add_verify(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    verb = verbs.add_parser(
+        "verify",
+        help="re-check a bundle's hashes and parity from disk",
+        description="Re-checks a bundle's hashes and parity from disk; writes nothing and needs no torch for ONNX.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verb.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    _add_verbosity(verb)
+    return verb
+
+
+def _add_verbosity(group: argparse._ActionsContainer) -> None:
+    group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries say")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the arguments; a mistake in them is a RequestError that names the nearest flag or verb."""
+    parser, verbs = build_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        raise RequestError(f"unknown verb {argv[0]!r}{nearest(argv[0], verbs)}; verbs are: {', '.join(verbs)}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        verb = verbs.get(args.verb, parser)
+        flags = re.findall(r"--[a-z-]+", verb.format_help())
+        raise RequestError(f"unknown argument {word!r}{nearest(word, flags)}; see {verb.prog} --help")
+    if args.verb and args.verbose and args.quiet:
+        raise RequestError("-v and -q contradict each other; give one of them")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command line; returns the exit code, prints at most one message for an error."""
+    try:
+        args = parse(argv)
+        if args.version:
+            from pruneport import __version__
+
+            print(f"pruneport {__version__}")
+            return PASSED
+        if args.verb == "export":
+            return _export(args)
+        if args.verb == "verify":
+            return _verify(args)
+        build_parser()[0].print_help()
+        return PASSED
+    except PruneportError as error:
+        print(f"pruneport: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("pruneport: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _export(args: argparse.Namespace) -> int:
+    from export.request import Request, describe, plan
+
+    request = Request(
+        model=args.model,
+        keep=args.keep,
+        target=args.target,
+        backend=args.backend,
+        precision=args.precision,
+        quant_vision=args.quant_vision,
+        prune_at=args.prune_at,
+        only=args.only,
+        weights=args.weights,
+        seed=args.seed,
+        image=args.image,
+        output_dir=args.output_dir,
+        twin=args.twin,
+    )
+    planned = plan(request)
+    if args.dry_run or not args.quiet:
+        print(describe(planned), file=sys.stdout if args.dry_run else sys.stderr)
+    if args.dry_run:
+        return PASSED
+    from export.pipeline import export, stage_count
+    from export.progress import Progress, library_noise
+
+    progress = Progress(stages=stage_count(planned), quiet=args.quiet)
+    with library_noise(shown=args.verbose):
+        made = export(planned, progress=progress)
+    if args.quiet:
+        print(made.bundle.path)
+    else:
+        _show(made.bundle, made.verdict, next_command=_command("verify", str(made.bundle.path)))
+    return _exit_code(made.verdict)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from export.progress import Progress, library_noise
+    from runtime.bundle import read_bundle
+    from runtime.harness import verify
+
+    path = Path(args.bundle)
+    progress = Progress(stages=1, quiet=args.quiet)
+    with library_noise(shown=args.verbose), progress.stage("verify from disk"):
+        verdict = verify(path)
+    bundle = read_bundle(path)
+    if args.quiet:
+        print(verdict_word(verdict))
+    else:
+        _show(bundle, verdict, next_command=_command("export", "--help"))
+    return _exit_code(verdict)
+
+
+def _show(bundle: Bundle, verdict: Verdict, *, next_command: str) -> None:
+    from rich.console import Console
+
+    from runtime.report import terminal_table
+
+    Console().print(terminal_table(bundle, verdict, next_command=next_command))
+
+
+def _command(*words: str) -> str:
+    """How to start pruneport again in the way it was started: the script if that ran, else this interpreter."""
+    if Path(sys.argv[0]).name == "pruneport":
+        return shlex.join(["pruneport", *words])
+    interpreter = Path(sys.executable)
+    near = interpreter.is_relative_to(Path.cwd())
+    return shlex.join([str(interpreter.relative_to(Path.cwd())) if near else "python", "-m", "pruneport", *words])
+
+
+def verdict_word(verdict: Verdict) -> str:
+    """`passed`, `failed` or `not checked`: the worst that happened in any step."""
+    if verdict.failed_steps or not verdict.passed:
+        return "failed"
+    return "not checked" if any(step.status == "not checked" for step in verdict.steps) else "passed"
+
+
+def _exit_code(verdict: Verdict) -> int:
+    return {"passed": PASSED, "failed": FAILED, "not checked": NOT_CHECKED}[verdict_word(verdict)]

@@ -1,0 +1,234 @@
+"""The one walk from a Plan to finished, checked bundles."""
+
+from __future__ import annotations
+
+import gc
+import platform
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from shutil import copyfile
+from typing import TYPE_CHECKING
+
+from runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from export.checkpoints import Checkpoint
+    from export.progress import Progress
+    from export.request import BundlePlan, Plan
+    from runtime.bundle import Bundle, BundleWriter, GraphInfo, Manifest, PruneInfo
+    from runtime.harness import Verdict
+
+VISION_GRAPH = "vision_encoder"
+GOLDEN_FILE = "golden.safetensors"
+# Files of the checkpoint that a phone needs as they are.
+CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
+# Packages whose version can change what a bundle computes.
+TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished export: the bundle on disk and what its check said."""
+
+    bundle: Bundle
+    verdict: Verdict
+
+
+def stage_count(plan: Plan) -> int:
+    """How many stages `export` reports for this plan."""
+    return 2 + 5 * len(plan.bundles)
+
+
+def export(plan: Plan, *, progress: Progress) -> Made:
+    """Makes the bundles of a plan and checks them in their engine.
+
+    Nothing appears under a bundle's name before it is whole: any exception, Ctrl-C included, removes what was begun.
+
+    Raises:
+        PruneportError: what could not be used or done; runtime/errors.py has the tree.
+    """
+    from export.checkpoints import open_checkpoint
+    from runtime.bundle import BundleWriter
+
+    with ExitStack() as stack:
+        # Opened before any work, so that an output that cannot be written is found out first.
+        writers = [stack.enter_context(BundleWriter(bundle.path)) for bundle in plan.bundles]
+        with progress.stage("open the checkpoint") as stage:
+            checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed)
+            identity = checkpoint.identity()
+            stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
+        manifests = [
+            _make(plan, bundle, writer, checkpoint, progress)
+            for bundle, writer in zip(plan.bundles, writers, strict=True)
+        ]
+        del checkpoint
+        gc.collect()
+        verdicts = [
+            _check(bundle, writer.path, writers[0].path if bundle.spec and plan.twin else None, progress)
+            for bundle, writer in zip(plan.bundles, writers, strict=True)
+        ]
+        with progress.stage("finish"):
+            bundles = [writer.commit(manifest) for writer, manifest in zip(writers, manifests, strict=True)]
+    return Made(bundles[-1], verdicts[-1])
+
+
+def _make(plan: Plan, bundle: BundlePlan, writer: BundleWriter, checkpoint: Checkpoint, progress: Progress) -> Manifest:
+    """Writes the golden tensors, the graph and the manifest of one bundle into its partial folder."""
+    from export.models.llava import image_info, prompt_info
+    from runtime.bundle import GoldenInfo, Manifest, TargetInfo
+    from runtime.image import preprocess
+
+    image = image_info(checkpoint, plan.entry)
+    # Streamed layer by layer, and before the graph's own weights are in memory: the peak stays that of lowering.
+    with progress.stage(_label("desktop outputs", bundle)) as stage:
+        device = _write_golden(plan, bundle, writer.path, checkpoint, preprocess(plan.photo, image))
+        stage.note(f"made on {device}")
+    graph = _lower(plan, bundle, writer.path, checkpoint, progress)
+    with progress.stage(_label("write the bundle", bundle)):
+        for name in CARRIED_FILES:
+            if checkpoint.folder is not None and (checkpoint.folder / name).is_file():
+                copyfile(checkpoint.folder / name, writer.path / name)
+        return writer.write_manifest(
+            Manifest(
+                name=bundle.path.name,
+                model=plan.entry.name,
+                family=plan.entry.family,
+                created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                weights=checkpoint.identity(),
+                target=TargetInfo(
+                    name=plan.target.name,
+                    backend=plan.backend.name,
+                    precision=plan.precision,
+                    quant_vision=plan.quant_vision,
+                ),
+                prune=_prune_info(plan, bundle),
+                graphs=(graph,),
+                image=image,
+                prompt=prompt_info(checkpoint, plan.entry),
+                golden=GoldenInfo(
+                    file=GOLDEN_FILE, device=device, torch=metadata.version("torch"), photo=plan.photo_path.name
+                ),
+                tools=_tool_versions(),
+            )
+        )
+
+
+def _write_golden(
+    plan: Plan, bundle: BundlePlan, folder: Path, checkpoint: Checkpoint, pixel_values: NDArray[np.float32]
+) -> str:
+    """Writes what the desktop model computes for the photo; returns the device that computed it."""
+    from safetensors.numpy import save
+
+    from export.golden import golden_device, make_golden
+
+    device = golden_device()
+    golden = make_golden(
+        checkpoint,
+        plan.entry,
+        bundle.spec,
+        placement=plan.placement,
+        layer=plan.layer,
+        pixel_values=pixel_values,
+        device=device,
+    )
+    if bundle.spec is not None and golden["kept_indices"].shape != (bundle.spec.keep,):
+        raise ExportError(
+            f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {bundle.spec.keep}: "
+            "pruning did not happen as asked; please report this"
+        )
+    # Serialised in memory first: a full disk is then an OSError like any other.
+    (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": plan.photo}))
+    return device
+
+
+def _lower(plan: Plan, bundle: BundlePlan, folder: Path, checkpoint: Checkpoint, progress: Progress) -> GraphInfo:
+    """Builds the vision graph and has the backend write it; the module is gone when this returns."""
+    from export.graphs.vision import build_vision_encoder
+    from runtime.bundle import GraphInfo
+
+    with progress.stage(_label("build the vision graph", bundle)):
+        encoder = build_vision_encoder(
+            checkpoint,
+            plan.entry,
+            bundle.spec,
+            placement=plan.placement,
+            layer=plan.layer,
+            precision=plan.precision,
+        )
+    with progress.stage(_label("trace and lower", bundle)) as stage:
+        lowered = plan.backend.load()(
+            encoder,
+            encoder.example_inputs(),
+            folder,
+            VISION_GRAPH,
+            precision=plan.precision,
+            quant_vision=plan.quant_vision,
+        )
+        for coverage in lowered.coverage:
+            outside = f"{coverage.outside_nodes} outside" if coverage.outside else "nothing outside"
+            stage.note(f"{coverage.delegate}: {coverage.nodes} nodes in {coverage.partitions} partitions, {outside}")
+        if not any(coverage.nodes for coverage in lowered.coverage):
+            raise ExportError(
+                f"backend {plan.backend.name} took no node of {VISION_GRAPH}: the phone would run it without any "
+                "acceleration; run again with -v to see why, or choose another --backend"
+            )
+    return GraphInfo(
+        name=VISION_GRAPH,
+        file=lowered.file,
+        extra_files=lowered.extra_files,
+        engine=plan.backend.engine,
+        inputs=encoder.input_infos(),
+        outputs=encoder.output_infos(),
+        coverage=lowered.coverage,
+    )
+
+
+def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress) -> Verdict:
+    """Reads a bundle back from disk, runs it in its engine and writes the reports; an unequal result is a verdict."""
+    from runtime.harness import check_bundle
+
+    with progress.stage(_label("check in the engine", bundle)) as stage:
+        verdict = check_bundle(path, twin=twin)
+        for step in verdict.steps:
+            if step.status != "passed":
+                stage.note(f"{step.name} {step.status}: {step.detail}" + (f"; {step.remedy}" if step.remedy else ""))
+    return verdict
+
+
+def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
+    from pruning import PruneSpec
+    from runtime.bundle import PruneInfo
+
+    geometry = plan.entry.geometry
+    spec = bundle.spec or PruneSpec(grid=geometry.grid, keep=geometry.image_tokens)
+    return PruneInfo(
+        placement=plan.placement,
+        layer=plan.layer,
+        image_tokens=geometry.image_tokens,
+        keep=spec.keep,
+        grid=spec.grid,
+        pruned=bundle.spec is not None,
+        pivots=spec.pivots,
+        threshold=spec.threshold,
+        token_batch=spec.token_batch,
+        channels=spec.channels,
+        form=plan.backend.pruner_form,
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    from pruneport import __version__
+
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in TOOLS if name in installed}
+    return {"pruneport": __version__, "python": platform.python_version(), **versions}
+
+
+def _label(what: str, bundle: BundlePlan) -> str:
+    return f"{what}, {f'keep {bundle.spec.keep}' if bundle.spec else 'unpruned'}"

@@ -1,0 +1,91 @@
+"""Tells the user on stderr which stage an export is in, how long each took and how much memory was needed so far."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from runtime.latency import peak_rss_bytes
+
+
+class Stage:
+    """One running stage; what `note` is told is shown when the stage ends."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Progress:
+    """Numbers the stages of one export; a live line on a terminal, plain lines anywhere else, nothing when quiet."""
+
+    def __init__(self, *, stages: int, quiet: bool = False, stream: TextIO | None = None) -> None:
+        if stages < 1:
+            raise ValueError(f"stages={stages} must be at least 1")
+        self.stages = stages
+        self.quiet = quiet
+        self.stream = sys.stderr if stream is None else stream
+        self._begun = 0
+
+    @contextmanager
+    def stage(self, label: str) -> Iterator[Stage]:
+        """Runs the block as the next stage; an exception in it is marked and passes on."""
+        self._begun += 1
+        stage = Stage(label)
+        head = f"[{self._begun}/{self.stages}] {label}"
+        start = time.perf_counter()
+        outcome = "stopped"
+        try:
+            with self._live(head):
+                yield stage
+            outcome = ""
+        finally:
+            self._line(head, time.perf_counter() - start, outcome, stage.notes)
+
+    @contextmanager
+    def _live(self, head: str) -> Iterator[None]:
+        if self.quiet or not self.stream.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import Progress as RichProgress
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with RichProgress(*columns, console=Console(file=self.stream), transient=True) as live:
+            live.add_task(escape(head), total=None)
+            yield
+
+    def _line(self, head: str, seconds: float, outcome: str, notes: list[str]) -> None:
+        if self.quiet:
+            return
+        peak_gib = peak_rss_bytes() / 2**30
+        tail = f"  {outcome}" if outcome else ""
+        print(f"{head:<44}{seconds:>8.1f} s   peak {peak_gib:.2f} GiB{tail}", file=self.stream, flush=True)
+        for note in notes:
+            print(f"      {note}", file=self.stream, flush=True)
+
+
+@contextmanager
+def library_noise(*, shown: bool) -> Iterator[None]:
+    """Hides warnings and log lines below ERROR that torch and the converters emit while all goes well."""
+    if shown:
+        yield
+        return
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,327 @@
+"""Turns what was asked for (strings) into a Plan (objects): every name, number and path is refused here or nowhere."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from runtime.errors import ImageError, NotYetError, OutputError, RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from export.models.llava import ModelEntry
+    from export.targets import Backend, Target
+    from pruning import PruneSpec
+
+Placement = Literal["decoder", "projector"]
+PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
+
+# The paper prunes in front of decoder layer K = 2 (section 3): layers 0 and 1 see every image token.
+DECODER_LAYER = 2
+
+# Shipped with packages the exporter needs anyway; the first that is installed is the photo of a check without --image.
+DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
+
+# Peak memory of an export: the libraries, plus the weights held a few times over while a graph is serialised.
+BASE_RAM_BYTES = 1200 * 2**20
+RAM_PER_GRAPH_BYTE = 2.2
+# Golden tensors, reports and the photo beside the graph.
+BUNDLE_EXTRA_BYTES = 64 * 2**20
+
+PARTS_NOT_YET = ("decoder", "text", "prefill", "embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for, word by word; `plan` gives the words a meaning."""
+
+    model: str
+    keep: str
+    target: str
+    backend: str | None = None
+    precision: str | None = None
+    quant_vision: str | None = None
+    prune_at: str = "decoder"
+    only: str | None = None
+    weights: str | None = None
+    seed: str = "0"
+    image: str | None = None
+    output_dir: str = "bundles"
+    twin: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundlePlan:
+    """One bundle to make; `spec` None means that nothing is pruned."""
+
+    path: Path
+    spec: PruneSpec | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an export takes from the machine, and what the machine has, in bytes."""
+
+    ram_bytes: int
+    ram_available_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`."""
+
+    entry: ModelEntry
+    target: Target
+    backend: Backend
+    precision: str
+    quant_vision: str | None
+    placement: Placement
+    weights: str | None
+    seed: int
+    photo_path: Path
+    photo: NDArray[np.uint8]
+    bundle: BundlePlan
+    twin: BundlePlan | None
+    needs: Needs
+
+    @property
+    def layer(self) -> int:
+        """The first decoder layer that sees fewer tokens; 0 where pruning happens before the decoder."""
+        return DECODER_LAYER if self.placement == "decoder" else 0
+
+    @property
+    def bundles(self) -> tuple[BundlePlan, ...]:
+        return (self.bundle,) if self.twin is None else (self.twin, self.bundle)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean ...?` where a known word is near, else nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {found[0]!r}?" if found else ""
+
+
+def plan(request: Request) -> Plan:
+    """Resolves every name, number and path of a request.
+
+    Raises:
+        RequestError: a word or number that means nothing here.
+        NotYetError: something later versions will do.
+        OutputError: the bundle exists, or its folder cannot be written or is too full.
+        ImageError: the photo cannot be read.
+    """
+    from export.models import MODELS
+    from export.targets import TARGETS
+
+    entry = MODELS[_known("model", request.model, MODELS)]
+    target = TARGETS[_known("target", request.target, TARGETS)]
+    if target.not_yet:
+        ready = ", ".join(name for name, other in TARGETS.items() if not other.not_yet)
+        raise NotYetError(f"target={target.name}: not yet ({target.not_yet}); targets that work today: {ready}")
+    backends = {backend.name: backend for backend in target.backends}
+    backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
+    precision = _known(f"{backend.name} precision", request.precision or backend.precisions[0], backend.precisions)
+    quant_vision = request.quant_vision
+    if quant_vision is not None:
+        if not backend.quant_vision:
+            raise NotYetError(
+                f"quant_vision={quant_vision}: not yet on backend {backend.name}; "
+                f"leave --quant-vision out, or take a backend that has it: {_backends_with_quantisation(target)}"
+            )
+        quant_vision = _known(f"{backend.name} quant_vision", quant_vision, backend.quant_vision)
+    placement = PLACEMENTS[PLACEMENTS.index(_known("prune_at", request.prune_at, PLACEMENTS))]
+    _check_only(request.only)
+    tokens = entry.geometry.image_tokens
+    keep = _keep(request.keep, tokens, entry.name)
+    seed = _whole_number("seed", request.seed, 0, 2**32 - 1)
+    if request.twin and keep == tokens:
+        raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
+    _check_weights(request.weights)
+    photo_path = _photo_path(request.image)
+
+    choices = [
+        precision if precision != backend.precisions[0] else "",
+        quant_vision or "",
+        placement if placement != PLACEMENTS[0] else "",
+        "random" if request.weights == "random" else "",
+    ]
+    folder = Path(request.output_dir)
+
+    def bundle_plan(keep: int) -> BundlePlan:
+        kept = f"keep{keep}" if keep < tokens else "keepall"
+        parts = (entry.name, kept, target.name, backend.name, *(choice for choice in choices if choice))
+        return BundlePlan(path=folder / "-".join(parts), spec=_prune_spec(entry, keep) if keep < tokens else None)
+
+    bundle = bundle_plan(keep)
+    twin = bundle_plan(tokens) if request.twin else None
+    for path in (bundle.path, *([twin.path] if twin else [])):
+        if path.exists() or path.is_symlink():
+            raise OutputError(f"{path} exists and is not overwritten; move it away or choose another --output-dir")
+    needs = _needs(entry, placement, precision, bundles=2 if twin else 1, folder=folder)
+    if needs.disk_bytes > needs.disk_free_bytes:
+        raise OutputError(
+            f"{folder} has {_gib(needs.disk_free_bytes)} free, the export needs about {_gib(needs.disk_bytes)}; "
+            "free some space or choose another --output-dir"
+        )
+    from runtime.image import load_photo
+
+    return Plan(
+        entry=entry,
+        target=target,
+        backend=backend,
+        precision=precision,
+        quant_vision=quant_vision,
+        placement=placement,
+        weights=request.weights,
+        seed=seed,
+        photo_path=photo_path,
+        photo=load_photo(photo_path),
+        bundle=bundle,
+        twin=twin,
+        needs=needs,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """What the plan will make, from what, and what it needs, as a few lines of text."""
+    tokens = plan.entry.geometry.image_tokens
+    spec = plan.bundle.spec
+    where = f"before decoder layer {plan.layer}" if plan.placement == "decoder" else "after the projector"
+    kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
+    precision = plan.precision + (f", vision {plan.quant_vision}" if plan.quant_vision else "")
+    if plan.weights == "random":
+        weights = f"random, seed {plan.seed} (true geometry, meaningless answers)"
+    else:
+        weights = plan.weights or plan.entry.hub_id or "made here, seeded"
+        if plan.weights is None and plan.entry.hub_id:
+            weights = f"local hub cache, else the hub: {weights}"
+    height, width = plan.photo.shape[:2]
+    needs = plan.needs
+    lines = [
+        f"{plan.entry.name}: {plan.entry.summary}",
+        f"  makes    {plan.bundle.path}",
+        *([f"           {plan.twin.path} (unpruned twin)"] if plan.twin else []),
+        f"  graph    vision_encoder, {kept}; text graphs: not yet",
+        f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}",
+        f"  weights  {weights}",
+        f"  photo    {plan.photo_path.name}, {width} x {height}",
+        f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
+        f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free)",
+    ]
+    if needs.ram_bytes > needs.ram_available_bytes:
+        lines.append("  warning  more RAM is needed than is available; the system may stop the export")
+    return "\n".join(lines)
+
+
+def _known(what: str, word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    if word not in names:
+        raise RequestError(f"unknown {what} {word!r}{nearest(word, names)}; allowed: {', '.join(names)}")
+    return word
+
+
+def _backends_with_quantisation(target: Target) -> str:
+    names = [backend.name for backend in target.backends if backend.quant_vision]
+    return ", ".join(names) or "none yet"
+
+
+def _check_only(only: str | None) -> None:
+    if only is None or only == "vision":
+        return
+    if only in PARTS_NOT_YET:
+        raise NotYetError(f"only={only}: not yet; the part that is made today is: vision")
+    raise RequestError(f"unknown part only={only!r}{nearest(only, ['vision'])}; allowed: vision")
+
+
+def _whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:
+    allowed = f"{low}..{high}{why}"
+    if not (text.isascii() and text.lstrip("+-").isdigit() and len(text) < 20):
+        raise RequestError(f"{what}={text!r} is not a whole number; it must lie in {allowed}")
+    number = int(text)
+    if not low <= number <= high:
+        raise RequestError(f"{what}={number} must lie in {allowed}")
+    return number
+
+
+def _keep(text: str, tokens: int, model: str) -> int:
+    if text == "all":
+        return tokens
+    if text.isalpha():
+        raise RequestError(f"keep={text!r} is neither `all` nor a whole number in 1..{tokens}")
+    return _whole_number("keep", text, 1, tokens, f" (the image tokens of {model})")
+
+
+def _prune_spec(entry: ModelEntry, keep: int) -> PruneSpec:
+    from pruning import PruneSpec, SpecError
+
+    try:
+        return PruneSpec(grid=entry.geometry.grid, keep=keep)
+    except SpecError as error:
+        raise RequestError(str(error)) from error
+
+
+def _check_weights(weights: str | None) -> None:
+    if weights is None or weights == "random":
+        return
+    path = Path(weights)
+    if not weights or not path.exists():
+        raise RequestError(f"weights={weights!r} does not exist; give a checkpoint folder, or the word random")
+    if not path.is_dir():
+        raise RequestError(f"weights={weights} is a file; give the folder that holds config.json and *.safetensors")
+
+
+def _photo_path(image: str | None) -> Path:
+    if image is not None:
+        return Path(image)
+    for package, relative in DEFAULT_PHOTOS:
+        found = find_spec(package)
+        if found is not None and found.origin is not None:
+            photo = Path(found.origin).parent / relative
+            if photo.is_file():
+                return photo
+    raise ImageError(
+        "no photo to check with: neither scikit-learn nor scikit-image, whose sample photos are the default, "
+        "is installed; give one with --image PHOTO"
+    )
+
+
+def _needs(entry: ModelEntry, placement: Placement, precision: str, *, bundles: int, folder: Path) -> Needs:
+    import psutil
+
+    weights = entry.geometry.vision_parameter_count(placement, DECODER_LAYER)
+    graph_bytes = weights * (2 if precision == "fp16" else 4)
+    return Needs(
+        ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes),
+        ram_available_bytes=psutil.virtual_memory().available,
+        disk_bytes=bundles * (graph_bytes + BUNDLE_EXTRA_BYTES),
+        disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
+    )
+
+
+def _nearest_folder(folder: Path) -> Path:
+    """The folder itself or the closest parent that exists: where a new bundle's bytes will go."""
+    at = folder.absolute()
+    while not at.exists():
+        at = at.parent
+    if not at.is_dir():
+        raise OutputError(f"{at} is a file, so no bundle can be put under it; choose another --output-dir")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise OutputError(f"{at} cannot be written to; choose another --output-dir")
+    return at
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
