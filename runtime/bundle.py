@@ -1,0 +1,552 @@
+"""The bundle on disk: the schema of manifest.json, a reader that trusts nothing, and a writer that is atomic."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Literal, Self
+
+import msgspec
+import numpy as np
+
+from runtime.errors import BundleError, CheckpointError, OutputError, PruneportError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+REPORT_FILES = ("parity.json", "latency.json", "report.md", "report.html")
+# What the harness and the phones agree to exchange; bfloat16 is absent because numpy has no such type.
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    name: np.dtype(name) for name in ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+}
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+_MAX_TENSOR_ELEMENTS = 2**40
+_HASH_CHUNK_BYTES = 4 * 2**20
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CREATED = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
+_RESAMPLE_BY_PIL_CODE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+Dim = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+PositiveCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all records of the manifest share: immutable, named fields only, unknown fields refused."""
+
+
+def _safe_relative(path: str) -> str:
+    """Returns `path` when it stays inside a folder on every system that reads bundles; ValueError otherwise."""
+    parts = path.split("/")
+    inside = all(part not in ("", ".", "..") for part in parts)
+    if not inside or "\\" in path or ":" in path or any(ord(c) < 32 for c in path) or len(path) > 512:
+        raise ValueError(f"{path!r} is not a plain relative path inside the bundle (folders separated by /, no ..)")
+    return path
+
+
+class TensorInfo(_Record, frozen=True):
+    """Name, static shape and dtype (a key of DTYPES) of one input or output."""
+
+    name: Name
+    shape: tuple[Dim, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} of tensor {self.name!r} must be one of {', '.join(DTYPES)}")
+        if math.prod(self.shape) > _MAX_TENSOR_ELEMENTS:
+            raise ValueError(f"shape={list(self.shape)} of tensor {self.name!r} has more than 2**40 elements")
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        return DTYPES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{list(self.shape)}"
+
+
+class OutsideOp(_Record, frozen=True):
+    """One kind of operator a delegate left to the plain runtime, how often, and why."""
+
+    op: Name
+    count: Count
+    reason: str
+
+
+class DelegateCoverage(_Record, frozen=True):
+    """How much of a graph one delegate took when it was lowered."""
+
+    delegate: Name
+    partitions: Count
+    nodes: Count
+    outside: tuple[OutsideOp, ...] = ()
+
+    @property
+    def outside_nodes(self) -> int:
+        return sum(op.count for op in self.outside)
+
+
+class GraphInfo(_Record, frozen=True):
+    """One exported graph: its files, the engine it is for, its inputs and outputs in order, and who runs it."""
+
+    name: Name
+    file: str
+    engine: Literal["executorch", "onnxruntime"]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    extra_files: tuple[str, ...] = ()
+    coverage: tuple[DelegateCoverage, ...] = ()
+
+    def __post_init__(self) -> None:
+        for file in self.files:
+            _safe_relative(file)
+        for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            names = [tensor.name for tensor in tensors]
+            if not names:
+                raise ValueError(f"graph {self.name!r} has no {kind}")
+            if len(set(names)) != len(names):
+                raise ValueError(f"graph {self.name!r} names two {kind} alike: {names}")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.file, *self.extra_files)
+
+
+class WeightsInfo(_Record, frozen=True):
+    """Where the weights came from; `seed` is set for random weights and for nothing else."""
+
+    source: Literal["checkpoint", "random"]
+    id: Name
+    sha256: str
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"weights sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")
+        if (self.source == "random") != (self.seed is not None):
+            raise ValueError(f"weights seed={self.seed} must be given with source='random' and only then")
+
+
+class PruneInfo(_Record, frozen=True):
+    """What the pruner inside the graph does; `pruned` is False for the twin, which keeps every token.
+
+    `layer` is the first decoder layer that sees fewer tokens (0 when pruning at the projector).
+    """
+
+    placement: Literal["decoder", "projector"]
+    layer: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+    image_tokens: PositiveCount
+    keep: PositiveCount
+    grid: tuple[PositiveCount, PositiveCount]
+    pruned: bool
+    pivots: PositiveCount
+    threshold: Annotated[float, msgspec.Meta(gt=0)]
+    token_batch: PositiveCount
+    channels: PositiveCount
+    form: Name
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        if rows * columns != self.image_tokens:
+            raise ValueError(f"grid={rows} x {columns} must hold image_tokens={self.image_tokens}")
+        if self.keep > self.image_tokens:
+            raise ValueError(f"keep={self.keep} must lie in 1..{self.image_tokens} (image_tokens)")
+        if not self.pruned and self.keep != self.image_tokens:
+            raise ValueError(f"keep={self.keep} must equal image_tokens={self.image_tokens} when pruned is false")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold={self.threshold} must be finite")
+
+
+class ImageInfo(_Record, frozen=True):
+    """How a photo becomes pixel_values: shortest edge to `resize_shortest`, centre crop to `size` (height, width),
+    times `rescale`, minus `mean`, over `std`, per RGB channel. Without the crop the photo is squeezed into `size`
+    and `resize_shortest` has no effect."""
+
+    size: tuple[Annotated[int, msgspec.Meta(ge=1, le=8192)], Annotated[int, msgspec.Meta(ge=1, le=8192)]]
+    resize_shortest: Annotated[int, msgspec.Meta(ge=1, le=8192)]
+    rescale: Annotated[float, msgspec.Meta(gt=0)]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
+    color: Literal["RGB"] = "RGB"
+    do_center_crop: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = (self.rescale, *self.mean, *self.std)
+        if not all(math.isfinite(number) for number in numbers) or min(self.std) <= 0:
+            raise ValueError(f"rescale, mean and std must be finite and std positive, not {numbers}")
+        if self.do_center_crop and self.resize_shortest < max(self.size):
+            raise ValueError(
+                f"resize_shortest={self.resize_shortest} must be at least the crop {self.size[0]} x {self.size[1]}, "
+                "or the crop would reach outside the photo"
+            )
+
+    @classmethod
+    def from_preprocessor(cls, config: Mapping[str, object]) -> Self:
+        """Reads the settings of a Hugging Face preprocessor_config.json of the CLIP kind.
+
+        Raises CheckpointError for a setting that would change the pixels in a way `runtime.image` does not reproduce.
+        """
+        for flag in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if config.get(flag, True) is not True:
+                raise CheckpointError(f"preprocessor_config.json says {flag}={config[flag]!r}; only true is supported")
+        if config.get("do_pad"):
+            raise CheckpointError("preprocessor_config.json says do_pad=true; only a centre crop is supported")
+        try:
+            do_center_crop = bool(config.get("do_center_crop", True))
+            # Without a crop, a shortest edge alone would make the shape depend on the photo; graphs are static.
+            crop = config["crop_size"] if do_center_crop else config["size"]
+            height, width = _edge(crop, "height"), _edge(crop, "width")
+            shortest = _edge(config["size"], "shortest_edge") if do_center_crop else min(height, width)
+            resample = _RESAMPLE_BY_PIL_CODE[msgspec.convert(config.get("resample", 3), int)]
+            return msgspec.convert(
+                {
+                    "size": (height, width),
+                    "resize_shortest": shortest,
+                    "resample": resample,
+                    "rescale": config.get("rescale_factor", 1 / 255),
+                    "mean": config["image_mean"],
+                    "std": config["image_std"],
+                    "do_center_crop": do_center_crop,
+                },
+                cls,
+            )
+        except (KeyError, msgspec.ValidationError) as err:
+            raise CheckpointError(
+                f"preprocessor_config.json cannot be used: {err} (needed: size.shortest_edge with crop_size, or "
+                "size.height and size.width without a crop; resample 0..3, rescale_factor, image_mean, image_std)"
+            ) from err
+
+
+def _edge(size: object, key: str) -> int:
+    """One edge out of 336 or of a mapping such as {"shortest_edge": 336}; KeyError when the mapping lacks it."""
+    return msgspec.convert(size[key] if isinstance(size, Mapping) else size, int)
+
+
+class PromptInfo(_Record, frozen=True):
+    """The chat template around the image: ids and text before it, text after it, and the ids with a meaning."""
+
+    prefix_ids: tuple[TokenId, ...]
+    prefix_text: str | None = None
+    suffix_text: str | None = None
+    special_ids: dict[str, TokenId] = {}
+
+
+class GoldenInfo(_Record, frozen=True):
+    """The desktop's inputs and outputs, and what made them: device, torch version, photo."""
+
+    file: str
+    device: Name
+    torch: Name
+    photo: Name
+
+    def __post_init__(self) -> None:
+        _safe_relative(self.file)
+
+
+class TargetInfo(_Record, frozen=True):
+    """What the graphs were lowered for; `quant_vision` names the 8-bit scheme of the vision tower, if any."""
+
+    name: Name
+    backend: Name
+    precision: Literal["fp32", "fp16"]
+    quant_vision: Name | None = None
+
+
+class FileInfo(_Record, frozen=True):
+    """What a file of the bundle must hash to."""
+
+    sha256: str
+    size_bytes: Count
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")
+
+
+class Manifest(_Record, frozen=True):
+    """manifest.json. `files` covers every file of the bundle but the manifest itself."""
+
+    name: str
+    model: Name
+    family: Name
+    created_utc: str
+    weights: WeightsInfo
+    target: TargetInfo
+    prune: PruneInfo
+    graphs: tuple[GraphInfo, ...]
+    image: ImageInfo
+    prompt: PromptInfo
+    golden: GoldenInfo
+    tools: dict[str, str]
+    files: dict[str, FileInfo] = {}
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version={self.schema_version} must be {SCHEMA_VERSION}")
+        if not _FOLDER_NAME.fullmatch(self.name):
+            raise ValueError(f"name={self.name!r} must be letters, digits, '.', '_' and '-', at most 128 of them")
+        if not _CREATED.fullmatch(self.created_utc):
+            raise ValueError(f"created_utc={self.created_utc!r} must look like 2026-01-31T12:00:00Z")
+        names = [graph.name for graph in self.graphs]
+        if not names:
+            raise ValueError("graphs is empty; a bundle holds at least one graph")
+        if len(set(names)) != len(names):
+            raise ValueError(f"two graphs are named alike: {names}")
+        for file in self.files:
+            _safe_relative(file)
+        if MANIFEST in self.files:
+            raise ValueError(f"files lists {MANIFEST}, which cannot hold its own hash")
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """The files without which the bundle cannot be checked, in a fixed order."""
+        return (*(file for graph in self.graphs for file in graph.files), self.golden.file)
+
+
+class _Version(msgspec.Struct):
+    """The one field that is read before the rest, so that a newer bundle gets a message of its own."""
+
+    schema_version: int
+
+
+class Bundle:
+    """A bundle that was read from disk; made by `read_bundle`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all listed files together."""
+        return sum(info.size_bytes for info in self.manifest.files.values())
+
+    def graph(self, name: str) -> GraphInfo:
+        """The graph of that name; BundleError names those there are."""
+        for graph in self.manifest.graphs:
+            if graph.name == name:
+                return graph
+        names = ", ".join(graph.name for graph in self.manifest.graphs)
+        raise BundleError(f"{self.path} has no graph {name!r}; it has: {names}")
+
+    def file(self, relative: str) -> Path:
+        """The path of a listed file, after making sure that it is a regular file of the listed size inside the bundle.
+
+        Symbolic links are refused, whether or not they leave the bundle: a copy on a phone would not have them.
+        """
+        if relative not in self.manifest.files:
+            raise BundleError(f"{self.path / MANIFEST} does not list {relative!r} among its files; export again")
+        path = self.path
+        for part in _safe_relative(relative).split("/"):
+            path = path / part
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:
+                raise BundleError(f"{self.path} lacks {relative}, which its manifest lists; export again") from None
+            except OSError as err:
+                raise BundleError(f"{path} cannot be read: {err.strerror}") from err
+            if stat.S_ISLNK(mode):
+                raise BundleError(f"{path} is a symbolic link; a bundle may hold only plain files and folders")
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{path} is not a plain file")
+        size_bytes, expected = path.stat().st_size, self.manifest.files[relative].size_bytes
+        if size_bytes != expected:
+            raise BundleError(
+                f"{path} has {size_bytes} bytes, its manifest says {expected}: it is truncated or was changed; "
+                "copy the bundle again or export again"
+            )
+        return path
+
+    def check_files(self) -> None:
+        """Hashes every listed file; BundleError names the first that does not match."""
+        for relative, info in self.manifest.files.items():
+            path = self.file(relative)
+            found = _sha256(path)
+            if found != info.sha256:
+                raise BundleError(
+                    f"{path} was changed: sha256 {found[:16]}…, its manifest says {info.sha256[:16]}…; "
+                    "copy the bundle again or export again"
+                )
+
+    def golden(self) -> dict[str, np.ndarray]:
+        """The desktop's inputs and outputs by name, e.g. `vision_encoder.in.pixel_values`."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.file(self.manifest.golden.file)
+        try:
+            return load_file(path)
+        # KeyError and the rest: a header may be well-formed and name a dtype or an offset that numpy cannot follow.
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as err:
+            raise BundleError(f"{path} is not a readable safetensors file ({err}); export again") from err
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads and validates a bundle's manifest and makes sure that every listed file is there in its listed size.
+
+    Hashes are left to `Bundle.check_files`. Raises BundleError.
+    """
+    path = Path(path)
+    manifest_path = path / MANIFEST
+    try:
+        size_bytes = manifest_path.stat().st_size
+        if size_bytes > _MAX_MANIFEST_BYTES:
+            raise BundleError(f"{manifest_path} has {size_bytes} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}")
+        raw = manifest_path.read_bytes()
+    except FileNotFoundError:
+        what = f"has no {MANIFEST}" if path.is_dir() else "does not exist"
+        raise BundleError(f"{path} {what}; a bundle is the folder an export wrote, e.g. bundles/<name>") from None
+    except NotADirectoryError:
+        raise BundleError(f"{path} is a file; a bundle is the folder an export wrote, e.g. bundles/<name>") from None
+    except OSError as err:
+        raise BundleError(f"{manifest_path} cannot be read: {err.strerror}") from err
+    bundle = Bundle(path, _decode(raw, manifest_path))
+    for relative in bundle.manifest.needed_files:
+        bundle.file(relative)
+    for relative in bundle.manifest.files:
+        bundle.file(relative)
+    return bundle
+
+
+def _decode(raw: bytes, where: Path) -> Manifest:
+    try:
+        version = msgspec.json.decode(raw, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{where} has schema_version {version}, this pruneport reads {SCHEMA_VERSION}; "
+                "install a newer pruneport (pip install --upgrade pruneport)"
+            )
+        return msgspec.json.decode(raw, type=Manifest)
+    except msgspec.ValidationError as err:
+        raise BundleError(f"{where} does not follow the bundle schema: {err}; export again") from err
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise BundleError(f"{where} is not JSON: {err}; export again") from err
+    except RecursionError:
+        raise BundleError(f"{where} is nested too deeply to be a manifest; export again") from None
+
+
+class BundleWriter:
+    """Writes a bundle beside its target and renames it when it is whole.
+
+    with BundleWriter(Path("bundles/x")) as writer:
+        (writer.path / "vision_encoder.pte").write_bytes(...)
+        writer.commit(manifest)
+
+    Leaving the block without a commit, by whatever exception, removes what was written. An OSError inside the block
+    (disk full, read-only) comes out as OutputError.
+    """
+
+    def __init__(self, target_dir: Path) -> None:
+        self.target_dir = Path(target_dir)
+        self.path = self.target_dir.parent / f".{self.target_dir.name}.partial-{os.getpid()}"
+        self._made_parents: list[Path] = []
+        self._hashed: dict[str, tuple[int, int, FileInfo]] = {}
+        self._committed = False
+
+    def __enter__(self) -> Self:
+        if self.target_dir.exists() or self.target_dir.is_symlink():
+            raise OutputError(
+                f"{self.target_dir} already exists and is never overwritten; remove it or choose another --output-dir"
+            )
+        try:
+            missing = [p for p in (self.target_dir.parent, *self.target_dir.parent.parents) if not p.exists()]
+            for parent in reversed(missing):
+                parent.mkdir()
+                self._made_parents.append(parent)
+            if self.path.exists():  # a process of the same number died here before
+                shutil.rmtree(self.path)
+            self.path.mkdir()
+        except OSError as err:
+            self._clean_up()
+            raise self._output_error(err) from err
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._committed:
+            self._clean_up()
+        if isinstance(error, OSError) and not isinstance(error, PruneportError):
+            raise self._output_error(error) from error
+
+    def write_manifest(self, manifest: Manifest) -> Manifest:
+        """Hashes every file there is, writes manifest.json with the hashes, and returns that manifest."""
+        files = {}
+        for path in sorted(self.path.rglob("*")):
+            relative = path.relative_to(self.path).as_posix()
+            if path.is_file() and relative != MANIFEST:
+                files[relative] = self._file_info(path, relative)
+        complete = msgspec.structs.replace(manifest, files=files)
+        raw = msgspec.json.format(msgspec.json.encode(complete), indent=2)
+        # What a later reader would refuse must not be written: a struct can be built with values of the wrong type.
+        _decode(raw, self.path / MANIFEST)
+        (self.path / MANIFEST).write_bytes(raw + b"\n")
+        return complete
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Writes the manifest for the last time, flushes everything to disk and gives the bundle its name."""
+        self.write_manifest(manifest)
+        read_bundle(self.path)
+        folders = [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]
+        for path in [*(path for path in self.path.rglob("*") if path.is_file()), *folders]:
+            _fsync(path)
+        if self.target_dir.exists():
+            raise OutputError(f"{self.target_dir} appeared while it was being made; remove it and export again")
+        os.rename(self.path, self.target_dir)
+        self._committed = True
+        _fsync(self.target_dir.parent)
+        return read_bundle(self.target_dir)
+
+    def _file_info(self, path: Path, relative: str) -> FileInfo:
+        status = path.stat()
+        known = self._hashed.get(relative)
+        if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
+            return known[2]
+        info = FileInfo(sha256=_sha256(path), size_bytes=status.st_size)
+        self._hashed[relative] = (status.st_size, status.st_mtime_ns, info)
+        return info
+
+    def _clean_up(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        for parent in reversed(self._made_parents):
+            try:
+                parent.rmdir()
+            except OSError:  # somebody else put something there: theirs to keep
+                break
+
+    def _output_error(self, err: OSError) -> OutputError:
+        return OutputError(
+            f"{self.target_dir} cannot be written: {err.strerror or err}; nothing was left behind; "
+            "free some space or choose another --output-dir"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as err:
+        raise BundleError(f"{path} cannot be read: {err.strerror}") from err
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,161 @@
+"""Runs .pte programs through ExecuTorch's Python bindings; the only file of runtime/ that touches torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle import GraphInfo, TensorInfo
+from runtime.engines.loaded import Placement
+from runtime.engines.program import Method, read_program
+from runtime.errors import EngineError
+
+# ExecuTorch's ScalarType numbers of the dtypes a manifest may name.
+_DTYPE_BY_SCALAR_TYPE = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool"}
+# Kernels that live in libraries of their own; the import registers them, without it a program fails to load.
+_KERNEL_LIBRARY_BY_NAMESPACE = {
+    "quantized_decomposed": "executorch.kernels.quantized",
+    "torchao": "executorch.kernels.quantized",
+    "llama": "executorch.extension.llm.custom_ops.custom_ops",
+}
+
+
+def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedProgram:
+    """Loads a program's method and holds its inputs and outputs against the manifest. Raises EngineError."""
+    method = _pick_method(graph, read_program(file), file)
+    if len(extra_files) > 1:
+        raise EngineError(f"{graph.name} lists {len(extra_files)} extra files; the ExecuTorch loader takes one .ptd")
+    if method.external_tensors and not extra_files:
+        # The loader dereferences the missing data map in some builds, so this must be caught before it.
+        raise EngineError(
+            f"{file} keeps {method.external_tensors} tensors in a .ptd file that its manifest lacks; export again"
+        )
+    bindings = _bindings()
+    _register_kernels(method)
+    with _native_log() as log:
+        if bindings._threadpool_get_thread_count() != threads:
+            bindings._unsafe_reset_threadpool(threads)
+        try:
+            program = bindings._load_program(
+                str(file),
+                program_verification=bindings.Verification.InternalConsistency,
+                data_path=str(extra_files[0]) if extra_files else None,
+            )
+            loaded = program.load_method(method.name)
+            meta = loaded.method_meta()
+        except (RuntimeError, ValueError) as err:
+            reason = "; ".join(log()[-3:])
+            raise EngineError(f"ExecuTorch cannot load {file}: {err} ({reason}); export again") from err
+    _check_interface(graph.inputs, [meta.input_tensor_meta(i) for i in range(meta.num_inputs())], "inputs", file)
+    _check_interface(graph.outputs, [meta.output_tensor_meta(i) for i in range(meta.num_outputs())], "outputs", file)
+    return LoadedProgram(bindings, program, loaded, method, file)
+
+
+class LoadedProgram:
+    """One method of a program, ready to run."""
+
+    def __init__(self, bindings: Any, program: Any, loaded: Any, method: Method, file: Path) -> None:
+        self.engine = f"executorch {importlib.metadata.version('executorch')}"
+        self._bindings = bindings
+        self._program = program  # owns the memory the method runs in
+        self._loaded = loaded
+        self._method = method
+        self._file = file
+
+    @property
+    def threads(self) -> int:
+        return int(self._bindings._threadpool_get_thread_count())
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        import torch
+
+        tensors = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in inputs]
+        try:
+            outputs = self._loaded(tensors)
+        except (RuntimeError, ValueError) as err:
+            raise EngineError(f"ExecuTorch failed in {self._file}: {err}") from err
+        return [output.numpy() for output in outputs]
+
+    def placement(self) -> Placement:
+        return Placement(
+            delegates=dict(self._method.delegates),
+            outside=dict(self._method.kernels),
+            source="instructions of the program file",
+        )
+
+    def close(self) -> None:
+        self._loaded = self._program = None
+
+
+def _bindings() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the module announces on import that it is experimental
+            from executorch.extension.pybindings import portable_lib
+    except ImportError as err:
+        raise EngineError(
+            f"the ExecuTorch engine is not installed ({err}); pip install 'pruneport[executorch]'"
+        ) from err
+    return portable_lib
+
+
+def _register_kernels(method: Method) -> None:
+    namespaces = {kernel.partition("::")[0] for kernel in method.kernels}
+    for namespace in sorted(namespaces & _KERNEL_LIBRARY_BY_NAMESPACE.keys()):
+        library = _KERNEL_LIBRARY_BY_NAMESPACE[namespace]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(library)
+        except (ImportError, OSError) as err:
+            raise EngineError(f"the program needs kernels of {library}, which cannot be loaded: {err}") from err
+
+
+def _pick_method(graph: GraphInfo, methods: tuple[Method, ...], file: Path) -> Method:
+    """The method named like the graph, as ready-made runners expect, or else the usual `forward`."""
+    for name in (graph.name, "forward"):
+        for method in methods:
+            if method.name == name:
+                return method
+    names = ", ".join(method.name for method in methods) or "none"
+    raise EngineError(f"{file} has no method {graph.name!r} or 'forward' (it has: {names}); export again")
+
+
+def _check_interface(declared: tuple[TensorInfo, ...], found: list[Any], kind: str, file: Path) -> None:
+    have = [(_DTYPE_BY_SCALAR_TYPE.get(meta.dtype(), f"type {meta.dtype()}"), tuple(meta.sizes())) for meta in found]
+    if have != [(info.dtype, info.shape) for info in declared]:
+        shown = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in have)
+        wanted = ", ".join(map(str, declared))
+        raise EngineError(f"{file} has the {kind} {shown}; its manifest says {wanted}; export again")
+
+
+@contextlib.contextmanager
+def _native_log() -> Iterator[Any]:
+    """Takes what the C++ side writes to stderr, which holds the reason of every failure, and gives it as lines."""
+    sys.stderr.flush()
+    try:
+        saved = os.dup(2)
+    except OSError:  # stderr is closed: nothing can be written to it, nothing to take
+        yield list
+        return
+    with tempfile.TemporaryFile() as sink:
+
+        def lines() -> list[str]:
+            sink.seek(0)
+            return sink.read().decode(errors="replace").splitlines()
+
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,45 @@
+"""What an engine gives back once it holds a graph: a way to run it and an account of who runs what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Who runs what inside a loaded graph.
+
+    `delegates`: calls into each accelerator library (empty when the engine has none of its own); `outside`: operators
+    that the plain runtime runs, by name and count; `source`: where this was read, because engines differ in what they
+    admit.
+    """
+
+    delegates: dict[str, int] = field(default_factory=dict)
+    outside: dict[str, int] = field(default_factory=dict)
+    source: str
+
+
+class LoadedGraph(Protocol):
+    """A graph inside an engine; inputs and outputs are in the order of the manifest."""
+
+    engine: str
+
+    @property
+    def threads(self) -> int:
+        """Threads the engine uses for one run, asked of the engine itself."""
+        ...
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Runs the graph once; EngineError when the engine refuses."""
+        ...
+
+    def placement(self) -> Placement:
+        """Who runs what, read from the engine or from the loaded file, never from the manifest."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the graph's memory."""
+        ...

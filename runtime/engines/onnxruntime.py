@@ -1,0 +1,93 @@
+"""Runs .onnx graphs on the CPU through ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle import GraphInfo, TensorInfo
+from runtime.engines.loaded import Placement
+from runtime.errors import EngineError
+
+_CPU = "CPUExecutionProvider"
+_DTYPE_BY_ONNX_TYPE = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedSession:
+    """Opens a graph and holds its inputs and outputs against the manifest. Raises EngineError.
+
+    External weights are found by ONNX Runtime itself, beside the graph; `extra_files` were checked by the caller.
+    """
+    del extra_files
+    try:
+        import onnxruntime
+    except ImportError as err:
+        raise EngineError(f"the ONNX Runtime engine is not installed ({err}); pip install 'pruneport[onnx]'") from err
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=[_CPU])
+    # The bindings raise a family of classes derived from Exception alone, one per status code.
+    except Exception as err:
+        raise EngineError(f"ONNX Runtime cannot load {file}: {err}; export again") from err
+    _check_interface(graph.inputs, session.get_inputs(), "inputs", file)
+    _check_interface(graph.outputs, session.get_outputs(), "outputs", file)
+    return LoadedSession(onnxruntime.__version__, session, graph, file)
+
+
+class LoadedSession:
+    """One graph, ready to run."""
+
+    def __init__(self, version: str, session: Any, graph: GraphInfo, file: Path) -> None:
+        self.engine = f"onnxruntime {version}"
+        self._session = session
+        self._inputs = [info.name for info in graph.inputs]
+        self._outputs = [info.name for info in graph.outputs]
+        self._file = file
+
+    @property
+    def threads(self) -> int:
+        return int(self._session.get_session_options().intra_op_num_threads)
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        try:
+            return list(self._session.run(self._outputs, dict(zip(self._inputs, inputs, strict=True))))
+        except Exception as err:
+            raise EngineError(f"ONNX Runtime failed in {self._file}: {err}") from err
+
+    def placement(self) -> Placement:
+        delegates: Counter[str] = Counter()
+        outside: Counter[str] = Counter()
+        for subgraph in self._session.get_provider_graph_assignment_info():
+            if subgraph.ep_name == _CPU:
+                outside.update(node.op_type for node in subgraph.get_nodes())
+            else:
+                delegates[subgraph.ep_name] += 1
+        return Placement(
+            delegates=dict(delegates), outside=dict(outside.most_common()), source="ONNX Runtime's node assignment"
+        )
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _check_interface(declared: tuple[TensorInfo, ...], found: list[Any], kind: str, file: Path) -> None:
+    have = {node.name: (_DTYPE_BY_ONNX_TYPE.get(node.type, node.type), tuple(node.shape)) for node in found}
+    if have != {info.name: (info.dtype, info.shape) for info in declared}:
+        shown = ", ".join(f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in have.items())
+        wanted = ", ".join(map(str, declared))
+        raise EngineError(f"{file} has the {kind} {shown}; its manifest says {wanted}; export again")

@@ -1,0 +1,52 @@
+"""Every error a user can cause, as one tree under one base.
+
+PruneportError
+├── RequestError       flags that cannot mean anything, or that contradict each other
+├── CheckpointError    weights, config or preprocessor settings that cannot be used
+├── ImageError         a file that is no photograph this program can read
+├── ExportError        a graph that could not be traced or lowered as promised
+├── BundleError        a bundle that is damaged, incomplete, hostile or from a newer version
+├── EngineError        an engine that is not installed, or refuses a graph or its inputs
+├── OutputError        a place that cannot be written: it exists, is read-only, or is full
+└── NotYetError        a request that is understood and that this version cannot do
+
+The text of an error is complete: what, what was found, what is allowed, what to do next.
+"""
+
+
+class PruneportError(Exception):
+    """Base of everything the command line prints as one message; `exit_code` is what the process ends with."""
+
+    exit_code = 2
+
+
+class RequestError(PruneportError):
+    """Flags that cannot mean anything, or that contradict each other."""
+
+
+class CheckpointError(PruneportError):
+    """Weights, config or preprocessor settings that cannot be used."""
+
+
+class ImageError(PruneportError):
+    """A file that is no photograph this program can read."""
+
+
+class ExportError(PruneportError):
+    """A graph that could not be traced or lowered as promised."""
+
+
+class BundleError(PruneportError):
+    """A bundle that is damaged, incomplete, hostile or from a newer version."""
+
+
+class EngineError(PruneportError):
+    """An engine that is not installed, or refuses a graph or its inputs."""
+
+
+class OutputError(PruneportError):
+    """A place that cannot be written: it exists, is read-only, or is full."""
+
+
+class NotYetError(PruneportError):
+    """A request that is understood and that this version cannot do."""
