@@ -105,28 +105,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, verbs = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise RequestError(f"unknown verb {argv[0]!r}{nearest(argv[0], verbs)}; verbs are: {', '.join(verbs)}")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].split("=")[0]
-        verb = verbs.get(args.verb, parser)
-        flags = re.findall(r"--[a-z-]+", verb.format_help())
-        raise RequestError(f"unknown argument {word!r}{nearest(word, flags)}; see {verb.prog} --help")
+    chosen = verbs[argv[0]] if argv and argv[0] in verbs else parser
+    # Before argparse looks: for a mistyped flag it would report the right one as missing.
+    flags = re.findall(r"(?<![\w-])--[a-z-]+", chosen.format_help())
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in flags:
+            raise RequestError(f"unknown argument {flag!r}{nearest(flag, flags)}; see {chosen.prog} --help")
+    args = parser.parse_args(argv)
     if args.verb and args.verbose and args.quiet:
         raise RequestError("-v and -q contradict each other; give one of them")
     return args
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], *, version: str) -> int:
     """Runs one command line; returns the exit code, prints at most one message for an error."""
     try:
         args = parse(argv)
         if args.version:
-            from pruneport import __version__
-
-            print(f"pruneport {__version__}")
+            print(f"pruneport {version}")
             return PASSED
         if args.verb == "export":
-            return _export(args)
+            return _export(args, version)
         if args.verb == "verify":
             return _verify(args)
         build_parser()[0].print_help()
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         return INTERRUPTED
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace, version: str) -> int:
     from export.request import Request, describe, plan
 
     request = Request(
@@ -167,7 +167,7 @@ def _export(args: argparse.Namespace) -> int:
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     with library_noise(shown=args.verbose):
-        made = export(planned, progress=progress)
+        made = export(planned, progress=progress, version=version)
     if args.quiet:
         print(made.bundle.path)
     else:

@@ -45,10 +45,12 @@ def stage_count(plan: Plan) -> int:
     return 2 + 5 * len(plan.bundles)
 
 
-def export(plan: Plan, *, progress: Progress) -> Made:
+def export(plan: Plan, *, progress: Progress, version: str) -> Made:
     """Makes the bundles of a plan and checks them in their engine.
 
     Nothing appears under a bundle's name before it is whole: any exception, Ctrl-C included, removes what was begun.
+
+    `version` is pruneport's own, for the manifest.
 
     Raises:
         PruneportError: what could not be used or done; runtime/errors.py has the tree.
@@ -64,7 +66,7 @@ def export(plan: Plan, *, progress: Progress) -> Made:
             identity = checkpoint.identity()
             stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
         manifests = [
-            _make(plan, bundle, writer, checkpoint, progress)
+            _make(plan, bundle, writer, checkpoint, progress, version)
             for bundle, writer in zip(plan.bundles, writers, strict=True)
         ]
         del checkpoint
@@ -114,7 +116,7 @@ def _make(plan: Plan, bundle: BundlePlan, writer: BundleWriter, checkpoint: Chec
                 golden=GoldenInfo(
                     file=GOLDEN_FILE, device=device, torch=metadata.version("torch"), photo=plan.photo_path.name
                 ),
-                tools=_tool_versions(),
+                tools={"pruneport": version, **_tool_versions()},
             )
         )
 
@@ -223,11 +225,9 @@ def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
 
 
 def _tool_versions() -> dict[str, str]:
-    from pruneport import __version__
-
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     versions = {name: metadata.version(name) for name in TOOLS if name in installed}
-    return {"pruneport": __version__, "python": platform.python_version(), **versions}
+    return {"python": platform.python_version(), **versions}
 
 
 def _label(what: str, bundle: BundlePlan) -> str:

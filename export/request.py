@@ -249,7 +249,7 @@ def _check_only(only: str | None) -> None:
 def _whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:
     allowed = f"{low}..{high}{why}"
     if not (text.isascii() and text.lstrip("+-").isdigit() and len(text) < 20):
-        raise RequestError(f"{what}={text!r} is not a whole number; it must lie in {allowed}")
+        raise RequestError(f"{what}={text[:20]!r} is not a whole number; it must lie in {allowed}")
     number = int(text)
     if not low <= number <= high:
         raise RequestError(f"{what}={number} must lie in {allowed}")

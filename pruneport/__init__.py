@@ -19,4 +19,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, str(rooms))
     from export.cli import main as cli_main
 
-    return cli_main(sys.argv[1:] if argv is None else argv)
+    return cli_main(sys.argv[1:] if argv is None else argv, version=__version__)

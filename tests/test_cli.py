@@ -1,0 +1,238 @@
+"""The command line: verbs, flags, exit codes, what a dry run says, and how an export can be interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export import cli
+from export.request import Request, describe, nearest, plan
+from runtime.errors import NotYetError, OutputError, PruneportError, RequestError
+
+
+def request(tmp_path: Path, **changes: str | bool | None) -> Request:
+    fields: dict[str, str | bool | None] = {
+        "model": "pocket",
+        "keep": "64",
+        "target": "android",
+        "output_dir": str(tmp_path / "out"),
+    }
+    return Request(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"], version="9.8.7") == 0
+    assert capsys.readouterr().out == "pruneport 9.8.7\n"
+
+
+def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([], version="0") == 0
+    out = capsys.readouterr().out
+    assert "export" in out
+    assert "verify" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["exprot"], "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify"),
+        (
+            ["export", "--modle", "x"],
+            "unknown argument '--modle', did you mean '--model'?; see pruneport export --help",
+        ),
+        (["export", "--kep=3"], "unknown argument '--kep', did you mean '--keep'?; see pruneport export --help"),
+        (["export", "--model"], "argument --model: expected one argument; see pruneport export --help"),
+        (["export"], "the following arguments are required: --model, --keep, --target; see pruneport export --help"),
+        (["verify"], "the following arguments are required: BUNDLE; see pruneport verify --help"),
+        (["verify", "a", "b"], "unrecognized arguments: b; see pruneport --help"),
+        (["verify", "a", "-v", "-q"], "-v and -q contradict each other; give one of them"),
+    ],
+)
+def test_mistyped_lines_get_one_message(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv, version="0") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"pruneport: error: {message}\n"
+
+
+def test_launcher_is_the_export_verb(root: Path) -> None:
+    import subprocess
+    import sys
+
+    words = ["--model", "pokcet", "--keep", "64", "--target", "android"]
+    spoken = [
+        subprocess.run([sys.executable, *start, *words], cwd=root, capture_output=True, text=True, check=False)
+        for start in (["export.py"], ["-m", "pruneport", "export"])
+    ]
+    assert [done.returncode for done in spoken] == [2, 2]
+    assert spoken[0].stderr == spoken[1].stderr
+    assert "did you mean 'pocket'" in spoken[0].stderr
+    assert len(spoken[0].stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "lava-1.5-7b"}, "unknown model 'lava-1.5-7b', did you mean 'llava-1.5-7b'?; allowed: llava-1.5-7b,"),
+        ({"target": "androd"}, "unknown target 'androd', did you mean 'android'?; allowed: android, ios"),
+        ({"backend": "onx"}, "unknown android backend 'onx', did you mean 'onnx'?; allowed: xnnpack, onnx"),
+        ({"precision": "fp8"}, "unknown xnnpack precision 'fp8'"),
+        ({"quant_vision": "4da4w"}, "unknown xnnpack quant_vision '4da4w'"),
+        ({"prune_at": "tower"}, "unknown prune_at 'tower'; allowed: decoder, projector"),
+        ({"only": "visoin"}, "unknown part only='visoin', did you mean 'vision'?; allowed: vision"),
+        ({"keep": "0"}, "keep=0 must lie in 1..576 (the image tokens of pocket)"),
+        ({"keep": "-3"}, "keep=-3 must lie in 1..576 (the image tokens of pocket)"),
+        ({"keep": "577"}, "keep=577 must lie in 1..576 (the image tokens of pocket)"),
+        ({"keep": "6e1"}, "keep='6e1' is not a whole number; it must lie in 1..576 (the image tokens of pocket)"),
+        ({"keep": "64.0"}, "keep='64.0' is not a whole number"),
+        ({"keep": ""}, "keep='' is not a whole number"),
+        ({"keep": "٦٤"}, "keep='٦٤' is not a whole number"),
+        ({"keep": "9" * 5000}, "is not a whole number"),
+        ({"keep": "none"}, "keep='none' is neither `all` nor a whole number in 1..576"),
+        ({"seed": "abc"}, "seed='abc' is not a whole number; it must lie in 0..4294967295"),
+        ({"seed": "-1"}, "seed=-1 must lie in 0..4294967295"),
+        ({"keep": "all", "twin": True}, "keep=all makes the unpruned twin itself; leave --twin out"),
+        ({"weights": "/no/such/folder"}, "weights='/no/such/folder' does not exist; give a checkpoint folder"),
+        ({"weights": ""}, "weights='' does not exist; give a checkpoint folder"),
+    ],
+)
+def test_names_and_numbers_that_mean_nothing(changes: dict[str, str | bool], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan(request(tmp_path, **changes))
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target": "ios"},
+            "target=ios: not yet (Core ML packages are not made yet); targets that work today: android",
+        ),
+        ({"only": "text"}, "only=text: not yet; the part that is made today is: vision"),
+        ({"backend": "onnx", "quant_vision": "8da8w"}, "quant_vision=8da8w: not yet on backend onnx"),
+    ],
+)
+def test_what_later_versions_will_do(changes: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(NotYetError) as caught:
+        plan(request(tmp_path, **changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "pocket-keep64-android-xnnpack"),
+        ({"keep": "all"}, "pocket-keepall-android-xnnpack"),
+        ({"keep": "576"}, "pocket-keepall-android-xnnpack"),
+        ({"backend": "onnx"}, "pocket-keep64-android-onnx"),
+        ({"quant_vision": "8da8w"}, "pocket-keep64-android-xnnpack-8da8w"),
+        ({"prune_at": "projector"}, "pocket-keep64-android-xnnpack-projector"),
+        ({"prune_at": "projector", "weights": "random"}, "pocket-keep64-android-xnnpack-projector-random"),
+    ],
+)
+def test_bundle_names_say_what_was_chosen(changes: dict[str, str], name: str, tmp_path: Path) -> None:
+    planned = plan(request(tmp_path, **changes))
+    assert planned.bundle.path == tmp_path / "out" / name
+    assert (planned.bundle.spec is None) == ("keepall" in name)
+
+
+def test_only_the_precision_that_is_not_the_default_is_named(tmp_path: Path) -> None:
+    names = {plan(request(tmp_path, precision=precision)).bundle.path.name for precision in ("fp32", "fp16")}
+    names.add(plan(request(tmp_path)).bundle.path.name)
+    assert len(names) == 2
+
+
+def test_twin_is_planned_beside_the_bundle(tmp_path: Path) -> None:
+    planned = plan(request(tmp_path, twin=True))
+    assert [bundle.path.name for bundle in planned.bundles] == [
+        "pocket-keepall-android-xnnpack",
+        "pocket-keep64-android-xnnpack",
+    ]
+    assert planned.twin is not None
+    assert planned.twin.spec is None
+
+
+def test_existing_bundle_is_never_overwritten(tmp_path: Path) -> None:
+    path = plan(request(tmp_path)).bundle.path
+    path.mkdir(parents=True)
+    (path / "mine.txt").write_text("keep me")
+    with pytest.raises(OutputError, match="exists and is not overwritten"):
+        plan(request(tmp_path))
+    assert (path / "mine.txt").read_text() == "keep me"
+
+
+def test_existing_twin_is_never_overwritten(tmp_path: Path) -> None:
+    path = plan(request(tmp_path, keep="all")).bundle.path
+    path.mkdir(parents=True)
+    with pytest.raises(OutputError, match="keepall"):
+        plan(request(tmp_path, twin=True))
+    plan(request(tmp_path))
+
+
+def test_output_under_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file, so no bundle can be put under it"):
+        plan(request(tmp_path, output_dir=str(tmp_path / "file" / "deeper")))
+
+
+def test_full_disk_is_noticed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 4096, 4096))
+    with pytest.raises(OutputError, match=r"has 0\.0 GiB free, the export needs about"):
+        plan(request(tmp_path))
+
+
+def test_needs_grow_with_the_model_and_shrink_with_precision(tmp_path: Path) -> None:
+    pocket = plan(request(tmp_path)).needs
+    large = plan(request(tmp_path, model="llava-1.5-7b", weights="random", precision="fp32")).needs
+    half = plan(request(tmp_path, model="llava-1.5-7b", weights="random", precision="fp16")).needs
+    assert pocket.ram_bytes < half.ram_bytes < large.ram_bytes
+    assert pocket.disk_bytes < half.disk_bytes < large.disk_bytes
+    assert pocket.ram_available_bytes > 0
+
+
+def test_dry_run_says_what_it_would_make_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["--model", "llava-1.5-7b", "--keep", "64", "--target", "android", "--twin", "--weights", "random"]
+    assert cli.main(["export", *words, "--output-dir", str(out), "--dry-run"], version="0") == 0
+    text = capsys.readouterr().out
+    assert str(out / "llava-1.5-7b-keep64-android-xnnpack-random") in text
+    assert str(out / "llava-1.5-7b-keepall-android-xnnpack-random") in text
+    assert "64 of 576 image tokens kept before decoder layer 2" in text
+    assert "RAM about" in text
+    assert "disk about" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_describes_each_source_of_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    assert "random, seed 7" in describe(plan(request(tmp_path, weights="random", seed="7")))
+    assert str(folder) in describe(plan(request(tmp_path, weights=str(folder))))
+    assert "the hub: llava-hf/llava-1.5-7b-hf" in describe(plan(request(tmp_path, model="llava-1.5-7b")))
+
+
+def test_nearest_is_silent_when_nothing_is_near() -> None:
+    assert nearest("zzz", ["android", "ios"]) == ""
+
+
+def test_every_error_ends_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def every(base: type[PruneportError]) -> list[type[PruneportError]]:
+        return [base, *(sub for child in base.__subclasses__() for sub in every(child))]
+
+    for kind in every(PruneportError):
+
+        def fail(argv: object, kind: type[PruneportError] = kind) -> None:
+            raise kind("what, got, allowed, next step")
+
+        monkeypatch.setattr(cli, "parse", fail)
+        assert cli.main([], version="0") == 2
+        assert capsys.readouterr().err == "pruneport: error: what, got, allowed, next step\n"
