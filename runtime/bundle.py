@@ -71,6 +71,10 @@ class TensorInfo(_Record, frozen=True):
     def numpy_dtype(self) -> np.dtype[np.generic]:
         return DTYPES[self.dtype]
 
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
+
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"
 
@@ -93,6 +97,7 @@ class DelegateCoverage(_Record, frozen=True):
 
     @property
     def outside_nodes(self) -> int:
+        """Nodes the delegate left to the plain runtime."""
         return sum(op.count for op in self.outside)
 
 

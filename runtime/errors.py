@@ -6,7 +6,8 @@ PruneportError
 ├── ImageError         a file that is no photograph this program can read
 ├── ExportError        a graph that could not be traced or lowered as promised
 ├── BundleError        a bundle that is damaged, incomplete, hostile or from a newer version
-├── EngineError        an engine that is not installed, or refuses a graph or its inputs
+├── EngineError        an engine that refuses a graph or its inputs
+│   └── EngineMissingError   an engine that is not installed here
 ├── OutputError        a place that cannot be written: it exists, is read-only, or is full
 └── NotYetError        a request that is understood and that this version cannot do
 
@@ -41,7 +42,11 @@ class BundleError(PruneportError):
 
 
 class EngineError(PruneportError):
-    """An engine that is not installed, or refuses a graph or its inputs."""
+    """An engine that refuses a graph or its inputs."""
+
+
+class EngineMissingError(EngineError):
+    """An engine that is not installed here; a check that needs it is then "not checked", not failed."""
 
 
 class OutputError(PruneportError):

@@ -17,7 +17,7 @@ import numpy as np
 from runtime.bundle import GraphInfo, TensorInfo
 from runtime.engines.loaded import Placement
 from runtime.engines.program import Method, read_program
-from runtime.errors import EngineError
+from runtime.errors import EngineError, EngineMissingError
 
 # ExecuTorch's ScalarType numbers of the dtypes a manifest may name.
 _DTYPE_BY_SCALAR_TYPE = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool"}
@@ -102,7 +102,7 @@ def _bindings() -> Any:
             warnings.simplefilter("ignore")  # the module announces on import that it is experimental
             from executorch.extension.pybindings import portable_lib
     except ImportError as err:
-        raise EngineError(
+        raise EngineMissingError(
             f"the ExecuTorch engine is not installed ({err}); pip install 'pruneport[executorch]'"
         ) from err
     return portable_lib

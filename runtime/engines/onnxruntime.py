@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
 from runtime.engines.loaded import Placement
-from runtime.errors import EngineError
+from runtime.errors import EngineError, EngineMissingError
 
 _CPU = "CPUExecutionProvider"
 _DTYPE_BY_ONNX_TYPE = {
@@ -33,7 +33,9 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
     try:
         import onnxruntime
     except ImportError as err:
-        raise EngineError(f"the ONNX Runtime engine is not installed ({err}); pip install 'pruneport[onnx]'") from err
+        raise EngineMissingError(
+            f"the ONNX Runtime engine is not installed ({err}); pip install 'pruneport[onnx]'"
+        ) from err
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -1,0 +1,381 @@
+"""Reads a bundle back from disk, runs it in its real engine, and says what held, what failed, what went unchecked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from runtime.bundle import REPORT_FILES, SCHEMA_VERSION, Bundle, GraphInfo, read_bundle
+from runtime.errors import BundleError, EngineError, EngineMissingError, ImageError, OutputError
+from runtime.image import preprocess
+from runtime.latency import Latency, Ratio, device_name, measure, measure_pair
+from runtime.parity import Bound, GraphParity, bound_for, graph_parity
+from runtime.session import Session, open_session
+
+Status = Literal["passed", "failed", "not checked"]
+Progress = Callable[[str], None]
+
+_PIXELS = "pixel_values"
+# Pillow's resize may round one grey level apart between builds; a wrong crop or channel order is dozens off.
+_MOST_GREY_LEVELS = 1.0
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What a verdict is made of."""
+
+
+class Step(_Record, frozen=True):
+    """One thing that was looked at. `remedy` says how to get a "not checked" checked."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+class GraphPlacement(_Record, frozen=True):
+    """Who ran what inside one graph here."""
+
+    graph: str
+    delegates: dict[str, int]
+    outside: dict[str, int]
+    source: str
+
+
+class GraphLatency(_Record, frozen=True):
+    """One graph's times, and its twin's from the same minutes; `ratio` is pruned over twin."""
+
+    graph: str
+    bundle: Latency
+    twin: Latency | None = None
+    ratio: Ratio | None = None
+
+
+class Twin(_Record, frozen=True):
+    """What the report says about the unpruned twin, besides its times; sizes in bytes."""
+
+    name: str
+    image_tokens: int
+    size_bytes: int
+    handed_on_bytes: int
+
+
+class Verdict(_Record, frozen=True):
+    """Everything a check found."""
+
+    bundle: str
+    device: str
+    bound: Bound
+    steps: tuple[Step, ...]
+    graphs: tuple[GraphParity, ...] = ()
+    placements: tuple[GraphPlacement, ...] = ()
+    latency: tuple[GraphLatency, ...] = ()
+    twin: Twin | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True when nothing failed; steps that were not checked do not count."""
+        return not self.failed_steps
+
+    @property
+    def failed_steps(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.status == "failed")
+
+    @property
+    def unchecked_steps(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.status == "not checked")
+
+
+class ParityFile(_Record, frozen=True):
+    """parity.json."""
+
+    schema_version: int
+    bundle: str
+    device: str
+    golden_device: str
+    bound: Bound
+    steps: tuple[Step, ...]
+    graphs: tuple[GraphParity, ...]
+    placements: tuple[GraphPlacement, ...]
+
+
+class LatencyFile(_Record, frozen=True):
+    """latency.json."""
+
+    schema_version: int
+    bundle: str
+    device: str
+    graphs: tuple[GraphLatency, ...]
+    twin: Twin | None
+
+
+def verify(path: Path, *, threads: int | None = None, progress: Progress | None = None) -> Verdict:
+    """Checks hashes, preprocessing and parity of a bundle from disk, without writing anything.
+
+    A result that differs is a Verdict that did not pass; a bundle that cannot be trusted is a BundleError.
+    """
+    bundle = read_bundle(path)
+    return _Check(bundle, threads=threads, progress=progress).verdict()
+
+
+def check_bundle(
+    path: Path,
+    *,
+    twin: Path | None = None,
+    warmup: int = 2,
+    runs: int = 10,
+    threads: int | None = None,
+    out_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Does what `verify` does, measures too, and writes parity.json, latency.json, report.md and report.html.
+
+    They go into the bundle, which must not be finished yet, or into `out_dir`. `twin` is the unpruned twin's folder.
+    """
+    from runtime.report import write_reports
+
+    bundle = read_bundle(path)
+    listed = [name for name in REPORT_FILES if name in bundle.manifest.files]
+    if out_dir is None and listed:
+        raise BundleError(
+            f"{path} is finished and already holds {', '.join(listed)}; give another folder for new reports, "
+            "or use `pruneport verify`, which writes nothing"
+        )
+    check = _Check(bundle, threads=threads, progress=progress)
+    check.measure(read_bundle(twin) if twin is not None else None, warmup=warmup, runs=runs)
+    verdict = check.verdict()
+    target = bundle.path if out_dir is None else out_dir
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _write_json(target / "parity.json", _parity_file(bundle, verdict))
+        _write_json(target / "latency.json", _latency_file(verdict))
+        write_reports(bundle, verdict, target)
+    except OSError as err:
+        raise OutputError(f"the reports cannot be written to {target}: {err.strerror or err}") from err
+    return verdict
+
+
+class _Check:
+    """One walk over a bundle: opens each graph once, compares it, and times it if asked to."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None, progress: Progress | None) -> None:
+        self.bundle = bundle
+        self.bound = bound_for(bundle.manifest.target)
+        self.threads = threads
+        self.say = progress or (lambda message: None)
+        self.steps: list[Step] = []
+        self.graphs: list[GraphParity] = []
+        self.placements: list[GraphPlacement] = []
+        self.latency: list[GraphLatency] = []
+        self.twin: Twin | None = None
+        self._timing: tuple[Bundle | None, int, int] | None = None
+
+    def measure(self, twin: Bundle | None, *, warmup: int, runs: int) -> None:
+        """Asks for times as well."""
+        self._timing = (twin, warmup, runs)
+
+    def verdict(self) -> Verdict:
+        """Walks, and gives what was found."""
+        self.say("hashing the files")
+        self.bundle.check_files()
+        count, size_mb = len(self.bundle.manifest.files), self.bundle.size_bytes / 1e6
+        self._passed("files", f"{count} files, {size_mb:.1f} MB, every hash as in the manifest")
+        golden = self.bundle.golden()
+        self._check_preprocessing(golden)
+        for graph in self.bundle.manifest.graphs:
+            self._check_graph(graph, golden)
+        return Verdict(
+            bundle=self.bundle.manifest.name,
+            device=device_name(),
+            bound=self.bound,
+            steps=tuple(self.steps),
+            graphs=tuple(self.graphs),
+            placements=tuple(self.placements),
+            latency=tuple(self.latency),
+            twin=self.twin,
+        )
+
+    def _passed(self, name: str, detail: str) -> None:
+        self.steps.append(Step(name=name, status="passed", detail=detail))
+
+    def _failed(self, name: str, detail: str) -> None:
+        self.steps.append(Step(name=name, status="failed", detail=detail))
+
+    def _not_checked(self, name: str, detail: str, remedy: str) -> None:
+        self.steps.append(Step(name=name, status="not checked", detail=detail, remedy=remedy))
+
+    def _check_preprocessing(self, golden: dict[str, np.ndarray]) -> None:
+        name = "preprocessing"
+        pixels = next((array for key, array in golden.items() if key.endswith(f".in.{_PIXELS}")), None)
+        if pixels is None or "photo" not in golden:
+            self._not_checked(name, "the golden holds no photo with its pixel_values", "export again with a photo")
+            return
+        image = self.bundle.manifest.image
+        try:
+            ours = preprocess(golden["photo"], image)
+        except ImageError as err:
+            self._failed(name, str(err))
+            return
+        if ours.shape != pixels.shape:
+            self._failed(name, f"gives {list(ours.shape)}, the golden has {list(pixels.shape)}")
+            return
+        to_grey = np.asarray(image.std, np.float64).reshape(1, 3, 1, 1) / image.rescale
+        levels = float(np.abs((ours.astype(np.float64) - pixels) * to_grey).max())
+        detail = f"photo to {_PIXELS} within {levels:.2g} grey levels of the golden (at most {_MOST_GREY_LEVELS:g})"
+        # Written so that a NaN in the golden fails.
+        (self._passed if levels <= _MOST_GREY_LEVELS * 1.001 else self._failed)(name, detail)
+
+    def _check_graph(self, graph: GraphInfo, golden: dict[str, np.ndarray]) -> None:
+        name = f"parity of {graph.name}"
+        keys = {info.name: f"{graph.name}.in.{info.name}" for info in graph.inputs}
+        absent = [key for key in keys.values() if key not in golden]
+        if absent:
+            self._not_checked(name, f"the golden lacks {', '.join(absent)}", "export again")
+            return
+        inputs = {input_name: golden[key] for input_name, key in keys.items()}
+        self.say(f"running {graph.name} in {graph.engine}")
+        try:
+            with open_session(self.bundle, graph.name, threads=self.threads) as session:
+                self._compare(session, inputs, golden)
+                self._check_placement(session)
+                if self._timing is not None:
+                    twin, warmup, runs = self._timing
+                    self._time(session, inputs, twin, warmup=warmup, runs=runs)
+        except EngineMissingError as err:
+            what, _, remedy = str(err).rpartition("; ")
+            self._not_checked(name, what, remedy)
+        except EngineError as err:
+            self._failed(name, str(err))
+
+    def _compare(self, session: Session, inputs: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> None:
+        graph, prune = session.graph, self.bundle.manifest.prune
+        result = graph_parity(self.bundle.manifest, graph, golden, session.run(inputs), engine=session.engine)
+        self.graphs.append(result)
+        bad = [tensor.name for tensor in result.tensors if not tensor.passed]
+        worst = max((tensor.rel for tensor in result.tensors if tensor.rel is not None), default=0.0)
+        detail = f"{len(result.tensors)} outputs against the {self.bundle.manifest.golden.device} golden"
+        if bad:
+            self._failed(f"parity of {graph.name}", f"{', '.join(bad)} outside the bound of {self.bound.precision}")
+        else:
+            self._passed(f"parity of {graph.name}", f"{detail}, worst relative error {worst:.1e}")
+        kept = result.kept
+        if kept is None:
+            return
+        if kept.passed and kept.got_count == prune.keep:
+            how = "the same ones as on the desktop" if kept.exact else f"overlap {kept.overlap:.1%} with the desktop"
+            self._passed("kept tokens", f"{prune.image_tokens} -> {kept.got_count} image tokens, {how}")
+        else:
+            self._failed("kept tokens", _why_not_kept(result, prune.keep))
+
+    def _check_placement(self, session: Session) -> None:
+        graph, placement = session.graph, session.placement()
+        self.placements.append(
+            GraphPlacement(
+                graph=graph.name, delegates=placement.delegates, outside=placement.outside, source=placement.source
+            )
+        )
+        name = f"delegates of {graph.name}"
+        promised = sum(coverage.partitions for coverage in graph.coverage)
+        calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
+        if graph.engine == "onnxruntime":
+            # Delegates of a phone cannot run here; what can be said is who ran the nodes.
+            self._passed(name, f"{outside} nodes on the CPU provider, {calls} parts elsewhere ({placement.source})")
+        elif calls == 0:
+            self._failed(name, f"no delegate took anything: the plain runtime runs all {outside} operators")
+        elif promised != calls:
+            self._failed(name, f"the manifest says {promised} partitions, the program calls delegates {calls} times")
+        else:
+            parts = ", ".join(f"{delegate} {count} partitions" for delegate, count in placement.delegates.items())
+            self._passed(name, f"{parts}, {outside} operators outside ({placement.source})")
+
+    def _time(
+        self, session: Session, inputs: dict[str, np.ndarray], twin: Bundle | None, *, warmup: int, runs: int
+    ) -> None:
+        graph = session.graph.name
+        self.say(f"timing {graph}: {runs} runs" + (" in turns with its twin" if twin else ""))
+        reason = _why_no_twin(self.bundle, twin, graph)
+        if twin is None or reason:
+            self.latency.append(GraphLatency(graph=graph, bundle=measure(session, inputs, warmup=warmup, runs=runs)))
+            if reason:
+                self._not_checked("twin", reason, "export the twin (--keep all) with the same settings")
+            return
+        golden = twin.golden()
+        with open_session(twin, graph, threads=session.threads) as other:
+            twin_inputs = {info.name: golden[f"{graph}.in.{info.name}"] for info in other.graph.inputs}
+            pair = measure_pair(session, inputs, other, twin_inputs, warmup=warmup, runs=runs)
+            handed_on = sum(info.size_bytes for info in other.graph.outputs)
+        self.latency.append(GraphLatency(graph=graph, bundle=pair.bundle, twin=pair.twin, ratio=pair.ratio))
+        self.twin = Twin(
+            name=twin.manifest.name,
+            image_tokens=twin.manifest.prune.keep,
+            size_bytes=twin.size_bytes,
+            handed_on_bytes=handed_on,
+        )
+        self._passed("twin", f"{graph} takes {pair.ratio.median:.3f} of its twin's time, {runs} turns")
+
+
+def _why_not_kept(result: GraphParity, keep: int) -> str:
+    kept = result.kept
+    assert kept is not None
+    if kept.got_count != keep:
+        return f"{kept.got_count} tokens came out, keep={keep} was asked for"
+    if not kept.ascending:
+        return "the kept tokens are not strictly ascending"
+    text = f"overlap {kept.overlap:.1%} with the desktop (needed: {kept.bound})"
+    if kept.first_divergence is not None:
+        where = kept.first_divergence
+        near = "" if where.margin is None else f", whose margin was {where.margin:.1e}"
+        text += f"; first divergence at choice {where.step}, token {where.index}{near}"
+    return text
+
+
+def _why_no_twin(bundle: Bundle, twin: Bundle | None, graph: str) -> str:
+    """Why a bundle cannot serve as the twin, or nothing."""
+    if twin is None:
+        return ""
+    ours, theirs = bundle.manifest, twin.manifest
+    if theirs.prune.pruned:
+        return f"{theirs.name} is pruned itself"
+    for what, a, b in (
+        ("model", ours.model, theirs.model),
+        ("weights", ours.weights, theirs.weights),
+        ("target", ours.target, theirs.target),
+        ("placement", ours.prune.placement, theirs.prune.placement),
+        ("layer", ours.prune.layer, theirs.prune.layer),
+    ):
+        if a != b:
+            return f"{theirs.name} differs in its {what}"
+    if graph not in {info.name for info in theirs.graphs}:
+        return f"{theirs.name} has no graph {graph}"
+    return ""
+
+
+def _parity_file(bundle: Bundle, verdict: Verdict) -> ParityFile:
+    return ParityFile(
+        schema_version=SCHEMA_VERSION,
+        bundle=verdict.bundle,
+        device=verdict.device,
+        golden_device=bundle.manifest.golden.device,
+        bound=verdict.bound,
+        steps=verdict.steps,
+        graphs=verdict.graphs,
+        placements=verdict.placements,
+    )
+
+
+def _latency_file(verdict: Verdict) -> LatencyFile:
+    return LatencyFile(
+        schema_version=SCHEMA_VERSION,
+        bundle=verdict.bundle,
+        device=verdict.device,
+        graphs=verdict.latency,
+        twin=verdict.twin,
+    )
+
+
+def _write_json(path: Path, record: msgspec.Struct) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")

@@ -1,0 +1,155 @@
+"""How long a graph takes in its engine on this machine; never a statement about a phone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from runtime.session import Session
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What latency.json is made of."""
+
+
+class Latency(_Record, frozen=True):
+    """One graph's times over `runs` runs, in milliseconds.
+
+    `peak_rss_bytes` is the highest resident memory of the whole process during the runs, so it holds the interpreter
+    and everything else that is loaded, too.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    min_ms: float
+    max_ms: float
+    runs: int
+    threads: int
+    device: str
+    engine: str
+    load_ms: float
+    peak_rss_bytes: int
+
+
+class Ratio(_Record, frozen=True):
+    """Pruned time over twin time, from neighbouring runs; above 1 the pruned graph is slower."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class PairLatency(_Record, frozen=True):
+    """A bundle's graph and its unpruned twin's, measured in turns."""
+
+    bundle: Latency
+    twin: Latency
+    ratio: Ratio
+
+
+def device_name() -> str:
+    """This machine in words, e.g. `desktop CPU (AMD EPYC 7B13, 2 cores)`."""
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"desktop CPU ({name}, {os.cpu_count()} cores)"
+
+
+def measure(session: Session, inputs: Mapping[str, np.ndarray], *, warmup: int = 2, runs: int = 10) -> Latency:
+    """Times `runs` runs after `warmup` untimed ones."""
+    _check_counts(warmup=warmup, runs=runs)
+    for _ in range(warmup):
+        session.run(inputs)
+    _reset_peak_rss()
+    times_ms = [_time_ms(session, inputs) for _ in range(runs)]
+    return _latency(session, times_ms, peak_rss_bytes())
+
+
+def measure_pair(
+    session: Session,
+    inputs: Mapping[str, np.ndarray],
+    twin: Session,
+    twin_inputs: Mapping[str, np.ndarray],
+    *,
+    warmup: int = 2,
+    runs: int = 10,
+) -> PairLatency:
+    """Times a graph and its twin in turns, swapping the order, so that drift of the machine hits both alike."""
+    _check_counts(warmup=warmup, runs=runs)
+    for _ in range(warmup):
+        session.run(inputs)
+        twin.run(twin_inputs)
+    _reset_peak_rss()
+    times_ms: list[float] = []
+    twin_times_ms: list[float] = []
+    for turn in range(runs):
+        if turn % 2:
+            twin_times_ms.append(_time_ms(twin, twin_inputs))
+            times_ms.append(_time_ms(session, inputs))
+        else:
+            times_ms.append(_time_ms(session, inputs))
+            twin_times_ms.append(_time_ms(twin, twin_inputs))
+    peak = peak_rss_bytes()
+    ratios = np.asarray(times_ms) / np.asarray(twin_times_ms)
+    p10, median, p90 = (float(value) for value in np.percentile(ratios, (10, 50, 90)))
+    return PairLatency(
+        bundle=_latency(session, times_ms, peak),
+        twin=_latency(twin, twin_times_ms, peak),
+        ratio=Ratio(median=median, p10=p10, p90=p90),
+    )
+
+
+def _check_counts(*, warmup: int, runs: int) -> None:
+    if warmup < 0 or runs < 1:
+        raise ValueError(f"warmup={warmup} must be at least 0 and runs={runs} at least 1")
+
+
+def _time_ms(session: Session, inputs: Mapping[str, np.ndarray]) -> float:
+    start = time.perf_counter()
+    session.run(inputs)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _latency(session: Session, times_ms: list[float], peak: int) -> Latency:
+    p10, median, p90 = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
+    return Latency(
+        median_ms=median,
+        p10_ms=p10,
+        p90_ms=p90,
+        min_ms=min(times_ms),
+        max_ms=max(times_ms),
+        runs=len(times_ms),
+        threads=session.threads,
+        device=device_name(),
+        engine=session.engine,
+        load_ms=session.load_ms,
+        peak_rss_bytes=peak,
+    )
+
+
+def _reset_peak_rss() -> None:
+    """Restarts the kernel's high-water mark; where that is not allowed, the mark covers the whole process so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far, or since `measure` last restarted the mark."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,373 @@
+"""How near an engine's outputs are to the desktop's: one definition of each metric, and the bounds they must meet."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+from runtime.bundle import GraphInfo, Manifest, TargetInfo
+from runtime.errors import BundleError
+
+# Below this norm a tensor counts as zero, so that relative errors stay finite numbers that JSON can hold.
+_TINY = 1e-12
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What parity.json is made of."""
+
+
+class Bound(_Record, frozen=True):
+    """What one precision must reach. None: that metric is reported, not judged."""
+
+    precision: str
+    most_rel: float | None
+    least_cosine: float | None
+    least_overlap: float
+    reason: str
+
+
+BOUNDS: dict[str, Bound] = {
+    bound.precision: bound
+    for bound in (
+        Bound(
+            precision="fp32",
+            most_rel=2e-5,
+            least_cosine=None,
+            least_overlap=1.0,
+            reason="Same arithmetic in another order of summation: engines reach 2e-6 on a full vision tower, an error "
+            "in one layer shows above 1e-3. The choice of tokens has no excuse to differ.",
+        ),
+        Bound(
+            precision="fp16",
+            most_rel=5e-3,
+            least_cosine=None,
+            least_overlap=0.9,
+            reason="11 bits of mantissa through some 25 layers: a full tower was measured at 1.7e-3, emulated ARM at "
+            "5e-3. Near-ties between tokens may fall the other way, and one changed choice moves those after it.",
+        ),
+        Bound(
+            precision="8da8w",
+            most_rel=None,
+            least_cosine=0.99,
+            least_overlap=0.75,
+            reason="8-bit weights and activations: a full tower was measured at 1.5e-2 relative. A cosine of 0.99 is "
+            "where 8-bit towers are commonly accepted. Noise of this size reorders near-ties all along the selection.",
+        ),
+    )
+}
+
+
+def bound_for(target: TargetInfo) -> Bound:
+    """The bound of the coarsest arithmetic in the graph; BundleError for a scheme that has none."""
+    precision = target.quant_vision or target.precision
+    if precision not in BOUNDS:
+        raise BundleError(f"no parity bound is stated for {precision!r}; there are bounds for {', '.join(BOUNDS)}")
+    return BOUNDS[precision]
+
+
+class TensorParity(_Record, frozen=True):
+    """One output against the desktop's.
+
+    max_abs   largest absolute difference
+    rel       ||got - expected|| / ||expected||, Euclidean norms over all elements
+    psnr_db   20 log10(max|expected| / rmse); None when nothing differs (rmse is 0)
+    cosine    <got, expected> / (||got|| ||expected||)
+
+    Where `compared` says "median token", rel and cosine are medians over tokens, max_abs and psnr_db cover the tokens
+    compared. All four are None when `got` holds NaN or infinite values, which never passes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float | None
+    rel: float | None
+    psnr_db: float | None
+    cosine: float | None
+    compared: str
+    bound: str
+    passed: bool
+    note: str = ""
+
+
+class Divergence(_Record, frozen=True):
+    """The first choice of the desktop's selection that the engine did not make.
+
+    `step` counts choices from 0; `margin` says how near the desktop's own choice was to going the other way.
+    """
+
+    step: int
+    index: int
+    margin: float | None
+
+
+class KeptParity(_Record, frozen=True):
+    """The kept tokens against the desktop's, as sets (`overlap`) and in order (`same_slots`, a share of the slots)."""
+
+    expected_count: int
+    got_count: int
+    overlap: float
+    same_slots: float
+    exact: bool
+    ascending: bool
+    missing: tuple[int, ...]
+    extra: tuple[int, ...]
+    first_divergence: Divergence | None
+    bound: str
+    passed: bool
+
+
+class GraphParity(_Record, frozen=True):
+    """All outputs of one graph; `kept_indices` are the engine's own, for the picture in the report."""
+
+    graph: str
+    engine: str
+    tensors: tuple[TensorParity, ...]
+    kept: KeptParity | None = None
+    kept_indices: tuple[int, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(tensor.passed for tensor in self.tensors) and (self.kept is None or self.kept.passed)
+
+
+def compare(name: str, expected: np.ndarray, got: np.ndarray, *, bound: Bound) -> TensorParity:
+    """One tensor against its golden of the same shape, in float64; integers must be equal. See TensorParity."""
+    if expected.shape != got.shape:
+        raise BundleError(f"{name}: the golden has the shape {list(expected.shape)}, the graph {list(got.shape)}")
+    return _judge(name, expected.shape, expected, got, bound=bound, compared="all")
+
+
+def compare_kept(
+    expected: np.ndarray,
+    got: np.ndarray,
+    *,
+    least_overlap: float,
+    order: np.ndarray | None = None,
+    margin: np.ndarray | None = None,
+) -> KeptParity:
+    """Kept indices (keep,) against the golden's.
+
+    `order` holds the golden's indices in the sequence of its choices, `margin` how near each was to going the other
+    way. A result that is not strictly ascending never passes: it repeats a token or breaks the decoder's order.
+    """
+    wanted, found = expected.astype(np.int64).tolist(), got.astype(np.int64).tolist()
+    wanted_set, found_set = set(wanted), set(found)
+    overlap = len(wanted_set & found_set) / max(len(wanted_set), 1)
+    ascending = all(a < b for a, b in pairwise(found))
+    same = sum(a == b for a, b in zip(wanted, found, strict=False)) / max(len(wanted), len(found), 1)
+    divergence = None
+    if wanted_set != found_set:
+        sequence = wanted if order is None else order.astype(np.int64).tolist()
+        for step, index in enumerate(sequence):
+            if index not in found_set:
+                near = float(margin[step]) if margin is not None and np.isfinite(margin[step]) else None
+                divergence = Divergence(step=step, index=index, margin=near)
+                break
+    exact = wanted == found
+    enough = exact if least_overlap >= 1 else overlap >= least_overlap
+    return KeptParity(
+        expected_count=len(wanted),
+        got_count=len(found),
+        overlap=overlap,
+        same_slots=same,
+        exact=exact,
+        ascending=ascending,
+        missing=tuple(sorted(wanted_set - found_set)),
+        extra=tuple(sorted(found_set - wanted_set)),
+        first_divergence=divergence,
+        bound="exactly equal" if least_overlap >= 1 else f"overlap ≥ {least_overlap:g}",
+        passed=enough and ascending and len(wanted) == len(found),
+    )
+
+
+# Outputs with one row per kept token (axis 1), and the output that says which token each row is.
+_TOKEN_IDS = {"hidden": "positions", "image_features": "kept_indices"}
+
+
+def graph_parity(
+    manifest: Manifest, graph: GraphInfo, golden: dict[str, np.ndarray], got: dict[str, np.ndarray], *, engine: str
+) -> GraphParity:
+    """All outputs of a graph against the golden's `<graph>.out.<output>`.
+
+    Kept tokens are judged first. Where the kept sets differ, rows are matched by token: only tokens both sides kept are
+    compared, and the median token is judged, because one changed choice rightly changes what its neighbours absorbed
+    in the recovery step. Raises BundleError when the golden lacks an output.
+    """
+    bound = bound_for(manifest.target)
+    expected = {info.name: _golden_output(golden, graph, info.name, info.shape) for info in graph.outputs}
+    prefix = len(manifest.prompt.prefix_ids) if manifest.prune.placement == "decoder" else 0
+    ids_name = next((name for name in ("positions", "kept_indices") if name in got), None)
+    kept = None
+    kept_indices: np.ndarray | None = None
+    if ids_name is not None:
+        kept_indices = got[ids_name].reshape(-1)[prefix:] - prefix
+        wanted = expected[ids_name].reshape(-1)[prefix:] - prefix
+        if "kept_indices" in golden and not np.array_equal(wanted, golden["kept_indices"].reshape(-1)):
+            raise BundleError(f"the golden contradicts itself: {ids_name} is not kept_indices; export again")
+        kept = compare_kept(
+            wanted,
+            kept_indices,
+            least_overlap=bound.least_overlap,
+            order=golden.get("kept_order"),
+            margin=golden.get("kept_margin"),
+        )
+    tensors = []
+    for info in graph.outputs:
+        name, want, have = info.name, expected[info.name], got[info.name]
+        if kept is None or kept.exact or name not in (ids_name, *_TOKEN_IDS):
+            tensors.append(compare(name, want, have, bound=bound))
+        elif name == ids_name:
+            tensors.append(_compare_ids(name, want, have, prefix=prefix, kept=kept))
+        elif _TOKEN_IDS[name] == ids_name:
+            ids = expected[ids_name].reshape(-1), got[ids_name].reshape(-1)
+            tensors.append(_compare_common_tokens(name, want, have, ids=ids, prefix=prefix, bound=bound))
+        else:
+            tensors.append(compare(name, want, have, bound=bound))
+    return GraphParity(
+        graph=graph.name,
+        engine=engine,
+        tensors=tuple(tensors),
+        kept=kept,
+        kept_indices=() if kept_indices is None else tuple(kept_indices.tolist()),
+    )
+
+
+def _golden_output(golden: dict[str, np.ndarray], graph: GraphInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    key = f"{graph.name}.out.{name}"
+    if key not in golden:
+        raise BundleError(f"the golden lacks {key}, an output of the graph; export again")
+    if golden[key].shape != shape:
+        raise BundleError(f"the golden's {key} is {list(golden[key].shape)}, the manifest says {list(shape)}")
+    return golden[key]
+
+
+def _compare_ids(name: str, want: np.ndarray, have: np.ndarray, *, prefix: int, kept: KeptParity) -> TensorParity:
+    """An output of token ids whose kept part differs: the prefix must be equal, the rest is judged as kept tokens."""
+    same_prefix = np.array_equal(want.reshape(-1)[:prefix], have.reshape(-1)[:prefix])
+    return TensorParity(
+        name=name,
+        shape=want.shape,
+        max_abs=None,
+        rel=None,
+        psnr_db=None,
+        cosine=None,
+        compared="as kept tokens",
+        bound=kept.bound,
+        passed=same_prefix and kept.passed,
+        note="" if same_prefix else f"the {prefix} positions of the prompt differ",
+    )
+
+
+def _compare_common_tokens(
+    name: str,
+    want: np.ndarray,
+    have: np.ndarray,
+    *,
+    ids: tuple[np.ndarray, np.ndarray],
+    prefix: int,
+    bound: Bound,
+) -> TensorParity:
+    _, rows_want, rows_have = np.intersect1d(ids[0][prefix:], ids[1][prefix:], return_indices=True)
+    total = len(ids[0]) - prefix
+    if not len(rows_want):
+        return _failed(name, want.shape, bound, f"0 of {total} tokens in common", "no token was kept by both")
+    return _judge(
+        name,
+        want.shape,
+        want[0, prefix:][rows_want],
+        have[0, prefix:][rows_have],
+        bound=bound,
+        compared=f"{len(rows_want)} of {total} tokens in common, median token",
+        by_token=True,
+    )
+
+
+def _judge(
+    name: str,
+    shape: tuple[int, ...],
+    expected: np.ndarray,
+    got: np.ndarray,
+    *,
+    bound: Bound,
+    compared: str,
+    by_token: bool = False,
+) -> TensorParity:
+    integer = np.issubdtype(expected.dtype, np.integer) or expected.dtype == np.bool_
+    want, have = expected.astype(np.float64), got.astype(np.float64)
+    broken = int(np.count_nonzero(~np.isfinite(have)))
+    if broken or not np.isfinite(want).all():
+        which = f"{broken} values of the graph" if broken else "values of the golden"
+        return _failed(name, shape, bound, compared, f"{which} are NaN or infinite")
+    difference = have - want
+    rows = (len(want), -1) if by_token else (1, -1)
+    rel = float(np.median(_rel(want.reshape(rows), difference.reshape(rows))))
+    cosine = float(np.median(_cosine(want.reshape(rows), have.reshape(rows))))
+    max_abs = float(np.abs(difference).max(initial=0.0))
+    if integer:
+        passed, stated = max_abs == 0, "equal"
+    else:
+        passed = (bound.most_rel is None or rel <= bound.most_rel) and (
+            bound.least_cosine is None or cosine >= bound.least_cosine
+        )
+        stated = _stated(bound)
+    return TensorParity(
+        name=name,
+        shape=shape,
+        max_abs=max_abs,
+        rel=rel,
+        psnr_db=_psnr_db(want, difference),
+        cosine=cosine,
+        compared=compared,
+        bound=stated,
+        passed=passed,
+    )
+
+
+def _failed(name: str, shape: tuple[int, ...], bound: Bound, compared: str, note: str) -> TensorParity:
+    return TensorParity(
+        name=name,
+        shape=shape,
+        max_abs=None,
+        rel=None,
+        psnr_db=None,
+        cosine=None,
+        compared=compared,
+        bound=_stated(bound),
+        passed=False,
+        note=note,
+    )
+
+
+def _stated(bound: Bound) -> str:
+    limits = []
+    if bound.most_rel is not None:
+        limits.append(f"rel ≤ {bound.most_rel:g}")
+    if bound.least_cosine is not None:
+        limits.append(f"cosine ≥ {bound.least_cosine:g}")
+    return ", ".join(limits)
+
+
+def _rel(want: np.ndarray, difference: np.ndarray) -> np.ndarray:
+    """(rows, n) -> (rows,): relative Euclidean error of each row."""
+    scale = np.maximum(np.linalg.norm(want, axis=1), _TINY)
+    return np.asarray(np.linalg.norm(difference, axis=1) / scale)
+
+
+def _cosine(want: np.ndarray, have: np.ndarray) -> np.ndarray:
+    """(rows, n) -> (rows,): cosine of each pair of rows; 1 when both are zero, 0 when one is."""
+    norms = np.linalg.norm(want, axis=1), np.linalg.norm(have, axis=1)
+    both_zero = (norms[0] < _TINY) & (norms[1] < _TINY)
+    product = np.maximum(norms[0] * norms[1], _TINY**2)
+    return np.where(both_zero, 1.0, (want * have).sum(axis=1) / product)
+
+
+def _psnr_db(want: np.ndarray, difference: np.ndarray) -> float | None:
+    """20 log10(max|expected| / rmse); None when rmse is 0."""
+    if not difference.size:
+        return None
+    rmse = math.sqrt(float(np.mean(np.square(difference))))
+    peak = float(np.abs(want).max())
+    return None if rmse == 0 else 20 * math.log10(max(peak, _TINY) / rmse)

@@ -1,0 +1,430 @@
+"""What a check found, for people: report.md, report.html (one file, opens offline) and the table in the terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from runtime.image import view
+from runtime.session import default_threads
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from runtime.bundle import Bundle
+    from runtime.harness import Verdict
+    from runtime.parity import KeptParity
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_PHOTO_EDGE = 672  # pixels of the longer edge in the report: sharp on dense screens, some 100 kB as JPEG
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a heading; columns named in `numeric` are set flush right. `marks` holds one status a row."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[str] = frozenset()
+    marks: tuple[str, ...] = ()
+
+    def marked(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each row with its status, which is empty where the table has none."""
+        yield from zip(self.marks or ("",) * len(self.rows), self.rows, strict=True)
+
+
+def write_reports(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
+    """Writes report.md and report.html for what `runtime.harness` found."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _markdown_cell
+    content = _content(bundle, verdict)
+    for name in ("report.md", "report.html"):
+        text = environment.get_template(f"{name}.j2").render(content)
+        (out_dir / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def terminal_table(bundle: Bundle, verdict: Verdict, *, next_command: str) -> RenderableType:
+    """The last screen of a run: verdict, the numbers that matter, and the next command to type."""
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    status = _status(verdict)
+    style = {"passed": "bold green", "failed": "bold red"}.get(status, "bold yellow")
+    table = RichTable(title=Text(bundle.manifest.name, style="bold"), show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(Text("verdict"), Text(status, style=style))
+    for label, value in _summary(bundle, verdict):
+        table.add_row(Text(label), Text(value))
+    for step in (*verdict.failed_steps, *verdict.unchecked_steps):
+        remedy = f"; {step.remedy}" if step.remedy else ""
+        colour = "red" if step.status == "failed" else "yellow"
+        table.add_row(Text(step.name), Text(f"{step.status}: {step.detail}{remedy}", style=colour))
+    return Group(table, Text.assemble("next: ", (next_command, "bold cyan")))
+
+
+def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
+    """The numbers that matter, in the order of the terminal and of the reports' first screen."""
+    manifest = bundle.manifest
+    prune = manifest.prune
+    rows = [("image tokens", _token_change(bundle))]
+    tensors = [tensor for graph in verdict.graphs for tensor in graph.tensors]
+    if tensors:
+        worst = max((tensor.rel for tensor in tensors if tensor.rel is not None), default=0.0)
+        good = sum(tensor.passed for tensor in tensors)
+        rows.append(
+            (
+                "parity",
+                f"{good} of {len(tensors)} outputs within bounds, worst rel {worst:.1e} ({verdict.bound.precision})",
+            )
+        )
+    for graph in verdict.graphs:
+        if graph.kept is not None and prune.pruned:
+            rows.append(("kept tokens", _kept_words(graph.kept)))
+    for entry in verdict.latency:
+        text = f"{_ms(entry.bundle.median_ms)} median of {entry.bundle.runs}, {entry.bundle.threads} threads"
+        if entry.twin is not None and entry.ratio is not None:
+            text += f"; twin {_ms(entry.twin.median_ms)}; pruned/twin {entry.ratio.median:.3f}"
+        rows.append((entry.graph, text))
+    for graph_info in manifest.graphs:
+        for coverage in graph_info.coverage:
+            rows.append(
+                (
+                    "delegates",
+                    f"{coverage.delegate} {coverage.nodes} nodes in {coverage.partitions} partitions, "
+                    f"{coverage.outside_nodes} outside",
+                )
+            )
+    rows.append(("files", f"{len(manifest.files)} files, {_size(bundle.size_bytes)}, {bundle.path}"))
+    if verdict.latency:
+        rows.append(("measured on", verdict.device))
+    return rows
+
+
+def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
+    """Everything the templates show, as text and tables: they decide on layout alone."""
+    manifest = bundle.manifest
+    golden = bundle.golden()
+    return {
+        "name": manifest.name,
+        "status": _status(verdict),
+        "subtitle": _subtitle(bundle),
+        "random_weights": manifest.weights.source == "random",
+        "seed": manifest.weights.seed,
+        "summary": _summary(bundle, verdict),
+        "steps": [(step.status, step.name, step.detail, step.remedy) for step in verdict.steps],
+        "picture": _picture(bundle, verdict, golden),
+        "bound": verdict.bound,
+        "parity": [(graph.graph, graph.engine, _parity_table(graph.tensors)) for graph in verdict.graphs],
+        "kept": [_kept_lines(graph.kept) for graph in verdict.graphs if graph.kept is not None],
+        "latency": _latency_table(verdict),
+        "device": verdict.device,
+        "twin": _twin_table(bundle, verdict),
+        "delegates": _delegate_table(bundle),
+        "outside": _outside_table(bundle),
+        "placements": [
+            (placed.graph, _counts(placed.delegates), _counts(placed.outside), placed.source)
+            for placed in verdict.placements
+        ],
+        "files": _file_table(bundle),
+        "interface": _interface_table(bundle),
+        "provenance": _provenance_table(bundle, verdict),
+    }
+
+
+def _status(verdict: Verdict) -> str:
+    if verdict.failed_steps:
+        return "failed"
+    return "passed, partly not checked" if verdict.unchecked_steps else "passed"
+
+
+def _subtitle(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    quant = f", vision {manifest.target.quant_vision}" if manifest.target.quant_vision else ""
+    where = f"pruned at the {manifest.prune.placement}" if manifest.prune.pruned else "unpruned twin"
+    return (
+        f"{manifest.model} for {manifest.target.name} ({manifest.target.backend}, {manifest.target.precision}{quant}), "
+        f"{where}"
+    )
+
+
+def _token_change(bundle: Bundle) -> str:
+    prune = bundle.manifest.prune
+    if not prune.pruned:
+        return f"{prune.image_tokens} (unpruned twin)"
+    share = prune.keep / prune.image_tokens
+    return f"{prune.image_tokens} -> {prune.keep} ({share:.0%} kept)"
+
+
+def _kept_words(kept: KeptParity) -> str:
+    if kept.exact:
+        return f"{kept.got_count}, the same as on the desktop"
+    text = f"{kept.got_count}, overlap {kept.overlap:.1%} with the desktop"
+    if kept.first_divergence is not None:
+        text += f", first divergence at choice {kept.first_divergence.step}"
+    return text
+
+
+def _kept_lines(kept: KeptParity) -> list[str]:
+    lines = [
+        f"{kept.got_count} tokens kept, {kept.expected_count} on the desktop; "
+        f"sets overlap by {kept.overlap:.1%}, {kept.same_slots:.1%} of the slots hold the same token "
+        f"(bound: {kept.bound})."
+    ]
+    if not kept.ascending:
+        lines.append("The kept tokens are not strictly ascending.")
+    where = kept.first_divergence
+    if where is not None:
+        near = (
+            ""
+            if where.margin is None
+            else f"; its margin, the nearness of that choice to a tie, was {where.margin:.2e}"
+        )
+        lines.append(f"First divergence in the order of selection: choice {where.step}, token {where.index}{near}.")
+        lines.append(f"Missing: {_indices(kept.missing)}. In their place: {_indices(kept.extra)}.")
+    return lines
+
+
+def _indices(indices: tuple[int, ...]) -> str:
+    return ", ".join(map(str, indices)) or "none"
+
+
+def _parity_table(tensors: tuple[Any, ...]) -> Table:
+    return Table(
+        columns=("output", "shape", "max abs", "rel", "PSNR dB", "cosine", "compared", "bound"),
+        rows=tuple(
+            (
+                tensor.name,
+                " x ".join(map(str, tensor.shape)),
+                _number(tensor.max_abs, ".1e"),
+                _number(tensor.rel, ".1e"),
+                "identical" if tensor.psnr_db is None and tensor.max_abs == 0 else _number(tensor.psnr_db, ".1f"),
+                _number(tensor.cosine, ".7f"),
+                tensor.note or tensor.compared,
+                tensor.bound,
+            )
+            for tensor in tensors
+        ),
+        numeric=frozenset(("max abs", "rel", "PSNR dB", "cosine")),
+        marks=tuple("passed" if tensor.passed else "failed" for tensor in tensors),
+    )
+
+
+def _latency_table(verdict: Verdict) -> Table | None:
+    if not verdict.latency:
+        return None
+    rows = []
+    for entry in verdict.latency:
+        for label, times in ((entry.graph, entry.bundle), (f"{entry.graph}, unpruned twin", entry.twin)):
+            if times is not None:
+                rows.append(
+                    (
+                        label,
+                        _ms(times.median_ms),
+                        f"{_ms(times.p10_ms)} to {_ms(times.p90_ms)}",
+                        f"{_ms(times.min_ms)} to {_ms(times.max_ms)}",
+                        str(times.runs),
+                        str(times.threads),
+                        _ms(times.load_ms),
+                        _size(times.peak_rss_bytes),
+                        times.engine,
+                    )
+                )
+    return Table(
+        columns=("graph", "median", "p10 to p90", "min to max", "runs", "threads", "load", "peak memory", "engine"),
+        rows=tuple(rows),
+        numeric=frozenset(("median", "p10 to p90", "min to max", "runs", "threads", "load", "peak memory")),
+    )
+
+
+def _twin_table(bundle: Bundle, verdict: Verdict) -> Table | None:
+    """Pruned beside unpruned; the last column is pruned over twin."""
+    twin = verdict.twin
+    if twin is None:
+        return None
+    manifest = bundle.manifest
+    timed = [entry for entry in verdict.latency if entry.twin is not None and entry.ratio is not None]
+    names = {entry.graph for entry in timed}
+    handed_on = sum(info.size_bytes for graph in manifest.graphs if graph.name in names for info in graph.outputs)
+    rows = [
+        ("image tokens handed on", *_pair(manifest.prune.keep, twin.image_tokens, str)),
+        ("bytes handed on", *_pair(handed_on, twin.handed_on_bytes, _size)),
+        ("bundle size", *_pair(bundle.size_bytes, twin.size_bytes, _size)),
+    ]
+    for entry in timed:
+        assert entry.twin is not None
+        assert entry.ratio is not None
+        spread = f"{entry.ratio.median:.3f} ({entry.ratio.p10:.3f} to {entry.ratio.p90:.3f})"
+        rows.append((f"{entry.graph}, median", _ms(entry.bundle.median_ms), _ms(entry.twin.median_ms), spread))
+    return Table(
+        columns=("", "pruned", "unpruned twin", "pruned / twin"),
+        rows=tuple(rows),
+        numeric=frozenset(("pruned", "unpruned twin", "pruned / twin")),
+    )
+
+
+def _pair(ours: int, theirs: int, show: Any) -> tuple[str, str, str]:
+    return show(ours), show(theirs), f"{ours / theirs:.3f}"
+
+
+def _delegate_table(bundle: Bundle) -> Table | None:
+    rows = tuple(
+        (graph.name, coverage.delegate, str(coverage.partitions), str(coverage.nodes), str(coverage.outside_nodes))
+        for graph in bundle.manifest.graphs
+        for coverage in graph.coverage
+    )
+    columns = ("graph", "delegate", "partitions", "nodes taken", "nodes outside")
+    return Table(columns=columns, rows=rows, numeric=frozenset(columns[2:])) if rows else None
+
+
+def _outside_table(bundle: Bundle) -> Table | None:
+    rows = tuple(
+        (graph.name, coverage.delegate, op.op, str(op.count), op.reason)
+        for graph in bundle.manifest.graphs
+        for coverage in graph.coverage
+        for op in coverage.outside
+    )
+    columns = ("graph", "delegate", "operator", "count", "why it stayed outside")
+    return Table(columns=columns, rows=rows, numeric=frozenset(("count",))) if rows else None
+
+
+def _file_table(bundle: Bundle) -> Table:
+    return Table(
+        columns=("file", "size", "sha256"),
+        rows=tuple((name, _size(info.size_bytes), info.sha256) for name, info in bundle.manifest.files.items()),
+        numeric=frozenset(("size",)),
+    )
+
+
+def _interface_table(bundle: Bundle) -> Table:
+    return Table(
+        columns=("graph", "", "name", "dtype", "shape"),
+        rows=tuple(
+            (graph.name, kind, info.name, info.dtype, " x ".join(map(str, info.shape)))
+            for graph in bundle.manifest.graphs
+            for kind, tensors in (("in", graph.inputs), ("out", graph.outputs))
+            for info in tensors
+        ),
+    )
+
+
+def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
+    manifest = bundle.manifest
+    prune, weights, golden = manifest.prune, manifest.weights, manifest.golden
+    source = f"random, seed {weights.seed}" if weights.source == "random" else weights.source
+    where = f"before decoder layer {prune.layer}" if prune.placement == "decoder" else "after the projector"
+    pruner = (
+        f"{where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}, {prune.pivots} pivots, threshold "
+        f"{prune.threshold:g}, batches of {prune.token_batch}, {prune.channels} channels, form {prune.form}"
+    )
+    rows = [
+        ("made", manifest.created_utc),
+        ("weights", f"{weights.id} ({source}), sha256 {weights.sha256}"),
+        ("desktop outputs", f"made on {golden.device} with torch {golden.torch} from {golden.photo}"),
+        ("pruner", pruner if prune.pruned else f"none; {prune.image_tokens} image tokens pass through"),
+        ("prompt", f"{len(manifest.prompt.prefix_ids)} tokens before the image"),
+        ("checked on", f"{verdict.device}, {default_threads()} threads by default"),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+        ("bundle schema", str(manifest.schema_version)),
+    ]
+    return Table(columns=("", ""), rows=tuple(rows))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The photo as the model sees it, and its tokens as shapes in units of one token; `text` is the same in letters."""
+
+    jpeg_base64: str
+    rows: int
+    columns: int
+    dropped: str
+    kept: str
+    missing: str
+    extra: str
+    pivots: tuple[tuple[float, float, int], ...]
+    text: str
+    caption: str
+
+
+def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) -> Picture | None:
+    """None when the golden holds no photo or no graph says which tokens it kept."""
+    from PIL import Image
+
+    manifest = bundle.manifest
+    prune, image = manifest.prune, manifest.image
+    shown = next((graph for graph in verdict.graphs if graph.kept is not None), None)
+    if "photo" not in golden or shown is None or shown.kept is None:
+        return None
+    scale = max(1, _PHOTO_EDGE // max(image.size))
+    larger = msgspec.structs.replace(
+        image, size=(image.size[0] * scale, image.size[1] * scale), resize_shortest=image.resize_shortest * scale
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(view(golden["photo"], larger)).save(buffer, "JPEG", quality=85, optimize=True)
+    rows, columns = prune.grid
+    kept = {index for index in shown.kept_indices if 0 <= index < rows * columns}
+    missing, extra = set(shown.kept.missing), set(shown.kept.extra)
+    pivots = [int(index) for index in golden.get("pivots", np.zeros(0)).reshape(-1)] if prune.pruned else []
+    centres = tuple((index % columns + 0.5, index // columns + 0.5, order) for order, index in enumerate(pivots, 1))
+    letters = [
+        "P" if index in pivots and index in kept else "#" if index in kept else "." for index in range(rows * columns)
+    ]
+    return Picture(
+        jpeg_base64=base64.b64encode(buffer.getvalue()).decode("ascii"),
+        rows=rows,
+        columns=columns,
+        dropped=_cells(set(range(rows * columns)) - kept, columns),
+        kept=_cells(kept, columns) if prune.pruned else "",
+        missing=_cells(missing, columns),
+        extra=_cells(extra & kept, columns),
+        pivots=centres,
+        text="\n".join(" ".join(letters[row * columns : (row + 1) * columns]) for row in range(rows)),
+        caption=f"{manifest.golden.photo}: {len(kept)} of {prune.image_tokens} patches kept",
+    )
+
+
+def _cells(indices: set[int], columns: int) -> str:
+    """An SVG path of unit squares, one for each token."""
+    return "".join(f"M{index % columns} {index // columns}h1v1h-1z" for index in sorted(indices))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} x {count}" for name, count in counts.items()) or "none"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def _ms(value: float) -> str:
+    return f"{value / 1e3:.2f} s" if value >= 1e4 else f"{value:.0f} ms" if value >= 100 else f"{value:.2f} ms"
+
+
+def _size(size_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def _markdown_cell(text: str) -> str:
+    """Text that cannot leave its table cell or become markup."""
+    for char in "\\|<>`*_[]":
+        text = text.replace(char, f"\\{char}")
+    return " ".join(text.split())
