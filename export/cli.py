@@ -210,10 +210,10 @@ def _command(*words: str) -> str:
 
 
 def verdict_word(verdict: Verdict) -> str:
-    """`passed`, `failed` or `not checked`: the worst that happened in any step."""
-    if verdict.failed_steps or not verdict.passed:
+    """`failed`, `not checked` or `passed`: the worst that happened in any step."""
+    if verdict.failed_steps:
         return "failed"
-    return "not checked" if any(step.status == "not checked" for step in verdict.steps) else "passed"
+    return "not checked" if verdict.unchecked_steps else "passed"
 
 
 def _exit_code(verdict: Verdict) -> int:

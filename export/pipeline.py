@@ -65,11 +65,9 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
             checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed)
             identity = checkpoint.identity()
             stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
-        manifests = [
-            _make(plan, bundle, writer, checkpoint, progress, version)
-            for bundle, writer in zip(plan.bundles, writers, strict=True)
-        ]
-        del checkpoint
+        making = _Making(plan, checkpoint, progress, version)
+        manifests = [making.write(bundle, writer) for bundle, writer in zip(plan.bundles, writers, strict=True)]
+        del checkpoint, making
         gc.collect()
         verdicts = [
             _check(bundle, writer.path, writers[0].path if bundle.spec and plan.twin else None, progress)
@@ -80,115 +78,141 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
     return Made(bundles[-1], verdicts[-1])
 
 
-def _make(plan: Plan, bundle: BundlePlan, writer: BundleWriter, checkpoint: Checkpoint, progress: Progress) -> Manifest:
-    """Writes the golden tensors, the graph and the manifest of one bundle into its partial folder."""
-    from export.models.llava import image_info, prompt_info
-    from runtime.bundle import GoldenInfo, Manifest, TargetInfo
-    from runtime.image import preprocess
+@dataclass(frozen=True)
+class _Making:
+    """What all bundles of one export are made from."""
 
-    image = image_info(checkpoint, plan.entry)
-    # Streamed layer by layer, and before the graph's own weights are in memory: the peak stays that of lowering.
-    with progress.stage(_label("desktop outputs", bundle)) as stage:
-        device = _write_golden(plan, bundle, writer.path, checkpoint, preprocess(plan.photo, image))
-        stage.note(f"made on {device}")
-    graph = _lower(plan, bundle, writer.path, checkpoint, progress)
-    with progress.stage(_label("write the bundle", bundle)):
-        for name in CARRIED_FILES:
-            if checkpoint.folder is not None and (checkpoint.folder / name).is_file():
-                copyfile(checkpoint.folder / name, writer.path / name)
-        return writer.write_manifest(
-            Manifest(
-                name=bundle.path.name,
-                model=plan.entry.name,
-                family=plan.entry.family,
-                created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                weights=checkpoint.identity(),
-                target=TargetInfo(
-                    name=plan.target.name,
-                    backend=plan.backend.name,
-                    precision=plan.precision,
-                    quant_vision=plan.quant_vision,
-                ),
-                prune=_prune_info(plan, bundle),
-                graphs=(graph,),
-                image=image,
-                prompt=prompt_info(checkpoint, plan.entry),
-                golden=GoldenInfo(
-                    file=GOLDEN_FILE, device=device, torch=metadata.version("torch"), photo=plan.photo_path.name
-                ),
-                tools={"pruneport": version, **_tool_versions()},
+    plan: Plan
+    checkpoint: Checkpoint
+    progress: Progress
+    version: str
+
+    def write(self, bundle: BundlePlan, writer: BundleWriter) -> Manifest:
+        """Writes golden tensors, graph and manifest of one bundle into its partial folder."""
+        from export.models.llava import image_info, prompt_info
+        from runtime.bundle import GoldenInfo, Manifest, TargetInfo
+        from runtime.image import preprocess
+
+        plan, checkpoint = self.plan, self.checkpoint
+        image = image_info(checkpoint, plan.entry)
+        # Streamed layer by layer, and before the graph's own weights are in memory: lowering alone sets the peak.
+        with self.progress.stage(_label("desktop outputs", bundle)) as stage:
+            preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
+            device = self._write_golden(bundle, writer.path)
+            stage.note(f"made on {device}")
+        graph = self._lower(bundle, writer.path)
+        with self.progress.stage(_label("write the bundle", bundle)):
+            for name in CARRIED_FILES:
+                if checkpoint.folder is not None and (checkpoint.folder / name).is_file():
+                    copyfile(checkpoint.folder / name, writer.path / name)
+            return writer.write_manifest(
+                Manifest(
+                    name=bundle.path.name,
+                    model=plan.entry.name,
+                    family=plan.entry.family,
+                    created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                    weights=checkpoint.identity(),
+                    target=TargetInfo(
+                        name=plan.target.name,
+                        backend=plan.backend.name,
+                        precision=plan.precision,
+                        quant_vision=plan.quant_vision,
+                    ),
+                    prune=_prune_info(plan, bundle),
+                    graphs=(graph,),
+                    image=image,
+                    prompt=prompt_info(checkpoint, plan.entry),
+                    golden=GoldenInfo(
+                        file=GOLDEN_FILE,
+                        device=device,
+                        torch=metadata.version("torch"),
+                        photo=plan.photo_path.name,
+                    ),
+                    tools={"pruneport": self.version, **_tool_versions()},
+                )
             )
-        )
 
+    def _write_golden(self, bundle: BundlePlan, folder: Path) -> str:
+        """Writes what the desktop model computes for the photo; returns the device that computed it."""
+        from safetensors.numpy import save
 
-def _write_golden(
-    plan: Plan, bundle: BundlePlan, folder: Path, checkpoint: Checkpoint, pixel_values: NDArray[np.float32]
-) -> str:
-    """Writes what the desktop model computes for the photo; returns the device that computed it."""
-    from safetensors.numpy import save
+        from export.golden import golden_device, make_golden
 
-    from export.golden import golden_device, make_golden
-
-    device = golden_device()
-    golden = make_golden(
-        checkpoint,
-        plan.entry,
-        bundle.spec,
-        placement=plan.placement,
-        layer=plan.layer,
-        pixel_values=pixel_values,
-        device=device,
-    )
-    if bundle.spec is not None and golden["kept_indices"].shape != (bundle.spec.keep,):
-        raise ExportError(
-            f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {bundle.spec.keep}: "
-            "pruning did not happen as asked; please report this"
-        )
-    # Serialised in memory first: a full disk is then an OSError like any other.
-    (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": plan.photo}))
-    return device
-
-
-def _lower(plan: Plan, bundle: BundlePlan, folder: Path, checkpoint: Checkpoint, progress: Progress) -> GraphInfo:
-    """Builds the vision graph and has the backend write it; the module is gone when this returns."""
-    from export.graphs.vision import build_vision_encoder
-    from runtime.bundle import GraphInfo
-
-    with progress.stage(_label("build the vision graph", bundle)):
-        encoder = build_vision_encoder(
-            checkpoint,
-            plan.entry,
+        device = golden_device()
+        golden = make_golden(
+            self.checkpoint,
+            self.plan.entry,
             bundle.spec,
-            placement=plan.placement,
-            layer=plan.layer,
-            precision=plan.precision,
+            placement=self.plan.placement,
+            layer=self.plan.layer,
+            pixel_values=self._desktop_pixels(),
+            device=device,
         )
-    with progress.stage(_label("trace and lower", bundle)) as stage:
-        lowered = plan.backend.load()(
-            encoder,
-            encoder.example_inputs(),
-            folder,
-            VISION_GRAPH,
-            precision=plan.precision,
-            quant_vision=plan.quant_vision,
-        )
-        for coverage in lowered.coverage:
-            outside = f"{coverage.outside_nodes} outside" if coverage.outside else "nothing outside"
-            stage.note(f"{coverage.delegate}: {coverage.nodes} nodes in {coverage.partitions} partitions, {outside}")
-        if not any(coverage.nodes for coverage in lowered.coverage):
+        if bundle.spec is not None and golden["kept_indices"].shape != (bundle.spec.keep,):
             raise ExportError(
-                f"backend {plan.backend.name} took no node of {VISION_GRAPH}: the phone would run it without any "
-                "acceleration; run again with -v to see why, or choose another --backend"
+                f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {bundle.spec.keep}: "
+                "pruning did not happen as asked; please report this"
             )
-    return GraphInfo(
-        name=VISION_GRAPH,
-        file=lowered.file,
-        extra_files=lowered.extra_files,
-        engine=plan.backend.engine,
-        inputs=encoder.input_infos(),
-        outputs=encoder.output_infos(),
-        coverage=lowered.coverage,
-    )
+        # Serialised in memory first: a full disk is then an OSError like any other.
+        (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": self.plan.photo}))
+        return device
+
+    def _desktop_pixels(self) -> NDArray[np.float32]:
+        """The photo as transformers' own image processor prepares it: (1, 3, height, width) float32.
+
+        Not by `runtime.image`, which the phones follow: the check compares the two.
+        """
+        import numpy as np
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        from export.models.preprocessor import read_preprocessor
+
+        settings = read_preprocessor(self.checkpoint.folder, self.plan.entry.geometry.vision.image_size)
+        processor = CLIPImageProcessorPil(**settings)
+        prepared = processor(self.plan.photo, input_data_format="channels_last", return_tensors="np")
+        return np.asarray(prepared["pixel_values"], dtype=np.float32)
+
+    def _lower(self, bundle: BundlePlan, folder: Path) -> GraphInfo:
+        """Builds the vision graph and has the backend write it; the module is gone when this returns."""
+        from export.graphs.vision import build_vision_encoder
+        from runtime.bundle import GraphInfo
+
+        plan = self.plan
+        with self.progress.stage(_label("build the vision graph", bundle)):
+            encoder = build_vision_encoder(
+                self.checkpoint,
+                plan.entry,
+                bundle.spec,
+                placement=plan.placement,
+                layer=plan.layer,
+                precision=plan.precision,
+            )
+        with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            lowered = plan.backend.load()(
+                encoder,
+                encoder.example_inputs(),
+                folder,
+                VISION_GRAPH,
+                precision=plan.precision,
+                quant_vision=plan.quant_vision,
+            )
+            for coverage in lowered.coverage:
+                outside = f"{coverage.outside_nodes} outside" if coverage.outside else "nothing outside"
+                stage.note(f"{coverage.delegate}: {coverage.nodes} nodes, {coverage.partitions} partitions, {outside}")
+            if not any(coverage.nodes for coverage in lowered.coverage):
+                raise ExportError(
+                    f"backend {plan.backend.name} took no node of {VISION_GRAPH}: the phone would run it without any "
+                    "acceleration; run again with -v to see why, or choose another --backend"
+                )
+        return GraphInfo(
+            name=VISION_GRAPH,
+            file=lowered.file,
+            extra_files=lowered.extra_files,
+            engine=plan.backend.engine,
+            inputs=encoder.input_infos(),
+            outputs=encoder.output_infos(),
+            coverage=lowered.coverage,
+        )
 
 
 def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress) -> Verdict:

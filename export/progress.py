@@ -34,6 +34,7 @@ class Progress:
         self.quiet = quiet
         self.stream = sys.stderr if stream is None else stream
         self._begun = 0
+        self._peak_bytes = 0
 
     @contextmanager
     def stage(self, label: str) -> Iterator[Stage]:
@@ -66,11 +67,14 @@ class Progress:
             yield
 
     def _line(self, head: str, seconds: float, outcome: str, notes: list[str]) -> None:
+        # Kept here because measuring latency resets the process's own high-water mark.
+        self._peak_bytes = max(self._peak_bytes, peak_rss_bytes())
         if self.quiet:
             return
-        peak_gib = peak_rss_bytes() / 2**30
         tail = f"  {outcome}" if outcome else ""
-        print(f"{head:<44}{seconds:>8.1f} s   peak {peak_gib:.2f} GiB{tail}", file=self.stream, flush=True)
+        print(
+            f"{head:<44}{seconds:>8.1f} s   peak {self._peak_bytes / 2**30:.2f} GiB{tail}", file=self.stream, flush=True
+        )
         for note in notes:
             print(f"      {note}", file=self.stream, flush=True)
 

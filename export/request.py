@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from runtime.errors import ImageError, NotYetError, OutputError, RequestError
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from export.models.llava import ModelEntry
-    from export.targets import Backend, Target
+    from export.targets import Backend, Precision, Target
     from pruning import PruneSpec
 
+Word = TypeVar("Word", bound=str)
 Placement = Literal["decoder", "projector"]
 PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
 
@@ -87,7 +88,7 @@ class Plan:
     entry: ModelEntry
     target: Target
     backend: Backend
-    precision: str
+    precision: Precision
     quant_vision: str | None
     placement: Placement
     weights: str | None
@@ -142,7 +143,7 @@ def plan(request: Request) -> Plan:
                 f"leave --quant-vision out, or take a backend that has it: {_backends_with_quantisation(target)}"
             )
         quant_vision = _known(f"{backend.name} quant_vision", quant_vision, backend.quant_vision)
-    placement = PLACEMENTS[PLACEMENTS.index(_known("prune_at", request.prune_at, PLACEMENTS))]
+    placement = _known("prune_at", request.prune_at, PLACEMENTS)
     _check_only(request.only)
     tokens = entry.geometry.image_tokens
     keep = _keep(request.keep, tokens, entry.name)
@@ -226,11 +227,11 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _known(what: str, word: str, known: Iterable[str]) -> str:
+def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     names = list(known)
     if word not in names:
         raise RequestError(f"unknown {what} {word!r}{nearest(word, names)}; allowed: {', '.join(names)}")
-    return word
+    return names[names.index(word)]  # type: ignore[arg-type] # a str equal to one of the literal names
 
 
 def _backends_with_quantisation(target: Target) -> str:
@@ -298,7 +299,7 @@ def _photo_path(image: str | None) -> Path:
     )
 
 
-def _needs(entry: ModelEntry, placement: Placement, precision: str, *, bundles: int, folder: Path) -> Needs:
+def _needs(entry: ModelEntry, placement: Placement, precision: Precision, *, bundles: int, folder: Path) -> Needs:
     import psutil
 
     weights = entry.geometry.vision_parameter_count(placement, DECODER_LAYER)

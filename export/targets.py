@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
 
     from runtime.bundle import DelegateCoverage
+
+Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Lower(Protocol):
         out_dir: Path,
         graph_name: str,
         *,
-        precision: str,
+        precision: Precision,
         quant_vision: str | None,
     ) -> LoweredGraph: ...
 
@@ -47,8 +49,8 @@ class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default."""
 
     name: str
-    engine: str
-    precisions: tuple[str, ...]
+    engine: Literal["executorch", "onnxruntime"]
+    precisions: tuple[Precision, ...]
     quant_vision: tuple[str, ...]
     pruner_form: str
     load: Callable[[], Lower]
