@@ -166,8 +166,14 @@ def _export(args: argparse.Namespace, version: str) -> int:
     from export.progress import Progress, library_noise
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
-    with library_noise(shown=args.verbose):
-        made = export(planned, progress=progress, version=version)
+    try:
+        with library_noise(shown=args.verbose):
+            made = export(planned, progress=progress, version=version)
+    except KeyboardInterrupt:
+        finished = [str(bundle.path) for bundle in planned.bundles if bundle.path.exists()]
+        what = f"finished before that: {', '.join(finished)}" if finished else "nothing was written"
+        print(f"pruneport: interrupted, {what}", file=sys.stderr)
+        return INTERRUPTED
     if args.quiet:
         print(made.bundle.path)
     else:

@@ -187,6 +187,10 @@ class _Making:
                 layer=plan.layer,
                 precision=plan.precision,
             )
+        keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
+        handed_on = encoder.output_infos()[0].shape[1] - (encoder.prefix_length if plan.placement == "decoder" else 0)
+        if handed_on != keep:
+            raise ExportError(f"{VISION_GRAPH} hands on {handed_on} image tokens instead of {keep}; please report this")
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
             lowered = plan.backend.load()(
                 encoder,

@@ -231,7 +231,7 @@ def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     names = list(known)
     if word not in names:
         raise RequestError(f"unknown {what} {word!r}{nearest(word, names)}; allowed: {', '.join(names)}")
-    return names[names.index(word)]  # type: ignore[arg-type] # a str equal to one of the literal names
+    return names[names.index(word)]
 
 
 def _backends_with_quantisation(target: Target) -> str:

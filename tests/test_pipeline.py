@@ -1,0 +1,306 @@
+"""The walk of an export with its heavy steps replaced: what is left behind when a step stops, fails or does nothing."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+import export.checkpoints
+import export.golden
+import export.graphs.vision
+import export.models.llava
+import runtime.harness
+from export import cli, pipeline
+from export.pipeline import stage_count
+from export.progress import Progress
+from export.request import Request, plan
+from export.targets import TARGETS, XNNPACK, LoweredGraph
+from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
+from runtime.errors import ExportError, OutputError
+from runtime.harness import Step, Verdict
+from runtime.parity import BOUNDS
+
+WORDS = ["--model", "pocket", "--keep", "64", "--target", "android"]
+
+
+class FakeCheckpoint:
+    """Weights that nobody reads."""
+
+    folder: Path | None = None
+
+    def identity(self) -> WeightsInfo:
+        return WeightsInfo(source="checkpoint", id="fake", sha256="0" * 64)
+
+
+@dataclass(frozen=True)
+class FakeEncoder:
+    """A graph that nobody traces."""
+
+    keep: int
+    prefix_length: int = 35
+
+    def example_inputs(self) -> tuple[object, ...]:
+        return (object(),)
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="pixel_values", shape=(1, 3, 336, 336), dtype="float32"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="hidden", shape=(1, 35 + self.keep, 8), dtype="float32"),)
+
+
+def fake_golden(checkpoint: object, entry: object, spec: Any, **rest: object) -> dict[str, np.ndarray]:
+    return {} if spec is None else {"kept_indices": np.arange(spec.keep)}
+
+
+def fake_lower(module: object, example_inputs: object, out_dir: Path, graph_name: str, **rest: object) -> LoweredGraph:
+    (out_dir / f"{graph_name}.pte").write_bytes(b"program")
+    return LoweredGraph(f"{graph_name}.pte", (), (DelegateCoverage(delegate="XNNPACK", partitions=1, nodes=9),))
+
+
+def fake_check(path: Path, **rest: object) -> Verdict:
+    read_bundle(path)
+    (path / "report.md").write_text("checked")
+    steps = (Step(name="parity", status="passed", detail="equal"),)
+    return Verdict(bundle=path.name, device="test", bound=BOUNDS["fp32"], steps=steps)
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces every step that needs a model or an engine by one that takes no time."""
+    image = ImageInfo(size=(336, 336), resize_shortest=336, rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    monkeypatch.setattr(export.checkpoints, "open_checkpoint", lambda *a, **k: FakeCheckpoint())
+    monkeypatch.setattr(export.models.llava, "image_info", lambda *a: image)
+    monkeypatch.setattr(export.models.llava, "prompt_info", lambda *a: PromptInfo(prefix_ids=(1,)))
+    monkeypatch.setattr(export.golden, "golden_device", lambda: "cpu")
+    monkeypatch.setattr(export.golden, "make_golden", fake_golden)
+    monkeypatch.setattr(pipeline._Making, "_desktop_pixels", lambda self: np.zeros((1, 3, 336, 336), np.float32))
+    monkeypatch.setattr(
+        export.graphs.vision, "build_vision_encoder", lambda c, e, spec, **k: FakeEncoder(spec.keep if spec else 576)
+    )
+    set_lower(monkeypatch, fake_lower)
+    monkeypatch.setattr(runtime.harness, "check_bundle", fake_check)
+
+
+def set_lower(monkeypatch: pytest.MonkeyPatch, lower: Callable[..., Any]) -> None:
+    android = replace(TARGETS["android"], backends=(replace(XNNPACK, load=lambda: lower),))
+    monkeypatch.setitem(TARGETS, "android", android)
+
+
+def stop(*args: object, **kwargs: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+# Every place where the walk can be interrupted, in order, as (module or class, attribute).
+STEPS: list[tuple[object, str]] = [
+    (export.checkpoints, "open_checkpoint"),
+    (export.models.llava, "image_info"),
+    (export.golden, "make_golden"),
+    (export.graphs.vision, "build_vision_encoder"),
+    (export.models.llava, "prompt_info"),
+    (BundleWriter, "write_manifest"),
+    (runtime.harness, "check_bundle"),
+    (BundleWriter, "commit"),
+]
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.usefixtures("light")
+def test_light_walk_makes_both_bundles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "out"
+    assert cli.main(["export", *WORDS, "--twin", "-q", "--output-dir", str(out)], version="0") == 0
+    assert capsys.readouterr() == (f"{out / 'pocket-keep64-android-xnnpack'}\n", "")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "pocket-keep64-android-xnnpack",
+        "pocket-keepall-android-xnnpack",
+    ]
+    bundle = read_bundle(out / "pocket-keep64-android-xnnpack")
+    bundle.check_files()
+    assert set(bundle.manifest.files) == {"vision_encoder.pte", "golden.safetensors", "report.md"}
+    assert bundle.manifest.prune.pruned
+    assert not read_bundle(out / "pocket-keepall-android-xnnpack").manifest.prune.pruned
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("twin", [False, True])
+def test_progress_counts_every_stage(tmp_path: Path, twin: bool) -> None:
+    planned = plan(Request(model="pocket", keep="64", target="android", twin=twin, output_dir=str(tmp_path)))
+    stream = io.StringIO()
+    pipeline.export(planned, progress=Progress(stages=stage_count(planned), stream=stream), version="0")
+    heads = [line.split("]")[0] + "]" for line in stream.getvalue().splitlines() if line.startswith("[")]
+    count = stage_count(planned)
+    assert heads == [f"[{number}/{count}]" for number in range(1, count + 1)]
+    assert all(" s   peak " in line for line in stream.getvalue().splitlines() if line.startswith("["))
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("twin", [[], ["--twin"]])
+@pytest.mark.parametrize("step", [*STEPS, "lower"], ids=lambda step: step if isinstance(step, str) else step[1])
+def test_ctrl_c_leaves_nothing(
+    step: tuple[object, str] | str,
+    twin: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if isinstance(step, str):
+        set_lower(monkeypatch, stop)
+    else:
+        monkeypatch.setattr(*step, stop)
+    out = tmp_path / "deep" / "out"
+    assert cli.main(["export", *WORDS, *twin, "-q", "--output-dir", str(out)], version="0") == 130
+    assert capsys.readouterr().err == "pruneport: interrupted, nothing was written\n"
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_ctrl_c_between_the_two_renames_tells_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit = BundleWriter.commit
+
+    def second_is_interrupted(self: BundleWriter, manifest: Any) -> Any:
+        if "keepall" not in self.path.name:
+            raise KeyboardInterrupt
+        return commit(self, manifest)
+
+    monkeypatch.setattr(BundleWriter, "commit", second_is_interrupted)
+    assert cli.main(["export", *WORDS, "--twin", "-q", "--output-dir", str(tmp_path)], version="0") == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["pocket-keepall-android-xnnpack"]
+    read_bundle(tmp_path / "pocket-keepall-android-xnnpack").check_files()
+    assert capsys.readouterr().err == (
+        f"pruneport: interrupted, finished before that: {tmp_path / 'pocket-keepall-android-xnnpack'}\n"
+    )
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("name", ["golden.safetensors", "manifest.json", "vision_encoder.pte"])
+def test_failed_write_leaves_nothing(
+    code: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bytes = Path.write_bytes
+
+    def fail(self: Path, data: bytes) -> int:
+        if self.name == name:
+            raise OSError(code, os.strerror(code), str(self))
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    out = tmp_path / "out"
+    assert cli.main(["export", *WORDS, "-q", "--output-dir", str(out)], version="0") == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert os.strerror(code) in err
+    assert "pocket-keep64-android-xnnpack cannot be written" in err
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_bundle_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path)))
+
+    def check_and_intrude(path: Path, **rest: object) -> Verdict:
+        planned.bundle.path.mkdir()
+        (planned.bundle.path / "theirs.txt").write_text("theirs")
+        return fake_check(path)
+
+    monkeypatch.setattr(runtime.harness, "check_bundle", check_and_intrude)
+    with pytest.raises(OutputError):
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert left_behind(tmp_path) == ["pocket-keep64-android-xnnpack", "pocket-keep64-android-xnnpack/theirs.txt"]
+
+
+@pytest.mark.usefixtures("light")
+def test_delegate_that_took_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def took_nothing(module: object, inputs: object, out_dir: Path, name: str, **rest: object) -> LoweredGraph:
+        lowered = fake_lower(module, inputs, out_dir, name)
+        return replace(lowered, coverage=(DelegateCoverage(delegate="XNNPACK", partitions=0, nodes=0),))
+
+    set_lower(monkeypatch, took_nothing)
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(ExportError, match="backend xnnpack took no node of vision_encoder"):
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_pruning_that_did_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.golden, "make_golden", lambda *a, **k: {"kept_indices": np.arange(576)})
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(ExportError, match="kept 576 image tokens instead of 64"):
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_graph_that_still_holds_every_token_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.graphs.vision, "build_vision_encoder", lambda *a, **k: FakeEncoder(576))
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(ExportError, match="hands on 576 image tokens instead of 64"):
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(("status", "code", "word"), [("failed", 1, "failed"), ("not checked", 3, "not checked")])
+def test_exit_code_tells_what_the_check_found(
+    status: Any, code: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(path: Path, **rest: object) -> Verdict:
+        steps = (Step(name="parity", status=status, detail="because", remedy="do this"),)
+        return Verdict(bundle=path.name, device="test", bound=BOUNDS["fp32"], steps=steps)
+
+    monkeypatch.setattr(runtime.harness, "check_bundle", check)
+    assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tmp_path)], version="0") == code
+    planned = replace(
+        plan(Request(model="pocket", keep="65", target="android", output_dir=str(tmp_path))),
+    )
+    stream = io.StringIO()
+    made = pipeline.export(planned, progress=Progress(stages=7, stream=stream), version="0")
+    assert cli.verdict_word(made.verdict) == word
+    assert f"parity {word}: because; do this" in stream.getvalue()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, where this process may mount one."""
+    import subprocess
+
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here; the failed writes above stand in for it")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.usefixtures("light")
+def test_disk_that_is_really_full(
+    tiny_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tiny_disk)], version="0") == 2
+    assert "free, the export needs about" in capsys.readouterr().err
+
+    def no_forecast(*args: object, **kwargs: object) -> object:
+        return replace(needs, disk_free_bytes=2**40)
+
+    needs = plan(Request(model="pocket", keep="64", target="android")).needs
+    monkeypatch.setattr("export.request._needs", no_forecast)
+    assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tiny_disk)], version="0") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert left_behind(tiny_disk) == []
