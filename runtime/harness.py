@@ -14,6 +14,7 @@ from runtime.errors import BundleError, EngineError, EngineMissingError, ImageEr
 from runtime.image import preprocess
 from runtime.latency import Latency, Ratio, device_name, measure, measure_pair
 from runtime.parity import Bound, GraphParity, bound_for, graph_parity
+from runtime.report import plural, write_reports
 from runtime.session import Session, open_session
 
 Status = Literal["passed", "failed", "not checked"]
@@ -136,8 +137,6 @@ def check_bundle(
 
     They go into the bundle, which must not be finished yet, or into `out_dir`. `twin` is the unpruned twin's folder.
     """
-    from runtime.report import write_reports
-
     bundle = read_bundle(path)
     listed = [name for name in REPORT_FILES if name in bundle.manifest.files]
     if out_dir is None and listed:
@@ -183,7 +182,7 @@ class _Check:
         self.say("hashing the files")
         self.bundle.check_files()
         count, size_mb = len(self.bundle.manifest.files), self.bundle.size_bytes / 1e6
-        self._passed("files", f"{count} files, {size_mb:.1f} MB, every hash as in the manifest")
+        self._passed("files", f"{plural(count, 'file')}, {size_mb:.1f} MB, every hash as in the manifest")
         golden = self.bundle.golden()
         self._check_preprocessing(golden)
         for graph in self.bundle.manifest.graphs:
@@ -257,7 +256,7 @@ class _Check:
         self.graphs.append(result)
         bad = [tensor.name for tensor in result.tensors if not tensor.passed]
         worst = max((tensor.rel for tensor in result.tensors if tensor.rel is not None), default=0.0)
-        detail = f"{len(result.tensors)} outputs against the {self.bundle.manifest.golden.device} golden"
+        detail = f"{plural(len(result.tensors), 'output')} against the {self.bundle.manifest.golden.device} golden"
         if bad:
             self._failed(f"parity of {graph.name}", f"{', '.join(bad)} outside the bound of {self.bound.precision}")
         else:
@@ -283,14 +282,16 @@ class _Check:
         calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
         if graph.engine == "onnxruntime":
             # Delegates of a phone cannot run here; what can be said is who ran the nodes.
-            self._passed(name, f"{outside} nodes on the CPU provider, {calls} parts elsewhere ({placement.source})")
+            where = f"{plural(outside, 'node')} on the CPU provider, {plural(calls, 'part')} elsewhere"
+            self._passed(name, f"{where} ({placement.source})")
         elif calls == 0:
             self._failed(name, f"no delegate took anything: the plain runtime runs all {outside} operators")
         elif promised != calls:
-            self._failed(name, f"the manifest says {promised} partitions, the program calls delegates {calls} times")
+            promise = f"the manifest says {plural(promised, 'partition')}"
+            self._failed(name, f"{promise}, the program makes {plural(calls, 'delegate call')}")
         else:
-            parts = ", ".join(f"{delegate} {count} partitions" for delegate, count in placement.delegates.items())
-            self._passed(name, f"{parts}, {outside} operators outside ({placement.source})")
+            parts = ", ".join(f"{key} in {plural(count, 'partition')}" for key, count in placement.delegates.items())
+            self._passed(name, f"{parts}, {plural(outside, 'operator')} outside ({placement.source})")
 
     def _time(
         self, session: Session, inputs: dict[str, np.ndarray], twin: Bundle | None, *, warmup: int, runs: int

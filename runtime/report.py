@@ -72,6 +72,8 @@ def terminal_table(bundle: Bundle, verdict: Verdict, *, next_command: str) -> Re
     table.add_row(Text("verdict"), Text(status, style=style))
     for label, value in _summary(bundle, verdict):
         table.add_row(Text(label), Text(value))
+    # The reports leave the path out: they are written before the bundle has its final name.
+    table.add_row(Text("bundle"), Text(str(bundle.path)))
     for step in (*verdict.failed_steps, *verdict.unchecked_steps):
         remedy = f"; {step.remedy}" if step.remedy else ""
         colour = "red" if step.status == "failed" else "yellow"
@@ -98,20 +100,14 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         if graph.kept is not None and prune.pruned:
             rows.append(("kept tokens", _kept_words(graph.kept)))
     for entry in verdict.latency:
-        text = f"{_ms(entry.bundle.median_ms)} median of {entry.bundle.runs}, {entry.bundle.threads} threads"
+        text = f"{_ms(entry.bundle.median_ms)} median of {entry.bundle.runs}, {plural(entry.bundle.threads, 'thread')}"
         if entry.twin is not None and entry.ratio is not None:
             text += f"; twin {_ms(entry.twin.median_ms)}; pruned/twin {entry.ratio.median:.3f}"
         rows.append((entry.graph, text))
-    for graph_info in manifest.graphs:
-        for coverage in graph_info.coverage:
-            rows.append(
-                (
-                    "delegates",
-                    f"{coverage.delegate} {coverage.nodes} nodes in {coverage.partitions} partitions, "
-                    f"{coverage.outside_nodes} outside",
-                )
-            )
-    rows.append(("files", f"{len(manifest.files)} files, {_size(bundle.size_bytes)}, {bundle.path}"))
+    for coverage in (coverage for graph_info in manifest.graphs for coverage in graph_info.coverage):
+        taken = f"{plural(coverage.nodes, 'node')} in {plural(coverage.partitions, 'partition')}"
+        rows.append(("delegates", f"{coverage.delegate} {taken}, {coverage.outside_nodes} outside"))
+    rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
     if verdict.latency:
         rows.append(("measured on", verdict.device))
     return rows
@@ -131,8 +127,10 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "steps": [(step.status, step.name, step.detail, step.remedy) for step in verdict.steps],
         "picture": _picture(bundle, verdict, golden),
         "bound": verdict.bound,
-        "parity": [(graph.graph, graph.engine, _parity_table(graph.tensors)) for graph in verdict.graphs],
-        "kept": [_kept_lines(graph.kept) for graph in verdict.graphs if graph.kept is not None],
+        "parity": [
+            (graph.graph, graph.engine, _parity_table(graph.tensors), _kept_lines(graph.kept))
+            for graph in verdict.graphs
+        ],
         "latency": _latency_table(verdict),
         "device": verdict.device,
         "twin": _twin_table(bundle, verdict),
@@ -181,7 +179,9 @@ def _kept_words(kept: KeptParity) -> str:
     return text
 
 
-def _kept_lines(kept: KeptParity) -> list[str]:
+def _kept_lines(kept: KeptParity | None) -> list[str]:
+    if kept is None:
+        return []
     lines = [
         f"{kept.got_count} tokens kept, {kept.expected_count} on the desktop; "
         f"sets overlap by {kept.overlap:.1%}, {kept.same_slots:.1%} of the slots hold the same token "
@@ -247,9 +247,9 @@ def _latency_table(verdict: Verdict) -> Table | None:
                     )
                 )
     return Table(
-        columns=("graph", "median", "p10 to p90", "min to max", "runs", "threads", "load", "peak memory", "engine"),
+        columns=("graph", "median", "p10 to p90", "min to max", "runs", "threads", "load", "process peak", "engine"),
         rows=tuple(rows),
-        numeric=frozenset(("median", "p10 to p90", "min to max", "runs", "threads", "load", "peak memory")),
+        numeric=frozenset(("median", "p10 to p90", "min to max", "runs", "threads", "load", "process peak")),
     )
 
 
@@ -339,7 +339,7 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
         ("desktop outputs", f"made on {golden.device} with torch {golden.torch} from {golden.photo}"),
         ("pruner", pruner if prune.pruned else f"none; {prune.image_tokens} image tokens pass through"),
         ("prompt", f"{len(manifest.prompt.prefix_ids)} tokens before the image"),
-        ("checked on", f"{verdict.device}, {default_threads()} threads by default"),
+        ("checked on", f"{verdict.device}, {plural(default_threads(), 'thread')} by default"),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("bundle schema", str(manifest.schema_version)),
     ]
@@ -406,6 +406,11 @@ def _cells(indices: set[int], columns: int) -> str:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} x {count}" for name, count in counts.items()) or "none"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _number(value: float | None, form: str) -> str:
