@@ -1,0 +1,248 @@
+"""The vision subgraph: from pixels to pruned image tokens, before the decoder or inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from export.graphs.clip import ClipTower, Projector
+from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
+from export.graphs.weights import fill
+from export.models.llava import LlavaGeometry, ModelEntry, prompt_info
+from runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    from export.checkpoints import Checkpoint
+    from pruning import PruneSpec
+    from runtime.bundle import TensorInfo
+
+Placement = Literal["decoder", "projector"]
+PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values (1, 3, H, W) float32 -> the image as the decoder goes on from it. All shapes are static.
+
+    Decoder placement (the paper's, arXiv 2512.02700): tower, projector, decoder layers 0..layer-1 over the image
+    tokens, then the pruner, on the keys of the last of these layers (after the rotary embedding, all key heads side by
+    side) and on its raw output. The prompt in front of the image is always the same, and causal attention never looks
+    ahead, so its hidden states, keys and values are constants of the graph. Outputs:
+    `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
+    (1, Hkv, P + N, d) for each layer i, in the graph's precision.
+
+    Projector placement: tower, projector, pruner. Outputs: `image_features` (1, keep, D) float32 and
+    `kept_indices` (1, keep) int64. No decoder layer has run, so its keys do not exist yet; in their place stand the
+    keys of the tower's last layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far
+    from each other. Keys of the layer that made the features answer it in the same terms as in the decoder, they are
+    there already, and they are 4 to 5 times narrower than the projected features. The paper does not treat this
+    placement; how well it keeps answers is not measured here.
+
+    In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
+    outputs `hidden` and `image_features`.
+    """
+
+    prefix_hidden: Tensor
+    prefix_positions: Tensor
+    all_indices: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+    def __init__(
+        self,
+        geometry: LlavaGeometry,
+        spec: PruneSpec | None,
+        *,
+        placement: Placement,
+        layer: int,
+        prefix_length: int,
+    ) -> None:
+        """Builds everything on the meta device; `build_vision_encoder` fills it."""
+        super().__init__()
+        self.geometry = geometry
+        self.placement = placement
+        self.layer = layer if placement == "decoder" else 0
+        self.prefix_length = prefix_length if placement == "decoder" else 0
+        self.image_tokens = geometry.image_tokens
+        self.spec = spec
+        self.keep = self.image_tokens if spec is None else int(spec.keep)
+        self.tower = ClipTower(geometry)
+        self.projector = Projector(geometry)
+        self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(self.layer))
+        self.pruner: nn.Module | None = None
+        if spec is not None and self.keep < self.image_tokens:
+            from pruning import TokenPruner
+
+            self.pruner = TokenPruner(spec)
+        self.register_buffer("all_indices", torch.arange(self.image_tokens)[None], persistent=False)
+        if placement == "decoder":
+            first, last = self.prefix_length, self.prefix_length + self.image_tokens
+            cos, sin = rope_tables(geometry.text, range(first, last))
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+            self.register_buffer("mask", causal_mask(self.image_tokens, past=first), persistent=False)
+            self.register_buffer("prefix_positions", torch.arange(first)[None], persistent=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return ("pixel_values",)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return tuple(info.name for info in self.output_infos())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the tower computes in."""
+        return self.tower.embeddings.class_embedding.dtype
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each input."""
+        from runtime.bundle import TensorInfo
+
+        side = self.geometry.vision.image_size
+        return (TensorInfo(name="pixel_values", shape=(1, self.geometry.vision.channels, side, side), dtype="float32"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each output."""
+        from runtime.bundle import TensorInfo
+
+        text = self.geometry.text
+        if self.placement == "projector":
+            return (
+                TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
+                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype="int64"),
+            )
+        kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
+        cache = (1, text.kv_heads, seen, text.head_dim)
+        dtype = "float16" if self.dtype == torch.float16 else "float32"
+        return (
+            TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
+            TensorInfo(name="positions", shape=(1, kept), dtype="int64"),
+            *(
+                TensorInfo(name=f"{part}_{index}", shape=cache, dtype=dtype)
+                for index in range(self.layer)
+                for part in ("key", "value")
+            ),
+        )
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Inputs of the right shape and of a photo's range, from a fixed seed."""
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(info.shape, generator=generator) for info in self.input_infos())
+
+    def half_precision(self) -> VisionEncoder:
+        """Makes everything but the pruner, its inputs and the constant prefix states float16, in place."""
+        for part in (self.tower, self.projector, self.decoder_layers):
+            part.half()
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.is_floating_point() and name != "prefix_hidden":
+                setattr(self, name, buffer.half())
+        return self
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """(1, 3, H, W) float32 -> the outputs that `output_infos` lists."""
+        features, keys = self.tower(pixel_values.to(self.dtype))
+        hidden = self.projector(features)
+        if self.placement == "projector":
+            return self._pruned(keys, hidden)
+        caches: list[Tensor] = []
+        for index, layer in enumerate(self.decoder_layers):
+            past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
+            hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
+            keys = key.permute(1, 0, 2).reshape(1, self.image_tokens, -1)
+            caches += [all_keys.reshape(1, *all_keys.shape), all_values.reshape(1, *all_values.shape)]
+        tokens, indices = self._pruned(keys, hidden)
+        positions = torch.cat([self.prefix_positions, indices + self.prefix_length], dim=1)
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions, *caches
+
+    def _pruned(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D) float32, indices (1, keep) int64"""
+        if self.pruner is None:
+            return hidden.float(), self.all_indices
+        return cast(tuple[Tensor, Tensor], self.pruner(keys.float(), hidden.float()))
+
+
+def build_vision_encoder(
+    checkpoint: Checkpoint,
+    entry: ModelEntry,
+    spec: PruneSpec | None,
+    *,
+    placement: str,
+    layer: int = 2,
+    precision: str = "fp32",
+) -> VisionEncoder:
+    """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
+
+    `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
+    layer that sees fewer tokens (ignored at the projector). Weights are read, cast and placed one at a time, so that
+    fp16 never holds the whole in float32.
+
+    Raises ExportError for a placement, layer, precision or grid that does not fit, CheckpointError for bad weights.
+    """
+    geometry = checkpoint.geometry
+    _check_request(geometry, entry, spec, placement, layer, precision)
+    dtype = PRECISIONS[precision]
+    prefix_ids = prompt_info(checkpoint, entry).prefix_ids
+    with torch.no_grad():
+        encoder = VisionEncoder(
+            geometry, spec, placement=cast(Placement, placement), layer=layer, prefix_length=len(prefix_ids)
+        )
+        _fill_tower(encoder.tower, checkpoint, dtype)
+        encoder.tower.to(dtype)
+        fill(encoder.projector, checkpoint, "multi_modal_projector", dtype)
+        encoder.projector.to(dtype)
+        if encoder.placement == "decoder":
+            _fill_decoder(encoder, checkpoint, prefix_ids, dtype)
+        if dtype == torch.float16:
+            encoder.half_precision()
+    return encoder.eval().requires_grad_(False)
+
+
+def _check_request(
+    geometry: LlavaGeometry, entry: ModelEntry, spec: PruneSpec | None, placement: str, layer: int, precision: str
+) -> None:
+    if placement not in PLACEMENTS:
+        raise ExportError(f"placement {placement!r} is not known; allowed: {', '.join(PLACEMENTS)}")
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision {precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
+    if placement == "decoder" and not 1 <= layer < geometry.text.layers:
+        raise ExportError(
+            f"layer={layer} must lie in 1..{geometry.text.layers - 1}: pruning happens between two of the "
+            f"{geometry.text.layers} decoder layers of {entry.name}"
+        )
+    if spec is not None and tuple(spec.grid) != geometry.grid:
+        raise ExportError(
+            f"the pruner's grid {tuple(spec.grid)} is not the grid {geometry.grid} of {entry.name}'s image tokens"
+        )
+
+
+def _fill_tower(tower: ClipTower, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    fill(tower.embeddings, checkpoint, "vision_tower.embeddings", dtype)
+    fill(tower.pre_layrnorm, checkpoint, "vision_tower.pre_layrnorm", dtype)
+    for index, layer in enumerate(tower.layers):
+        fill(layer, checkpoint, f"vision_tower.encoder.layers.{index}", dtype)
+
+
+def _fill_decoder(
+    encoder: VisionEncoder, checkpoint: Checkpoint, prefix_ids: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Fills the decoder layers and runs the prefix through each while it is there in float32."""
+    length = len(prefix_ids)
+    hidden = checkpoint.rows("language_model.embed_tokens.weight", prefix_ids).float()[None]
+    cos, sin = rope_tables(encoder.geometry.text, range(length))
+    mask = causal_mask(length)
+    for index, layer in enumerate(encoder.decoder_layers):
+        fill(layer, checkpoint, f"language_model.layers.{index}", torch.float32)
+        out = layer(hidden, cos, sin, mask)
+        hidden = out.hidden
+        encoder.register_buffer(f"prefix_key_{index}", out.key.contiguous(), persistent=False)
+        encoder.register_buffer(f"prefix_value_{index}", out.value.contiguous(), persistent=False)
+        layer.to(dtype)
+    encoder.register_buffer("prefix_hidden", hidden, persistent=False)

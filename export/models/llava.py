@@ -1,0 +1,517 @@
+"""The LLaVA-1.5 family: the geometry a config.json describes, the tensors it implies, and one entry per known model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from export.checkpoints import Checkpoint
+    from runtime.bundle import ImageInfo, PromptInfo
+
+# What Hugging Face's config classes assume for a key that config.json leaves out (llava-hf's files leave out most).
+_VISION_DEFAULTS: Mapping[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_TEXT_DEFAULTS: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+_LLAVA_DEFAULTS: Mapping[str, Any] = {
+    "model_type": None,
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+# A config.json with no vision_config at all means the tower that LLaVA-1.5 was published with.
+_VISION_WHEN_ABSENT: Mapping[str, Any] = {
+    **_VISION_DEFAULTS,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+def _positive(section: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise CheckpointError(f"config.json: {section}.{name} must be a positive whole number, got {size!r}")
+
+
+def _one_of(what: str, got: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(got, str) or got not in allowed:
+        raise CheckpointError(f"config.json: {what} is {got!r}; supported: {', '.join(allowed)}")
+    return got
+
+
+@dataclass(frozen=True)
+class VisionGeometry:
+    """The CLIP tower: sizes in channels, pixels and layers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    image_size: int
+    patch_size: int
+    channels: int
+    norm_eps: float
+    activation: str
+
+    def __post_init__(self) -> None:
+        _positive(
+            "vision_config",
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.mlp,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.channels,
+        )
+        if self.hidden % self.heads:
+            raise CheckpointError(
+                f"config.json: vision_config.hidden_size={self.hidden} is not a multiple of "
+                f"num_attention_heads={self.heads}"
+            )
+        if self.image_size < self.patch_size:
+            raise CheckpointError(
+                f"config.json: vision_config.image_size={self.image_size} is smaller than patch_size={self.patch_size}"
+            )
+        if self.channels != 3:
+            raise CheckpointError(
+                f"config.json: vision_config.num_channels={self.channels}; only RGB (3) images are supported"
+            )
+        _one_of("vision_config.hidden_act", self.activation, ("quick_gelu", "gelu"))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns); pixels past the last whole patch are never seen, as in the original."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens, without the class token."""
+        rows, columns = self.grid
+        return rows * columns
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base frequency and how it is stretched."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        _one_of("text_config.rope_parameters.rope_type", self.kind, ("default", "linear", "llama3"))
+        for name, value in (("rope_theta", self.theta), ("factor", self.factor)):
+            if not (math.isfinite(value) and value > 0):
+                raise CheckpointError(f"config.json: text_config.rope_parameters.{name} must be positive, got {value}")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise CheckpointError(
+                f"config.json: rope high_freq_factor={self.high_freq_factor} must exceed "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
+
+    @classmethod
+    def from_text_config(cls, text: Mapping[str, Any]) -> Rope:
+        """Reads both spellings: `rope_parameters`, and the older `rope_theta` beside `rope_scaling`."""
+        given = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"config.json: text_config.rope_parameters must be an object, got {given!r}")
+        theta = given.get("rope_theta", text.get("rope_theta"))
+        try:
+            return cls(
+                theta=float(10000.0 if theta is None else theta),
+                kind=given.get("rope_type", given.get("type", "default")),
+                factor=float(given.get("factor", 1.0)),
+                low_freq_factor=float(given.get("low_freq_factor", 1.0)),
+                high_freq_factor=float(given.get("high_freq_factor", 4.0)),
+                original_max_positions=int(given.get("original_max_position_embeddings", 8192)),
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: text_config.rope_parameters is not understood: {error}") from error
+
+
+@dataclass(frozen=True)
+class TextGeometry:
+    """The LLaMA decoder: sizes in channels, heads and layers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    attention_bias: bool
+    mlp_bias: bool
+    rope: Rope
+
+    def __post_init__(self) -> None:
+        _positive(
+            "text_config",
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.mlp,
+            vocab_size=self.vocab,
+            max_position_embeddings=self.max_positions,
+        )
+        if self.heads % self.kv_heads:
+            raise CheckpointError(
+                f"config.json: text_config.num_attention_heads={self.heads} is not a multiple of "
+                f"num_key_value_heads={self.kv_heads}"
+            )
+        if self.hidden % self.heads:
+            raise CheckpointError(
+                f"config.json: text_config.hidden_size={self.hidden} is not a multiple of "
+                f"num_attention_heads={self.heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(
+                f"config.json: text_config.head_dim={self.head_dim} must be even for rotary embedding"
+            )
+        _one_of("text_config.hidden_act", self.activation, ("silu",))
+
+
+@dataclass(frozen=True)
+class LlavaGeometry:
+    """All sizes of one LLaVA model; `tower_layers` of the tower's layers run before its output is projected."""
+
+    vision: VisionGeometry
+    text: TextGeometry
+    tower_layers: int
+    projector_activation: str
+    projector_bias: bool
+    image_token_id: int
+    tied_embeddings: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tower_layers <= self.vision.layers:
+            raise CheckpointError(
+                f"config.json: vision_feature_layer asks for the output of layer {self.tower_layers} of a tower of "
+                f"{self.vision.layers} layers; allowed 1..{self.vision.layers} or -1..-{self.vision.layers}"
+            )
+        _one_of("projector_hidden_act", self.projector_activation, ("gelu",))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Image tokens as (rows, columns)."""
+        return self.vision.grid
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens before pruning."""
+        return self.vision.tokens
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LlavaGeometry:
+        """The geometry a LLaVA config.json describes; CheckpointError when it is not one, or contradicts itself."""
+        _one_of("model_type", config.get("model_type"), ("llava",))
+        if config.get("quantization_config"):
+            raise CheckpointError(
+                "config.json: the checkpoint is already quantised (quantization_config); "
+                "pruneport quantises by itself, give it the float16, bfloat16 or float32 weights"
+            )
+        given_vision = _section(config, "vision_config")
+        given_text = _section(config, "text_config")
+        vision = {**(_VISION_DEFAULTS if given_vision else _VISION_WHEN_ABSENT), **given_vision}
+        text = {**_TEXT_DEFAULTS, **given_text}
+        top = {**_LLAVA_DEFAULTS, **config}
+        _one_of("vision_config.model_type", vision["model_type"], ("clip_vision_model",))
+        _one_of("text_config.model_type", text["model_type"], ("llama",))
+        _one_of("vision_feature_select_strategy", top["vision_feature_select_strategy"], ("default",))
+        _positive("text_config", hidden_size=text["hidden_size"], num_attention_heads=text["num_attention_heads"])
+        feature_layer = top["vision_feature_layer"]
+        if not isinstance(feature_layer, int) or isinstance(feature_layer, bool):
+            raise CheckpointError(
+                f"config.json: vision_feature_layer={feature_layer!r}; one layer number is supported, as in LLaVA-1.5"
+            )
+        geometry = cls(
+            vision=VisionGeometry(
+                hidden=vision["hidden_size"],
+                layers=vision["num_hidden_layers"],
+                heads=vision["num_attention_heads"],
+                mlp=vision["intermediate_size"],
+                image_size=vision["image_size"],
+                patch_size=vision["patch_size"],
+                channels=vision["num_channels"],
+                norm_eps=float(vision["layer_norm_eps"]),
+                activation=vision["hidden_act"],
+            ),
+            text=TextGeometry(
+                hidden=text["hidden_size"],
+                layers=text["num_hidden_layers"],
+                heads=text["num_attention_heads"],
+                kv_heads=_or(text["num_key_value_heads"], text["num_attention_heads"]),
+                head_dim=_or(text["head_dim"], text["hidden_size"] // text["num_attention_heads"]),
+                mlp=text["intermediate_size"],
+                vocab=text["vocab_size"],
+                max_positions=text["max_position_embeddings"],
+                norm_eps=float(text["rms_norm_eps"]),
+                activation=text["hidden_act"],
+                attention_bias=bool(text["attention_bias"]),
+                mlp_bias=bool(text["mlp_bias"]),
+                rope=Rope.from_text_config(text),
+            ),
+            # Hugging Face counts hidden states from the embeddings, so index i is the output of the i-th layer.
+            tower_layers=feature_layer if feature_layer >= 0 else vision["num_hidden_layers"] + 1 + feature_layer,
+            projector_activation=top["projector_hidden_act"],
+            projector_bias=bool(top["multimodal_projector_bias"]),
+            image_token_id=int(top.get("image_token_id", top["image_token_index"])),
+            tied_embeddings=bool(top["tie_word_embeddings"] or text["tie_word_embeddings"]),
+        )
+        promised = config.get("image_seq_length")
+        if promised is not None and promised != geometry.image_tokens:
+            rows, columns = geometry.grid
+            raise CheckpointError(
+                f"config.json: image_seq_length={promised}, but {geometry.vision.image_size} pixels in patches of "
+                f"{geometry.vision.patch_size} make {rows} x {columns} = {geometry.image_tokens} image tokens"
+            )
+        return geometry
+
+    def sizes(self) -> dict[str, object]:
+        """The numbers by which one model of the family is told from another."""
+        return {
+            "vision hidden": self.vision.hidden,
+            "vision layers": self.vision.layers,
+            "vision heads": self.vision.heads,
+            "vision MLP": self.vision.mlp,
+            "image size": self.vision.image_size,
+            "patch size": self.vision.patch_size,
+            "text hidden": self.text.hidden,
+            "text layers": self.text.layers,
+            "text heads": self.text.heads,
+            "text KV heads": self.text.kv_heads,
+            "text MLP": self.text.mlp,
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the whole model under its canonical name (see export.checkpoints)."""
+        return dict(self._tensor_shapes())
+
+    def optional_tensors(self) -> frozenset[str]:
+        """Tensors that nothing we build reads: a checkpoint without them is complete."""
+        unused = tuple(f"vision_tower.encoder.layers.{i}." for i in range(self.tower_layers, self.vision.layers))
+        names = {name for name in self.tensor_shapes() if name.startswith((*unused, "vision_tower.post_layernorm."))}
+        if self.tied_embeddings:
+            names.add("lm_head.weight")
+        return frozenset(names)
+
+    def vision_parameter_count(self, placement: str, layer: int) -> int:
+        """Parameters the vision subgraph holds: tower, projector and, for decoder placement, layers 0..layer-1."""
+        wanted = [
+            "vision_tower.embeddings.",
+            "vision_tower.pre_layrnorm.",
+            *(f"vision_tower.encoder.layers.{i}." for i in range(self.tower_layers)),
+            "multi_modal_projector.",
+        ]
+        if placement == "decoder":
+            wanted += [f"language_model.layers.{i}." for i in range(layer)]
+        return sum(math.prod(shape) for name, shape in self.tensor_shapes().items() if name.startswith(tuple(wanted)))
+
+    def _tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        vision, text = self.vision, self.text
+        width = vision.hidden
+        patch = vision.patch_size
+        yield "vision_tower.embeddings.class_embedding", (width,)
+        yield "vision_tower.embeddings.patch_embedding.weight", (width, vision.channels, patch, patch)
+        yield "vision_tower.embeddings.position_embedding.weight", (vision.tokens + 1, width)
+        for norm in ("pre_layrnorm", "post_layernorm"):  # the first spelling is the published one
+            yield f"vision_tower.{norm}.weight", (width,)
+            yield f"vision_tower.{norm}.bias", (width,)
+        for i in range(vision.layers):
+            base = f"vision_tower.encoder.layers.{i}"
+            for norm in ("layer_norm1", "layer_norm2"):
+                yield f"{base}.{norm}.weight", (width,)
+                yield f"{base}.{norm}.bias", (width,)
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                yield from _linear(f"{base}.self_attn.{name}", width, width, bias=True)
+            yield from _linear(f"{base}.mlp.fc1", width, vision.mlp, bias=True)
+            yield from _linear(f"{base}.mlp.fc2", vision.mlp, width, bias=True)
+        yield from _linear("multi_modal_projector.linear_1", width, text.hidden, bias=self.projector_bias)
+        yield from _linear("multi_modal_projector.linear_2", text.hidden, text.hidden, bias=self.projector_bias)
+        yield "language_model.embed_tokens.weight", (text.vocab, text.hidden)
+        queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        for i in range(text.layers):
+            base = f"language_model.layers.{i}"
+            yield f"{base}.input_layernorm.weight", (text.hidden,)
+            yield from _linear(f"{base}.self_attn.q_proj", text.hidden, queries, bias=text.attention_bias)
+            yield from _linear(f"{base}.self_attn.k_proj", text.hidden, keys, bias=text.attention_bias)
+            yield from _linear(f"{base}.self_attn.v_proj", text.hidden, keys, bias=text.attention_bias)
+            yield from _linear(f"{base}.self_attn.o_proj", queries, text.hidden, bias=text.attention_bias)
+            yield f"{base}.post_attention_layernorm.weight", (text.hidden,)
+            yield from _linear(f"{base}.mlp.gate_proj", text.hidden, text.mlp, bias=text.mlp_bias)
+            yield from _linear(f"{base}.mlp.up_proj", text.hidden, text.mlp, bias=text.mlp_bias)
+            yield from _linear(f"{base}.mlp.down_proj", text.mlp, text.hidden, bias=text.mlp_bias)
+        yield "language_model.norm.weight", (text.hidden,)
+        yield "lm_head.weight", (text.vocab, text.hidden)
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"config.json: {name} must be an object, got {section!r}")
+    return section
+
+
+def _or(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _linear(name: str, width_in: int, width_out: int, *, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width_out, width_in)
+    if bias:
+        yield f"{name}.bias", (width_out,)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model that `--model` can name: where its weights come from and what its prompt starts with."""
+
+    name: str
+    summary: str
+    hub_id: str | None
+    config: Mapping[str, Any]
+    # Length of the stand-in prefix where no tokenizer is at hand: that of the real template with its system prompt.
+    prefix_tokens: int = 35
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.prefix_tokens < 1:
+            raise ValueError(f"a model needs a name and a prefix of at least one token, got {self.name!r}")
+
+    @property
+    def family(self) -> str:
+        """The architecture that builds this model's graphs."""
+        return "llava"
+
+    @cached_property
+    def geometry(self) -> LlavaGeometry:
+        """The sizes this model must have, known without any weights."""
+        return LlavaGeometry.from_config(self.config)
+
+
+def check_same_model(entry: ModelEntry, geometry: LlavaGeometry, others: Mapping[str, ModelEntry], where: str) -> None:
+    """Raises CheckpointError when `geometry`, read from `where`, is not the geometry of `entry`."""
+    expected, got = entry.geometry.sizes(), geometry.sizes()
+    if expected == got:
+        return
+    differing = [f"{name} {got[name]} instead of {expected[name]}" for name in expected if expected[name] != got[name]]
+    match = [name for name, other in others.items() if other.geometry.sizes() == got]
+    hint = f"these are the weights of {match[0]}: say --model {match[0]}" if match else f"give weights of {entry.name}"
+    raise CheckpointError(f"{where} is not {entry.name}: {', '.join(differing)}; {hint}")
+
+
+def image_info(checkpoint: Checkpoint, entry: ModelEntry) -> ImageInfo:
+    """How a photo becomes pixel_values: from preprocessor_config.json, or CLIP's own settings without a folder."""
+    from export.models.preprocessor import read_preprocessor
+    from runtime.bundle import ImageInfo
+
+    info = ImageInfo.from_preprocessor(read_preprocessor(checkpoint.folder, checkpoint.geometry.vision.image_size))
+    side = checkpoint.geometry.vision.image_size
+    if tuple(info.size) != (side, side):
+        raise CheckpointError(
+            f"preprocessor_config.json crops to {info.size[0]} x {info.size[1]} pixels, "
+            f"but the tower of {entry.name} takes {side} x {side}"
+        )
+    return info
+
+
+def prompt_info(checkpoint: Checkpoint, entry: ModelEntry) -> PromptInfo:
+    """The ids in front of the image and the text behind it (see export.models.prompt)."""
+    from export.models.prompt import read_prompt
+
+    return read_prompt(checkpoint.folder, checkpoint.geometry, entry)
+
+
+# The system prompt LLaVA-1.5 was trained with (Vicuna's); with it the prefix has the 35 tokens of the paper's costs.
+_VICUNA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+
+def _llava_config(*, hidden: int, mlp: int, layers: int, heads: int) -> Mapping[str, Any]:
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "image_seq_length": 576,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vision_config": dict(_VISION_WHEN_ABSENT),
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    }
+
+
+LLAVA_7B = ModelEntry(
+    name="llava-1.5-7b",
+    summary="LLaVA-1.5 with Vicuna 7B: 576 image tokens, 32 layers of width 4096",
+    hub_id="llava-hf/llava-1.5-7b-hf",
+    config=_llava_config(hidden=4096, mlp=11008, layers=32, heads=32),
+    system_prompt=_VICUNA_SYSTEM,
+)
+LLAVA_13B = ModelEntry(
+    name="llava-1.5-13b",
+    summary="LLaVA-1.5 with Vicuna 13B: 576 image tokens, 40 layers of width 5120",
+    hub_id="llava-hf/llava-1.5-13b-hf",
+    config=_llava_config(hidden=5120, mlp=13824, layers=40, heads=40),
+    system_prompt=_VICUNA_SYSTEM,
+)
