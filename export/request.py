@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from runtime.errors import ImageError, NotYetError, OutputError, RequestError
+from runtime.errors import ExportError, ImageError, NotYetError, OutputError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +123,7 @@ def plan(request: Request) -> Plan:
         NotYetError: something later versions will do.
         OutputError: the bundle exists, or its folder cannot be written or is too full.
         ImageError: the photo cannot be read.
+        ExportError: the packages that make graphs are not installed.
     """
     from export.models import MODELS
     from export.targets import TARGETS
@@ -151,6 +152,7 @@ def plan(request: Request) -> Plan:
     if request.twin and keep == tokens:
         raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
     _check_weights(request.weights)
+    _check_installed(backend)
     photo_path = _photo_path(request.image)
 
     choices = [
@@ -282,6 +284,15 @@ def _check_weights(weights: str | None) -> None:
         raise RequestError(f"weights={weights!r} does not exist; give a checkpoint folder, or the word random")
     if not path.is_dir():
         raise RequestError(f"weights={weights} is a file; give the folder that holds config.json and *.safetensors")
+
+
+def _check_installed(backend: Backend) -> None:
+    missing = [package for package in backend.packages if find_spec(package) is None]
+    if missing:
+        raise ExportError(
+            f"backend {backend.name} needs {', '.join(missing)}, not installed here; "
+            "run: pip install 'pruneport[export]'"
+        )
 
 
 def _photo_path(image: str | None) -> Path:

@@ -46,13 +46,17 @@ class Lower(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A converter together with the engine that runs what it makes; the first precision is the default."""
+    """A converter together with the engine that runs what it makes; the first precision is the default.
+
+    `packages` are the modules without which nothing can be exported for it.
+    """
 
     name: str
     engine: Literal["executorch", "onnxruntime"]
     precisions: tuple[Precision, ...]
     quant_vision: tuple[str, ...]
     pruner_form: str
+    packages: tuple[str, ...]
     load: Callable[[], Lower]
 
     def __post_init__(self) -> None:
@@ -91,6 +95,7 @@ XNNPACK = Backend(
     precisions=("fp32", "fp16"),
     quant_vision=("8da8w",),
     pruner_form="default",
+    packages=("torch", "transformers", "executorch", "torchao"),
     load=_executorch,
 )
 ONNX = Backend(
@@ -99,6 +104,7 @@ ONNX = Backend(
     precisions=("fp32", "fp16"),
     quant_vision=(),
     pruner_form="default",
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
 )
 

@@ -55,3 +55,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+def _pocket_bundle(backend: str, folder: Path, command_line: CommandLine) -> Path:
+    words = ["export", "--model", "pocket", "--keep", "64", "--target", "android", "--backend", backend, "-q"]
+    done = command_line(*words, "--output-dir", folder, env={"PRUNEPORT_CACHE": str(folder / "cache")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def xnnpack_bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The pocket model with 64 image tokens, exported for ExecuTorch; not to be changed."""
+    return _pocket_bundle("xnnpack", tmp_path_factory.mktemp("xnnpack"), command_line)
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
+    """The pocket model with 64 image tokens, exported for ONNX Runtime; not to be changed."""
+    return _pocket_bundle("onnx", tmp_path_factory.mktemp("onnx"), command_line)

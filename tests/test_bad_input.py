@@ -260,7 +260,7 @@ def test_odd_photo_goes_all_the_way(name: str, tmp_path: Path, capsys: pytest.Ca
 def test_no_photo_installed_asks_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("export.request.find_spec", lambda name: None)
+    monkeypatch.setattr("export.request.DEFAULT_PHOTOS", (("no_such_package", "photo.jpg"),))
     assert export(tmp_path / "out", "--model", "pocket") == 2
     assert "give one with --image PHOTO" in one_message(capsys)
 
