@@ -137,17 +137,21 @@ class _Making:
         from safetensors.numpy import save
 
         from export.golden import golden_device, make_golden
+        from pruning import SpecError
 
         device = golden_device()
-        golden = make_golden(
-            self.checkpoint,
-            self.plan.entry,
-            bundle.spec,
-            placement=self.plan.placement,
-            layer=self.plan.layer,
-            pixel_values=self._desktop_pixels(),
-            device=device,
-        )
+        try:
+            golden = make_golden(
+                self.checkpoint,
+                self.plan.entry,
+                bundle.spec,
+                placement=self.plan.placement,
+                layer=self.plan.layer,
+                pixel_values=self._desktop_pixels(),
+                device=device,
+            )
+        except SpecError as error:
+            raise ExportError(f"the image tokens of {self.plan.photo_path} cannot be pruned: {error}") from error
         if bundle.spec is not None and golden["kept_indices"].shape != (bundle.spec.keep,):
             raise ExportError(
                 f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {bundle.spec.keep}: "
@@ -188,7 +192,7 @@ class _Making:
                 precision=plan.precision,
             )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
-        handed_on = encoder.output_infos()[0].shape[1] - (encoder.prefix_length if plan.placement == "decoder" else 0)
+        handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
         if handed_on != keep:
             raise ExportError(f"{VISION_GRAPH} hands on {handed_on} image tokens instead of {keep}; please report this")
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
