@@ -114,13 +114,20 @@ def _hub_folder(entry: ModelEntry, hub_id: str) -> Path:
     except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
         pass  # nothing in the cache yet: the download below is the next step, not a failure
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+        fetched = Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"no weights for {entry.name}: {hub_id} is not in the local hub cache and cannot be downloaded "
             f"({reason}); {ways_out}"
         ) from error
+    # Without a connection the hub's client hands out an unfinished download as if it were whole.
+    if not _is_complete(fetched):
+        raise CheckpointError(
+            f"no weights for {entry.name}: the copy of {hub_id} in the local hub cache ({fetched}) is incomplete and "
+            f"cannot be completed; {ways_out}"
+        )
+    return fetched
 
 
 def _is_complete(folder: Path) -> bool:
