@@ -32,8 +32,8 @@ def load_photo(path: Path) -> np.ndarray:
     path = Path(path)
     try:
         with warnings.catch_warnings():
-            # Pillow's own limit is a warning well below ours; its error far above ours is caught below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of odd metadata it skips, and of sizes well below our own limit; what it cannot decode raises.
+            warnings.simplefilter("ignore")
             image: Image.Image
             with Image.open(path) as image:
                 width, height = image.size
