@@ -32,7 +32,7 @@ def load_photo(path: Path) -> np.ndarray:
     path = Path(path)
     try:
         with warnings.catch_warnings():
-            # Pillow warns of odd metadata it skips, and of sizes well below our own limit; what it cannot decode raises.
+            # Pillow warns of metadata it skips and of sizes well below our limit; what it cannot decode raises.
             warnings.simplefilter("ignore")
             image: Image.Image
             with Image.open(path) as image:
