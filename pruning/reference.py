@@ -1,0 +1,172 @@
+"""VLM-Pruner as the paper tells it: data-dependent loops, slow and readable, the oracle of the static form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.spec import PruneSpec, SpecError
+
+# A kept token is mixed with the tokens it stands for only while their similarities do not cancel: weights are
+# similarities over their sum, so a sum this small against the absolute sum would amplify the mean a thousandfold.
+CANCELLATION = 2.0**-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Everything the selection decided, for B images.
+
+    Attributes:
+        tokens: (B, keep, D) kept tokens after recovery, in position order.
+        indices: (B, keep) int64, ascending.
+        order: (B, keep) int64, the same positions in the order of selection.
+        pivots: (B, pivots) int64, in the order of selection.
+        margin: (B, keep) float32, in the order of selection: how far the deciding number was from the next answer.
+            For a pivot the relative lead over the runner-up, for every other token the distance of its adjusted
+            similarity from the threshold, or from the best token left out where the count cut the batch.
+    """
+
+    tokens: Tensor
+    indices: Tensor
+    order: Tensor
+    pivots: Tensor
+    margin: Tensor
+
+
+def prune(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor]:
+    """Kept tokens and their positions: (B, N, Dk), (B, N, D) -> (B, keep, D), (B, keep) int64 ascending.
+
+    Source: arXiv 2512.02700, algorithm 1. Arithmetic is float32, or float64 for float64 inputs.
+
+    Raises:
+        SpecError: shapes that do not fit the spec, or features that are not finite.
+    """
+    result = trace(keys, hidden, spec)
+    return result.tokens, result.indices
+
+
+def trace(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> Trace:
+    """Like `prune`, with the order of selection and how near each choice was to going the other way."""
+    check_features(keys, hidden, spec)
+    work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    images = [_prune_one(k, h, spec) for k, h in zip(keys.to(work), hidden.to(work), strict=True)]
+    tokens, indices, order, margin = (torch.stack(part) for part in zip(*images, strict=True))
+    return Trace(
+        tokens=tokens.to(hidden.dtype),
+        indices=indices,
+        order=order,
+        pivots=order[:, : spec.first_pivots],
+        margin=margin.float(),
+    )
+
+
+def check_features(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
+    """Refuse features that have no defined answer. Raises SpecError."""
+    check_shapes(keys, hidden, spec)
+    for name, features in (("keys", keys), ("hidden", hidden)):
+        if not bool(torch.isfinite(features).all()):
+            bad = int((~torch.isfinite(features)).sum())
+            raise SpecError(f"{name} holds {bad} values that are NaN or infinite; only finite features can be ranked")
+
+
+def check_shapes(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
+    """Refuse shapes that do not fit the spec. Raises SpecError."""
+    for name, features in (("keys", keys), ("hidden", hidden)):
+        if features.dim() != 3 or features.shape[1] != spec.tokens or 0 in features.shape:
+            raise SpecError(
+                f"{name} has shape {tuple(features.shape)}; expected (B, {spec.tokens}, channels) for grid={spec.grid}"
+            )
+        if not features.is_floating_point():
+            raise SpecError(f"{name} has dtype {features.dtype}; expected float16, bfloat16, float32 or float64")
+    if keys.shape[0] != hidden.shape[0]:
+        raise SpecError(f"keys hold {keys.shape[0]} images and hidden {hidden.shape[0]}; expected the same number")
+
+
+def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order, margin = _pivots(keys, spec)
+    similarity = _similarity(hidden, spec)
+    _expand(similarity, _distances(spec, hidden), order, margin, spec)
+    selection = torch.tensor(order)
+    kept = selection.sort().values
+    return _recover(similarity, hidden, kept, spec), kept, selection, torch.tensor(margin)
+
+
+def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
+    """First the largest L1 norm, then always the token farthest from the pivots so far (section 3.2)."""
+    score = K.abs().sum(-1)
+    free = torch.ones_like(score, dtype=torch.bool)
+    nearest = torch.full_like(score, torch.inf)
+    order: list[int] = []
+    margin: list[float] = []
+    for _ in range(spec.first_pivots):
+        ranked = score.masked_fill(~free, -1.0)
+        best = int(ranked.argmax())  # the first one on ties
+        runner_up = ranked.masked_fill(torch.arange(len(ranked)) == best, -1.0).max()
+        margin.append(float((ranked[best] - runner_up.clamp(min=0.0)) / ranked[best].clamp(min=1e-30)))
+        order.append(best)
+        free[best] = False
+        nearest = torch.minimum(nearest, (K - K[best]).square().sum(-1))
+        score = nearest
+    return order, margin
+
+
+def _similarity(H: Tensor, spec: PruneSpec) -> Tensor:
+    """Cosine similarity of all pairs on the channels that vary most over the image: (N, D) -> (N, N)."""
+    if H.shape[1] > spec.channels:
+        variance = (H - H.mean(0)).square().mean(0)
+        strongest = variance.sort(descending=True, stable=True).indices[: spec.channels]
+        H = H[:, strongest.sort().values]
+    unit = H / H.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    return unit @ unit.T
+
+
+def _distances(spec: PruneSpec, like: Tensor) -> Tensor:
+    """Euclidean distance of all pairs on the grid, in diagonals: (N, N)."""
+    rows, columns = spec.grid
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    at = torch.stack([y.flatten(), x.flatten()], 1).to(like)
+    return (at[:, None] - at[None]).square().sum(-1).sqrt() / spec.diagonal
+
+
+def _expand(S: Tensor, dist: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -> None:
+    """Centrifugal expansion with buffering for spatial sparsity (section 3.3); appends to order and margin."""
+
+    def adjusted() -> Tensor:
+        chosen = torch.tensor(order)
+        return S[:, chosen].max(1).values * (1.0 + spec.distance_weight * dist[:, chosen].min(1).values)
+
+    for threshold in spec.levels():
+        limit = torch.tensor(threshold, dtype=torch.float32).to(S)
+        selected = set(order)
+        score = 1.0 - adjusted()
+        ranked = [i for i in score.sort(descending=True, stable=True).indices.tolist() if i not in selected]
+        for start in range(0, len(ranked), spec.token_batch):
+            if len(order) == spec.keep:
+                return
+            batch = torch.tensor(ranked[start : start + spec.token_batch]).sort().values
+            adj = adjusted()[batch]
+            near = (limit - adj).abs()
+            accepted = torch.nonzero(adj < limit).flatten()
+            room = spec.keep - len(order)
+            if len(accepted) > room:  # the count cuts the batch: its best ones fill up
+                best = (1.0 - adj).sort(descending=True, stable=True).indices
+                gap = float(adj[best[room]] - adj[best[room - 1]])
+                accepted = best[:room]
+                near = torch.minimum(near, torch.full_like(near, gap))
+            order.extend(batch[accepted].tolist())
+            margin.extend(near[accepted].tolist())
+
+
+def _recover(S: Tensor, H: Tensor, kept: Tensor, spec: PruneSpec) -> Tensor:
+    """Mix what was dropped into its most similar kept token (section 3.4): (N, D) -> (keep, D)."""
+    dropped = torch.ones(len(H), dtype=torch.bool)
+    dropped[kept] = False
+    to_kept = S[:, kept]
+    stands_for = torch.nn.functional.one_hot(to_kept.argmax(1), len(kept)).bool() & dropped[:, None]
+    weight = torch.where(stands_for, to_kept, torch.zeros_like(to_kept))
+    total = weight.sum(0)
+    mixed = total > CANCELLATION * weight.abs().sum(0)
+    mean = (weight / total.clamp(min=1e-8)).T @ H
+    return torch.where(mixed[:, None], (1.0 - spec.recovery) * H[kept] + spec.recovery * mean, H[kept])
