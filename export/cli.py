@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -167,7 +170,7 @@ def _export(args: argparse.Namespace, version: str) -> int:
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     try:
-        with library_noise(shown=args.verbose):
+        with library_noise(shown=args.verbose), _ended_by_any_signal():
             made = export(planned, progress=progress, version=version)
     except KeyboardInterrupt:
         finished = [str(bundle.path) for bundle in planned.bundles if bundle.path.exists()]
@@ -179,6 +182,21 @@ def _export(args: argparse.Namespace, version: str) -> int:
     else:
         _show(made.bundle, made.verdict, next_command=_command("verify", str(made.bundle.path)))
     return _exit_code(made.verdict)
+
+
+@contextmanager
+def _ended_by_any_signal() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end an export the way Ctrl-C does, so that they leave no partial bundle either."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread, and only there handlers can be set
+        return
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _verify(args: argparse.Namespace) -> int:

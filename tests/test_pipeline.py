@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,8 +280,6 @@ def test_exit_code_tells_what_the_check_found(
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB, where this process may mount one."""
-    import subprocess
-
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -304,3 +306,45 @@ def test_disk_that_is_really_full(
     assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tiny_disk)], version="0") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert left_behind(tiny_disk) == []
+
+
+@pytest.mark.parametrize(
+    ("after", "during", "sent"),
+    [
+        ("[1/7]", "desktop outputs", signal.SIGINT),
+        ("[3/7]", "trace and lower", signal.SIGINT),
+        ("[1/7]", "desktop outputs", signal.SIGTERM),
+    ],
+    ids=["golden", "lower", "terminated"],
+)
+def test_real_signal_leaves_nothing(after: str, during: str, sent: signal.Signals, tmp_path: Path, root: Path) -> None:
+    program = (
+        # A shell that starts this suite in the background makes its children ignore SIGINT.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from pruneport import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["export", *WORDS, "--output-dir", str(tmp_path / "deep" / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        cwd=root,
+        env={**os.environ, "PRUNEPORT_CACHE": str(tmp_path.with_name(tmp_path.name + "-cache"))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(after):
+                break
+        time.sleep(0.3)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=120)
+    said += err.splitlines(keepends=True)
+    assert process.returncode == 130, said
+    assert out == ""
+    assert said[-1] == "pruneport: interrupted, nothing was written\n"
+    assert during in said[-2]
+    assert "stopped" in said[-2]
+    assert left_behind(tmp_path) == []
