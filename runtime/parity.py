@@ -44,17 +44,20 @@ BOUNDS: dict[str, Bound] = {
             precision="fp16",
             most_rel=5e-3,
             least_cosine=None,
-            least_overlap=0.9,
+            least_overlap=0.87,
             reason="11 bits of mantissa through some 25 layers: a full tower was measured at 1.7e-3, emulated ARM at "
-            "5e-3. Near-ties between tokens may fall the other way, and one changed choice moves those after it.",
+            "5e-3. Near-ties fall the other way, and one changed choice moves those after it: with noise of 5e-3 on "
+            "the features of 48 golden cases, 19 of 20 selections overlapped the clean one by more than this, the "
+            "median by 0.98.",
         ),
         Bound(
             precision="8da8w",
             most_rel=None,
             least_cosine=0.99,
-            least_overlap=0.75,
-            reason="8-bit weights and activations: a full tower was measured at 1.5e-2 relative. A cosine of 0.99 is "
-            "where 8-bit towers are commonly accepted. Noise of this size reorders near-ties all along the selection.",
+            least_overlap=0.47,
+            reason="8-bit weights and activations: a full tower was measured at 1.5e-2 relative, a cosine of 0.9999; "
+            "0.99 leaves room for wider ones. With noise of 1.5e-2 on the features of 48 golden cases, 19 of 20 "
+            "selections overlapped the clean one by more than this, the median by 0.94.",
         ),
     )
 }
