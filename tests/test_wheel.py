@@ -84,7 +84,7 @@ def test_rooms_are_not_top_level(lean: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [["pruneport"], ["python", "-m", "pruneport"]])
 def test_wheel_starts(start: list[str], lean: Path, tmp_path: Path) -> None:
-    words = [lean / start[0], *start[1:]]
+    words: list[str | Path] = [lean / start[0], *start[1:]]
     version = run(*words, "--version", cwd=tmp_path)
     assert (version.returncode, version.stdout) == (0, "pruneport 0.1.0\n"), version.stderr
     shown = run(*words, "export", "--help", cwd=tmp_path)
