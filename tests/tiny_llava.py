@@ -91,7 +91,7 @@ def write_tiny(
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         shard = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in names[number::shards]}

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of the cache folder's name: raise it whenever a byte of the checkpoint changes.
-RECIPE = 1
-SEED = 20251202
+RECIPE = 2
+# Of the seeds 20251202..20251217, the one whose selections on the demo photo stay farthest from ties.
+SEED = 20251216
 
 _CONFIG: Mapping[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],

@@ -1,0 +1,122 @@
+"""Golden outputs equal transformers' whole model, although they are made one layer at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoints import FolderCheckpoint, RandomCheckpoint, open_checkpoint
+from export.golden import golden_device, make_golden
+from export.models import MODELS
+from export.models.llava import ModelEntry, prompt_info
+from export.models.pocket import POCKET, pocket_folder
+from pruning import PruneSpec, reference
+from runtime.errors import ExportError
+from tests.tiny_llava import TINY, write_tiny
+
+
+def _pixels(side: int) -> np.ndarray:
+    return np.random.default_rng(4).standard_normal((1, 3, side, side), dtype=np.float32)
+
+
+@pytest.mark.parametrize("model", ["pocket", "tiny"])
+def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) -> None:
+    from transformers import DynamicCache, LlavaForConditionalGeneration
+
+    entry: ModelEntry = POCKET if model == "pocket" else TINY
+    folder = pocket_folder(tmp_path) if model == "pocket" else write_tiny(tmp_path)
+    checkpoint = FolderCheckpoint(folder, entry)
+    pixels = _pixels(entry.geometry.vision.image_size)
+    golden = make_golden(checkpoint, entry, None, placement="decoder", layer=2, pixel_values=pixels)
+
+    whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    prefix = prompt_info(checkpoint, entry).prefix_ids
+    ids = torch.tensor([[*prefix, *[entry.geometry.image_token_id] * entry.geometry.image_tokens]])
+    config: Any = whole.config.text_config
+    cache: Any = DynamicCache(config=config)
+    with torch.no_grad():
+        out = whole(
+            input_ids=ids, pixel_values=torch.from_numpy(pixels), past_key_values=cache, output_hidden_states=True
+        )
+        features = whole.model.get_image_features(torch.from_numpy(pixels)).pooler_output[0]
+    np.testing.assert_allclose(golden["vision_encoder.out.hidden"], out.hidden_states[2].numpy(), atol=2e-5)
+    assert golden["vision_encoder.out.positions"].tolist() == [list(range(ids.shape[1]))]
+    for index in range(2):
+        cached = cache.layers[index]
+        np.testing.assert_allclose(golden[f"vision_encoder.out.key_{index}"], cached.keys.numpy(), atol=2e-5)
+        np.testing.assert_allclose(golden[f"vision_encoder.out.value_{index}"], cached.values.numpy(), atol=2e-5)
+    at_projector = make_golden(checkpoint, entry, None, placement="projector", pixel_values=pixels)
+    np.testing.assert_allclose(at_projector["vision_encoder.out.image_features"][0], features.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("placement", ["decoder", "projector"])
+def test_pruned_golden_is_the_papers_loop_on_the_unpruned(placement: str) -> None:
+    checkpoint = RandomCheckpoint(TINY, seed=2)
+    spec = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+    pixels = _pixels(58)
+    full, pruned = (
+        make_golden(checkpoint, TINY, chosen, placement=placement, layer=2, pixel_values=pixels)
+        for chosen in (None, spec)
+    )
+    assert pruned["kept_order"].shape == pruned["kept_margin"].shape == (6,)
+    assert pruned["pivots"].tolist() == pruned["kept_order"][:2].tolist()
+    assert sorted(pruned["kept_order"].tolist()) == pruned["kept_indices"].tolist()
+    if placement == "decoder":
+        prefix = 7
+        keys = torch.from_numpy(full["vision_encoder.out.key_1"])[0, :, prefix:].permute(1, 0, 2).reshape(1, 16, -1)
+        hidden = torch.from_numpy(full["vision_encoder.out.hidden"])[:, prefix:]
+        tokens, indices = reference.prune(keys, hidden, spec)
+        out = pruned["vision_encoder.out.hidden"]
+        np.testing.assert_array_equal(out[:, prefix:], tokens.numpy())
+        np.testing.assert_array_equal(out[:, :prefix], full["vision_encoder.out.hidden"][:, :prefix])
+        expected = [*range(prefix), *(prefix + indices[0]).tolist()]
+        assert pruned["vision_encoder.out.positions"].tolist() == [expected]
+        for name in ("key_0", "value_0", "key_1", "value_1"):  # layers before the pruning see every token
+            np.testing.assert_array_equal(pruned[f"vision_encoder.out.{name}"], full[f"vision_encoder.out.{name}"])
+    else:
+        assert pruned["vision_encoder.out.image_features"].shape == (1, 6, 48)
+        assert pruned["vision_encoder.out.kept_indices"].tolist() == [pruned["kept_indices"].tolist()]
+
+
+def test_keys_at_the_projector_are_those_of_the_layer_that_made_the_features(tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    folder = write_tiny(tmp_path)
+    whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    seen: list[torch.Tensor] = []
+    tower = whole.model.vision_tower
+    # Three layers, and the features are the output of the second.
+    tower.encoder.layers[1].self_attn.k_proj.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    pixels = _pixels(58)
+    with torch.no_grad():
+        features = whole.model.get_image_features(torch.from_numpy(pixels)).pooler_output[0]
+    spec = PruneSpec(grid=(4, 4), keep=5, pivots=2, token_batch=3)
+    _, indices = reference.prune(seen[0][:, 1:], features[None], spec)
+    golden = make_golden(FolderCheckpoint(folder, TINY), TINY, spec, placement="projector", pixel_values=pixels)
+    assert golden["kept_indices"].tolist() == indices[0].tolist()
+
+
+def test_golden_needs_an_image_of_the_towers_size() -> None:
+    with pytest.raises(ExportError, match=r"\(1, 3, 58, 58\), got \(1, 3, 56, 56\)"):
+        make_golden(RandomCheckpoint(TINY, seed=0), TINY, None, placement="decoder", pixel_values=_pixels(56))
+    with pytest.raises(ExportError, match="placement 'tower' is not known"):
+        make_golden(RandomCheckpoint(TINY, seed=0), TINY, None, placement="tower", pixel_values=_pixels(58))
+
+
+def test_golden_never_shares_code_with_the_graphs(root: Path) -> None:
+    assert "export.graphs" not in (root / "export" / "golden.py").read_text().split('"""', 2)[2]
+
+
+def test_golden_device_is_one_that_torch_has() -> None:
+    assert golden_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_random_models_of_full_width_stay_sane_for_one_tower_layer() -> None:
+    checkpoint = open_checkpoint("llava-1.5-7b", weights="random")
+    tensor = checkpoint.tensor("vision_tower.encoder.layers.0.mlp.fc1.weight").float()
+    assert abs(float(tensor.std()) * 1024**0.5 - 1.0) < 0.01
+    assert MODELS["llava-1.5-7b"].geometry.tower_layers == 23

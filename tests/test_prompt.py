@@ -1,0 +1,194 @@
+"""The prompt around the image, from chat templates in every place a checkpoint may keep them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.checkpoints import RandomCheckpoint, open_checkpoint
+from export.models import MODELS
+from export.models.llava import image_info, prompt_info
+from export.models.pocket import POCKET, write_pocket
+from export.models.prompt import read_prompt
+from runtime.bundle import PromptInfo
+from runtime.errors import CheckpointError
+from tests.tiny_llava import TINY
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The pocket checkpoint's files, to be changed at will."""
+    write_pocket(tmp_path)
+    return tmp_path
+
+
+def read(folder: Path) -> PromptInfo:
+    return read_prompt(folder, POCKET.geometry, POCKET)
+
+
+def test_pocket_prompt(folder: Path) -> None:
+    prompt = read(folder)
+    assert prompt.prefix_text == "A person and their assistant talk about a picture in a few words. USER: "
+    assert prompt.suffix_text == "\n{question} ASSISTANT:"
+    assert len(prompt.prefix_ids) == 35
+    assert prompt.special_ids == {"bos": 1, "eos": 2, "pad": 0, "image": 3}
+
+
+def test_prefix_and_suffix_are_what_transformers_makes(folder: Path) -> None:
+    from transformers import AutoProcessor
+
+    load: Any = AutoProcessor.from_pretrained
+    processor = load(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = read(folder)
+    assert prompt.prefix_text is not None
+    assert prompt.suffix_text is not None
+    assert text == prompt.prefix_text + "<image>" + prompt.suffix_text.replace("{question}", "what is this?")
+    ids = processor.tokenizer(text)["input_ids"]
+    assert tuple(ids[: ids.index(3)]) == prompt.prefix_ids
+
+
+def _as_json_file(folder: Path) -> None:
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+
+
+def _as_tokenizer_key(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+
+
+def _as_named_templates(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+
+
+@pytest.mark.parametrize("write", [_as_json_file, _as_tokenizer_key, _as_named_templates])
+def test_every_place_of_a_template(folder: Path, write: Callable[[Path], None]) -> None:
+    (folder / "chat_template.jinja").unlink()
+    write(folder)
+    assert read(folder).prefix_text == "USER: "
+
+
+def test_generation_marks_render_as_what_they_hold(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        TEMPLATE.replace("USER", "U").replace(
+            "{{ part['text'] + ' ' }}", "{% generation %}{{ part['text'] }}{% endgeneration %} "
+        )
+    )
+    assert read(folder).suffix_text == "\n{question} ASSISTANT:"
+
+
+def test_a_template_that_writes_bos_does_not_get_two(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
+    ids = read(folder).prefix_ids
+    assert (ids[0], ids.count(1)) == (1, 1)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert read(folder).prefix_ids == ids
+
+
+def test_llava_gets_the_system_prompt_it_was_trained_with(folder: Path) -> None:
+    entry = MODELS["llava-1.5-7b"]
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}"
+        "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] + ' ' }}{% endif %}"
+        "{% endfor %}{% endfor %}ASSISTANT:"
+    )
+    prompt = read_prompt(folder, POCKET.geometry, entry)
+    assert prompt.prefix_text == f"{entry.system_prompt} USER: "
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{% for", "cannot be rendered"),
+        ("{{ messages[7]['role'] + 1 }}", "cannot be rendered"),
+        ("{{ raise_exception('no images here') }}", "no images here"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered"),
+        ("<image>", "each once"),
+        ("<image><image>{{ messages[-1]['content'][1]['text'] }}", "each once"),
+        ("{{ messages[-1]['content'][1]['text'] }} <image>", "question before the image"),
+    ],
+)
+def test_templates_that_cannot_be_used(folder: Path, template: str, complaint: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=complaint):
+        read(folder)
+
+
+def test_a_tokenizer_without_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match="no chat template"):
+        read(folder)
+
+
+def test_a_template_without_fast_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        read(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"model": {"type": "BPE"}}'])
+def test_a_broken_tokenizer(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        read(folder)
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no token 32000"):
+        read_prompt(folder, MODELS["llava-1.5-7b"].geometry, MODELS["llava-1.5-7b"])
+
+
+@pytest.mark.parametrize("model", ["llava-1.5-7b", "pocket"])
+def test_random_weights_get_a_seeded_stand_in(model: str) -> None:
+    checkpoint = open_checkpoint(model, weights="random")
+    prompt = prompt_info(checkpoint, MODELS[model])
+    assert prompt == prompt_info(checkpoint, MODELS[model])
+    assert len(prompt.prefix_ids) == 35
+    assert prompt.prefix_ids[0] == 1
+    assert (prompt.prefix_text, prompt.suffix_text) == (None, None)
+    assert checkpoint.geometry.image_token_id not in prompt.prefix_ids
+    assert max(prompt.prefix_ids) < checkpoint.geometry.text.vocab
+
+
+def test_image_settings_come_from_the_checkpoint(folder: Path) -> None:
+    from export.checkpoints import FolderCheckpoint
+
+    checkpoint = FolderCheckpoint(folder, POCKET)
+    assert image_info(checkpoint, POCKET).size == (336, 336)
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "image_mean": [0.5, 0.5, 0.5]}))
+    assert image_info(checkpoint, POCKET).mean == (0.5, 0.5, 0.5)
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    path.unlink()
+    assert image_info(checkpoint, POCKET).mean == (0.48145466, 0.4578275, 0.40821073)
+
+
+def test_image_size_must_be_the_towers(folder: Path) -> None:
+    from export.checkpoints import FolderCheckpoint
+
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "crop_size": 224, "size": 224}))
+    with pytest.raises(CheckpointError, match="crops to 224 x 224 pixels, but the tower of pocket takes 336 x 336"):
+        image_info(FolderCheckpoint(folder, POCKET), POCKET)
+
+
+def test_image_settings_without_a_folder_are_clips() -> None:
+    assert image_info(RandomCheckpoint(TINY, seed=0), TINY).size == (58, 58)

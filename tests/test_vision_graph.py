@@ -1,0 +1,340 @@
+"""The vision subgraph equals transformers' modules, is static, and stays whole in a delegate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoints import Checkpoint, FolderCheckpoint, RandomCheckpoint, canonical_name
+from export.golden import make_golden
+from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
+from export.graphs.norms import LayerNorm, RmsNorm
+from export.graphs.vision import VisionEncoder, build_vision_encoder
+from export.graphs.weights import fill
+from export.models import MODELS
+from export.models.llava import LlavaGeometry, ModelEntry
+from export.models.pocket import POCKET, pocket_folder
+from pruning import PruneSpec
+from runtime.errors import CheckpointError, ExportError
+from tests.tiny_llava import CONFIG, TINY
+
+TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The pocket checkpoint."""
+    return FolderCheckpoint(pocket_folder(tmp_path_factory.mktemp("cache")), POCKET)
+
+
+def _photo(side: int) -> torch.Tensor:
+    """Something with structure, in the range of a normalised photo."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    waves = torch.stack([torch.sin(9 * x * y), torch.cos(5 * x + y), torch.sin(3 * y * y - 7 * x)])
+    noise = torch.randn(3, side, side, generator=torch.Generator().manual_seed(1))
+    return (waves + 0.3 * noise)[None]
+
+
+def _differences(encoder: VisionEncoder, golden: dict[str, np.ndarray], pixels: torch.Tensor) -> dict[str, float]:
+    """Largest absolute difference by output name; shapes and dtypes are checked on the way."""
+    outputs = encoder(pixels)
+    found: dict[str, float] = {}
+    for info, output in zip(encoder.output_infos(), outputs, strict=True):
+        expected = torch.from_numpy(golden[f"vision_encoder.out.{info.name}"])
+        assert tuple(output.shape) == info.shape == tuple(expected.shape), info.name
+        assert output.dtype == getattr(torch, info.dtype), info.name
+        found[info.name] = float((output.double() - expected.double()).abs().max())
+    return found
+
+
+CASES = [
+    (model, placement, pruned)
+    for model in ("pocket", "tiny")
+    for placement in ("decoder", "projector")
+    for pruned in (False, True)
+]
+
+
+@pytest.mark.parametrize(("model", "placement", "pruned"), CASES)
+def test_equal_to_transformers(model: str, placement: str, pruned: bool, pocket: Checkpoint) -> None:
+    entry: ModelEntry = POCKET if model == "pocket" else TINY
+    checkpoint = pocket if model == "pocket" else RandomCheckpoint(TINY, seed=2)
+    spec = (PruneSpec() if model == "pocket" else TINY_SPEC) if pruned else None
+    encoder = build_vision_encoder(checkpoint, entry, spec, placement=placement)
+    pixels = _photo(entry.geometry.vision.image_size)
+    golden = make_golden(checkpoint, entry, spec, placement=placement, pixel_values=pixels.numpy())
+    assert (encoder.pruner is not None) == pruned
+    differences = _differences(encoder, golden, pixels)
+    assert max(differences.values()) < 1e-4, differences
+    assert differences.get("positions", 0.0) == differences.get("kept_indices", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_pruning_after_any_layer(layer: int) -> None:
+    checkpoint = RandomCheckpoint(TINY, seed=3)
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=layer)
+    pixels = _photo(58)
+    golden = make_golden(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=layer, pixel_values=pixels.numpy())
+    assert len(encoder.output_names) == 2 + 2 * layer
+    assert max(_differences(encoder, golden, pixels).values()) < 1e-4
+
+
+def test_keeping_everything_is_the_twin(pocket: Checkpoint) -> None:
+    pixels = _photo(336)
+    everything = build_vision_encoder(pocket, POCKET, PruneSpec(keep=576), placement="decoder")
+    twin = build_vision_encoder(pocket, POCKET, None, placement="decoder")
+    assert everything.keep == twin.keep == 576
+    for one, other in zip(everything(pixels), twin(pixels), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_prefix_does_not_depend_on_the_image(pocket: Checkpoint) -> None:
+    encoder = build_vision_encoder(pocket, POCKET, None, placement="decoder")
+    one, other = encoder(_photo(336)), encoder(torch.zeros(1, 3, 336, 336))
+    prefix = encoder.prefix_length
+    assert prefix == 35
+    assert torch.equal(one[0][:, :prefix], other[0][:, :prefix])
+    assert not torch.allclose(one[0][:, prefix:], other[0][:, prefix:])
+    for index in range(2, 6):
+        assert torch.equal(one[index][:, :, :prefix], other[index][:, :, :prefix])
+
+
+# --- half precision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["decoder", "projector"])
+def test_half_precision_at_build_and_afterwards_agree(placement: str, pocket: Checkpoint) -> None:
+    pixels = _photo(336)
+    built = build_vision_encoder(pocket, POCKET, None, placement=placement, precision="fp16")
+    turned = build_vision_encoder(pocket, POCKET, None, placement=placement).half_precision()
+    full = build_vision_encoder(pocket, POCKET, None, placement=placement)
+    halves = {parameter.dtype for parameter in built.parameters()}
+    assert halves == {torch.float16}
+    for info, one, other, exact in zip(built.output_infos(), built(pixels), turned(pixels), full(pixels), strict=True):
+        assert one.dtype == getattr(torch, info.dtype)
+        assert torch.equal(one, other), info.name
+        scale = float(exact.abs().max())
+        # 2^-11 is half a unit in the last place of float16; errors add up over some 30 layers of products.
+        assert float((one.float() - exact.float()).abs().max()) < 8 * 2**-11 * scale, info.name
+    assert built.output_infos()[0].dtype == "float32"
+
+
+def test_half_precision_leaves_the_pruner_alone(pocket: Checkpoint) -> None:
+    encoder = build_vision_encoder(pocket, POCKET, PruneSpec(), placement="decoder", precision="fp16")
+    assert encoder.pruner is not None
+    seen: list[torch.dtype] = []
+    encoder.pruner.register_forward_pre_hook(lambda _module, inputs: seen.extend(tensor.dtype for tensor in inputs))
+    hidden, positions, *caches = encoder(_photo(336))
+    assert seen == [torch.float32, torch.float32]
+    assert not any(buffer.dtype == torch.float16 for buffer in encoder.pruner.buffers())
+    assert (hidden.dtype, positions.dtype) == (torch.float32, torch.int64)
+    assert {cache.dtype for cache in caches} == {torch.float16}
+    assert torch.isfinite(hidden).all()
+
+
+def test_weights_beyond_float16_are_refused() -> None:
+    class Huge(RandomCheckpoint):
+        def tensor(self, name: str) -> torch.Tensor:
+            tensor = super().tensor(name).float()
+            if name.endswith("layers.1.mlp.fc2.bias"):
+                tensor[0] = 1e5
+            return tensor
+
+    with pytest.raises(CheckpointError, match=r"fc2\.bias has values beyond the range of float16"):
+        build_vision_encoder(Huge(TINY, seed=0), TINY, None, placement="projector", precision="fp16")
+    build_vision_encoder(Huge(TINY, seed=0), TINY, None, placement="projector")
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RmsNorm])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0, 2e4])
+def test_norms_in_both_precisions(norm: type[LayerNorm] | type[RmsNorm], size: float) -> None:
+    width = 1024
+    generator = torch.Generator().manual_seed(0)
+    module = norm(width, 1e-5)
+    for name, _ in list(module.named_parameters()):
+        fresh = 1.0 + 0.1 * torch.randn(width, generator=generator) if name == "weight" else torch.randn(width)
+        setattr(module, name, torch.nn.Parameter(fresh.half().float(), requires_grad=False))
+    x = (size * torch.randn(1, 9, width, generator=generator)).clamp(-6e4, 6e4)
+    x[0, 0, 5] = 6e4 if size > 1 else 100 * size  # one outlier channel, as real towers have
+    x[0, 1] = 0.0
+    x = x.half().float()
+    if isinstance(module, LayerNorm):
+        expected = torch.nn.functional.layer_norm(
+            x.double(), (width,), module.weight.double(), module.bias.double(), 1e-5
+        )
+    else:
+        expected = torch.nn.functional.rms_norm(x.double(), (width,), module.weight.double(), 1e-5)
+    np.testing.assert_allclose(module(x).numpy(), expected.numpy(), rtol=2e-5, atol=2e-5)
+    half = module.half()(x.half()).double()
+    assert torch.isfinite(half).all()
+    np.testing.assert_allclose(half.numpy(), expected.numpy(), rtol=6e-3, atol=6e-3)
+
+
+# --- decoder layer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 10000.0, "rope_type": "default"},
+        {"rope_theta": 500000.0, "rope_type": "linear", "factor": 2.5},
+        CONFIG["text_config"]["rope_parameters"],
+    ],
+)
+def test_rotary_tables_are_transformers(rope: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    text = {**CONFIG["text_config"], "rope_parameters": rope}
+    geometry = LlavaGeometry.from_config({**CONFIG, "text_config": text}).text
+    positions = [0, 1, 2, 35, 100, 249]
+    cos, sin = rope_tables(geometry, positions)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**text))(torch.zeros(1), position_ids=torch.tensor([positions]))
+    assert torch.equal(cos, theirs[0][0])
+    assert torch.equal(sin.abs(), theirs[1][0].abs())
+
+
+def test_older_spelling_of_rope_means_the_same() -> None:
+    text = {**CONFIG["text_config"]}
+    given = text.pop("rope_parameters")
+    scaling = {name: value for name, value in given.items() if name not in ("rope_theta", "rope_type")}
+    older = {**text, "rope_theta": given["rope_theta"], "rope_scaling": {**scaling, "type": given["rope_type"]}}
+    assert LlavaGeometry.from_config({**CONFIG, "text_config": older}) == TINY.geometry
+
+
+def test_a_layer_fed_in_pieces_equals_the_layer_fed_at_once() -> None:
+    text = TINY.geometry.text
+    layer = LlamaLayer(text)
+    fill(layer, RandomCheckpoint(TINY, seed=0), "language_model.layers.1", torch.float32)
+    hidden = torch.randn(1, 11, text.hidden, generator=torch.Generator().manual_seed(0))
+    cos, sin = rope_tables(text, range(11))
+    whole = layer(hidden, cos, sin, causal_mask(11))
+    first = layer(hidden[:, :4], cos[:4], sin[:4], causal_mask(4))
+    rest = layer(hidden[:, 4:], cos[4:], sin[4:], causal_mask(7, past=4), first.key, first.value)
+    torch.testing.assert_close(torch.cat([first.hidden, rest.hidden], dim=1), whole.hidden)
+    torch.testing.assert_close(rest.all_keys, whole.key)
+    torch.testing.assert_close(rest.all_values, whole.value)
+    assert rest.key.shape == (text.kv_heads, 7, text.head_dim)
+
+
+# --- requests that do not fit ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wishes", "complaint"),
+    [
+        ({"placement": "tower"}, "placement 'tower' is not known"),
+        ({"placement": "decoder", "precision": "bf16"}, "precision 'bf16' is not known"),
+        ({"placement": "decoder", "layer": 0}, r"layer=0 must lie in 1\.\.2"),
+        ({"placement": "decoder", "layer": 3}, r"layer=3 must lie in 1\.\.2"),
+        ({"placement": "decoder", "spec": PruneSpec()}, r"grid \(24, 24\) is not the grid \(4, 4\) of tiny"),
+    ],
+)
+def test_requests_that_do_not_fit(wishes: dict[str, Any], complaint: str) -> None:
+    wishes = {"spec": None, **wishes}
+    spec = wishes.pop("spec")
+    with pytest.raises(ExportError, match=complaint):
+        build_vision_encoder(RandomCheckpoint(TINY, seed=0), TINY, spec, **wishes)
+
+
+# --- geometry and export -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", [*MODELS.values(), TINY], ids=lambda entry: entry.name)
+def test_tensors_are_those_of_transformers_model(entry: ModelEntry) -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(dict(entry.config)))
+    theirs = {canonical_name(name): tuple(value.shape) for name, value in model.named_parameters()}
+    assert theirs == entry.geometry.tensor_shapes()
+
+
+def test_what_a_sparse_config_leaves_out_means_the_same_as_in_transformers() -> None:
+    from transformers import LlavaConfig
+
+    # As the published files have it: most of the decoder's sizes are left to the defaults.
+    sparse = {
+        "model_type": "llava",
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        },
+    }
+    assert LlavaGeometry.from_config(sparse) == MODELS["llava-1.5-7b"].geometry
+    spelled_out = LlavaConfig.from_dict(dict(sparse)).to_dict()
+    assert LlavaGeometry.from_config(spelled_out) == LlavaGeometry.from_config(sparse)
+    nothing = LlavaConfig(vision_config={"model_type": "clip_vision_model", "patch_size": 16}).to_dict()
+    nothing.pop("image_seq_length")
+    ours = {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model", "patch_size": 16}}
+    assert LlavaGeometry.from_config(nothing) == LlavaGeometry.from_config(ours)
+
+
+def test_parameter_count_is_what_the_module_holds(pocket: Checkpoint) -> None:
+    for placement in ("decoder", "projector"):
+        encoder = build_vision_encoder(pocket, POCKET, None, placement=placement)
+        held = sum(parameter.numel() for parameter in encoder.parameters())
+        assert held == pocket.geometry.vision_parameter_count(placement, 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("placement", ["decoder", "projector"])
+@pytest.mark.parametrize("spec", [None, TINY_SPEC])
+def test_traced_program_is_static_and_equal(placement: str, spec: PruneSpec | None, precision: str) -> None:
+    encoder = build_vision_encoder(RandomCheckpoint(TINY, seed=2), TINY, spec, placement=placement, precision=precision)
+    program = torch.export.export(encoder, encoder.example_inputs(), strict=False)
+    assert not program.range_constraints
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            assert all(type(size) is int for size in value.shape), node
+    pixels = _photo(58)
+    for one, other in zip(program.module()(pixels), encoder(pixels), strict=True):
+        assert torch.equal(one, other)
+
+
+# What XNNPACK cannot do is integer arithmetic and casts: positions, and in float16 the borders of GELU and pruner.
+UNPRUNED_PARTITIONS = {
+    ("decoder", "fp32"): 1,
+    ("projector", "fp32"): 1,
+    ("decoder", "fp16"): 4,
+    ("projector", "fp16"): 3,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("placement", "precision"), sorted(UNPRUNED_PARTITIONS))
+def test_xnnpack_takes_the_twin_whole(placement: str, precision: str, pocket: Checkpoint, tmp_path: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.utils.configs import get_transform_passes
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    encoder = build_vision_encoder(pocket, POCKET, None, placement=placement, precision=precision)
+    program = torch.export.export(encoder, encoder.example_inputs(), strict=False)
+    edge = to_edge_transform_and_lower(
+        program, transform_passes=get_transform_passes(), partitioner=[XnnpackPartitioner()]
+    )
+    calls = [node for node in edge.exported_program().graph.nodes if node.op == "call_function"]
+    kinds = Counter(str(getattr(node.target, "__name__", node.target)) for node in calls)
+    assert kinds["executorch_call_delegate"] == UNPRUNED_PARTITIONS[placement, precision]
+    outside = set(kinds) - {"executorch_call_delegate", "getitem"}
+    allowed = {"aten.add.Tensor", "aten.cat.default"} if placement == "decoder" else set()
+    if precision == "fp16":
+        allowed.add("dim_order_ops._to_dim_order_copy.default")
+    assert outside <= allowed, kinds
+    path = tmp_path / "vision_encoder.pte"
+    path.write_bytes(edge.to_executorch().buffer)
+    pixels = _photo(336)
+    got = Runtime.get().load_program(path).load_method("forward").execute([pixels])
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    for info, one, other in zip(encoder.output_infos(), got, encoder(pixels), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, msg=info.name)
