@@ -206,8 +206,8 @@ def graph_parity(
     kept = None
     kept_indices: np.ndarray | None = None
     if ids_name is not None:
-        kept_indices = got[ids_name].reshape(-1)[prefix:] - prefix
-        wanted = expected[ids_name].reshape(-1)[prefix:] - prefix
+        kept_indices = _ids(got[ids_name])[prefix:] - prefix
+        wanted = _ids(expected[ids_name])[prefix:] - prefix
         if "kept_indices" in golden and not np.array_equal(wanted, golden["kept_indices"].reshape(-1)):
             raise BundleError(f"the golden contradicts itself: {ids_name} is not kept_indices; export again")
         kept = compare_kept(
@@ -225,7 +225,7 @@ def graph_parity(
         elif name == ids_name:
             tensors.append(_compare_ids(name, want, have, prefix=prefix, kept=kept))
         elif _TOKEN_IDS[name] == ids_name:
-            ids = expected[ids_name].reshape(-1), got[ids_name].reshape(-1)
+            ids = _ids(expected[ids_name]), _ids(got[ids_name])
             tensors.append(_compare_common_tokens(name, want, have, ids=ids, prefix=prefix, bound=bound))
         else:
             tensors.append(compare(name, want, have, bound=bound))
@@ -236,6 +236,14 @@ def graph_parity(
         kept=kept,
         kept_indices=() if kept_indices is None else tuple(kept_indices.tolist()),
     )
+
+
+def _ids(array: np.ndarray) -> np.ndarray:
+    """Token ids as a flat int64 array. Delegates without integers give whole numbers as float32; NaN becomes -1."""
+    flat = array.reshape(-1)
+    if np.issubdtype(flat.dtype, np.integer):
+        return flat.astype(np.int64)
+    return np.rint(np.where(np.isfinite(flat), flat, -1)).astype(np.int64)
 
 
 def _golden_output(golden: dict[str, np.ndarray], graph: GraphInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -253,6 +253,20 @@ def test_equal_graph(manifest: Manifest, golden: Arrays) -> None:
     assert [tensor.compared for tensor in result.tensors] == ["all"] * 3
 
 
+def test_token_ids_as_whole_float32_numbers(manifest: Manifest, golden: Arrays) -> None:
+    """Delegates have no int64: a program may give its positions in float32, and they must still be equal."""
+    got = _outputs(golden)
+    got["positions"] = got["positions"].astype(np.float32)
+    result = _judge(manifest, golden, got)
+    assert result.passed
+    assert result.kept_indices == tuple(golden["kept_indices"].tolist())
+    for bad in (0.25, np.nan):
+        got["positions"][0, 1] = bad
+        assert not _judge(manifest, golden, got).passed
+    got["positions"][0, -1] = np.nan
+    assert not _judge(manifest, golden, got).passed
+
+
 def _swap_one(golden: Arrays) -> tuple[Arrays, int]:
     """Outputs in which the third choice was replaced by its neighbour, and the token that is missing."""
     got = _outputs(golden)
