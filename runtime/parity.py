@@ -243,7 +243,8 @@ def _ids(array: np.ndarray) -> np.ndarray:
     flat = array.reshape(-1)
     if np.issubdtype(flat.dtype, np.integer):
         return flat.astype(np.int64)
-    return np.rint(np.where(np.isfinite(flat), flat, -1)).astype(np.int64)
+    whole: np.ndarray = np.rint(np.where(np.isfinite(flat), flat, -1))
+    return whole.astype(np.int64)
 
 
 def _golden_output(golden: dict[str, np.ndarray], graph: GraphInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:

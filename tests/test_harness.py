@@ -182,7 +182,7 @@ def test_graph_the_engine_refuses(bundle: Path) -> None:
     rehash(bundle, f"{VISION}.onnx")
     step = _step(verify(bundle), f"parity of {VISION}")
     assert step.status == "failed"
-    assert "cannot load" in step.detail
+    assert step.detail.startswith(f"ONNX Runtime cannot load {VISION}.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +265,15 @@ def test_twin_of_something_else(bundle: Path, tmp_path: Path, change: dict[str, 
     assert says in step.detail
     assert verdict.twin is None
     assert verdict.latency[0].ratio is None
+
+
+def test_twin_the_engine_refuses(bundle: Path, tmp_path: Path) -> None:
+    twin = make_bundle(tmp_path / "twin", Sample(keep=16))
+    (twin / f"{VISION}.onnx").write_bytes(b"not a graph")
+    rehash(twin, f"{VISION}.onnx")
+    verdict = check_bundle(bundle, twin=twin, runs=1, warmup=0, out_dir=tmp_path / "out")
+    assert [step.name for step in verdict.failed_steps] == ["twin"]
+    assert verdict.latency[0].bundle.median_ms > 0
 
 
 def test_twin_that_is_pruned_itself(bundle: Path, tmp_path: Path) -> None:
