@@ -87,7 +87,7 @@ def check_shapes(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
 def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order, margin = _pivots(keys, spec)
     similarity = _similarity(hidden, spec)
-    _expand(similarity, _distances(spec, hidden), order, margin, spec)
+    _expand(similarity, closeness_on_grid(spec, hidden.dtype), order, margin, spec)
     selection = torch.tensor(order)
     kept = selection.sort().values
     return _recover(similarity, hidden, kept, spec), kept, selection, torch.tensor(margin)
@@ -119,23 +119,25 @@ def _similarity(H: Tensor, spec: PruneSpec) -> Tensor:
         strongest = variance.sort(descending=True, stable=True).indices[: spec.channels]
         H = H[:, strongest.sort().values]
     unit = H / H.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
-    return unit @ unit.T
+    return (unit @ unit.T + 1.0) - 1.0  # in float32 a multiple of 2^-23, as the static form keeps it
 
 
-def _distances(spec: PruneSpec, like: Tensor) -> Tensor:
-    """Euclidean distance of all pairs on the grid, in diagonals: (N, N)."""
+def closeness_on_grid(spec: PruneSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a distance on the grid leaves of the largest buffer factor, 1 + distance_weight: (N, N), never negative."""
     rows, columns = spec.grid
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    at = torch.stack([y.flatten(), x.flatten()], 1).to(like)
-    return (at[:, None] - at[None]).square().sum(-1).sqrt() / spec.diagonal
+    at = torch.stack([y.flatten(), x.flatten()], 1).to(dtype)
+    distance = (at[:, None] - at[None]).square().sum(-1).sqrt() / spec.diagonal
+    return (1.0 + spec.distance_weight) - (1.0 + spec.distance_weight * distance)
 
 
-def _expand(S: Tensor, dist: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -> None:
+def _expand(S: Tensor, closeness: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -> None:
     """Centrifugal expansion with buffering for spatial sparsity (section 3.3); appends to order and margin."""
 
     def adjusted() -> Tensor:
         chosen = torch.tensor(order)
-        return S[:, chosen].max(1).values * (1.0 + spec.distance_weight * dist[:, chosen].min(1).values)
+        buffer = (1.0 + spec.distance_weight) - closeness[:, chosen].max(1).values
+        return S[:, chosen].max(1).values * buffer
 
     for threshold in spec.levels():
         limit = torch.tensor(threshold, dtype=torch.float32).to(S)

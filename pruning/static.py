@@ -1,8 +1,8 @@
-"""VLM-Pruner with static shapes and a fixed number of steps, written in the few operators that mobile delegates keep whole.
+"""VLM-Pruner with static shapes and a fixed number of steps, in the few operators that mobile delegates keep whole.
 
-Only bmm, softmax, max_pool2d, minimum, add, sub, mul, div, abs, neg, sqrt, clamp, cat, slice, view and permute appear: no
-comparison, gather, scatter, sort or reduction, which the delegates refuse or split the graph at. A comparison of two
-numbers is `clamp(difference * HUGE, 0, 1)`, which is exactly 0 or 1; a gather is a product with a one-hot matrix; the place
+Only bmm, softmax, max_pool2d, minimum, add, sub, mul, div, abs, sqrt, clamp, pad, cat, slice, view and permute appear:
+no comparison, gather, scatter, sort or reduction, which the delegates refuse or split the graph at. A comparison of
+two numbers is `clamp(difference * HUGE, 0, 1)`, exactly 0 or 1; a gather is a product with a one-hot matrix; the place
 in an order is a count of smaller ones.
 """
 
@@ -15,39 +15,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruning.reference import CANCELLATION, check_features, check_shapes
-from pruning.spec import PruneSpec, SpecError
+from pruning.reference import CANCELLATION, check_features, check_shapes, closeness_on_grid
+from pruning.spec import RANK_EVERY, PruneSpec, SpecError
 
 HUGE = 2.0**60  # turns any difference of two unequal float32 numbers above 1e-10 into at least 1
 GRAIN = 2.0**24  # scores 1 - adj of competing tokens are whole multiples of 2^-24 in float32
 APART = 128.0  # softmax of inputs this far apart is exactly one-hot in float32 (exp(-104) is already 0)
 TAKEN = 16.0  # beyond any adjusted similarity, threshold or score
 WIDEST = 128 * 128  # the most tokens or channels that the constants cover
-RANK_EVERY = 4  # steps between two chances to begin a new pass: ranking costs more than a step
+PARTS = 32  # thresholds that a round of the channel search tries at once
 
 
 @dataclass(frozen=True)
-class _State:
-    """What a step changes; rows are (B, 1, N), scalars (B, 1, 1)."""
+class _Pass:
+    """A pass over the tokens that are left, as frozen at its start; rows are (B, 1, N), columns (B, N, ...)."""
 
-    nearness: Tensor  # (B, 1, 2N): minus the largest similarity to the selected | the smallest squared grid distance
-    selected: Tensor  # 1 for selected tokens
-    step: Tensor  # the step that selected the token, `last` for the others
-    score: Tensor  # 1 - adj of the moment of selection, 0 for the others
-    rank: Tensor  # place in the order that the running pass froze at its start
-    passed: Tensor  # 1 for tokens that the running pass must not look at any more
-    level: Tensor  # number of the running pass
+    level: Tensor  # (B, 1, 1) its number
+    rank: Tensor  # (B, N, 1) place of each token in its order
+    start: Tensor  # (B, N, 1) first place of the token's batch
+    ahead: Tensor  # row: positive minus the start of a batch where the token comes after that batch
+    order: Tensor  # row: the rank, scaled so that a softmax tells two of them apart
+    slot: Tensor  # (B, N, token_batch) the rank minus 0, 1, 2 ...
 
 
 class TokenPruner(nn.Module):
-    """Keep `spec.keep` of N image tokens: (keys (B, N, Dk), hidden (B, N, D)) -> (tokens (B, keep, D), indices (B, keep)).
+    """Keep `spec.keep` of N image tokens.
 
-    `keys` are those of the layer before the cut, after rotary embedding, all heads side by side; `hidden` is what enters
-    the cut. Tokens come out in ascending position with the dtype of `hidden`; arithmetic is float32 throughout. Indices
-    are int64; in an exported program they are float32 whole numbers, because mobile delegates have no int64 and a cast
-    would be the one operator that they leave outside. The result equals `reference.prune`: each step that is not idle
-    selects at least one token and a pass idles at most RANK_EVERY - 1 steps, so the fixed number of steps always reaches
-    `keep`, whatever the features.
+    (keys (B, N, Dk), hidden (B, N, D)) -> (tokens (B, keep, D), indices (B, keep)). `keys` are those of the layer
+    before the cut, after rotary embedding, all heads side by side; `hidden` is what enters the cut. Tokens come out in
+    ascending position with the dtype of `hidden`; arithmetic is float32 throughout. Indices are int64; in an exported
+    program they are float32 whole numbers, because mobile delegates have no int64 and a cast would be the one operator
+    that they leave outside.
+
+    The result equals `reference.prune` unless the steps run out before `keep` tokens are selected; then the tokens
+    closest to being accepted fill up, so that it is `keep` tokens all the same, and `select` says how many they were.
 
     Source: arXiv 2512.02700; the static form is our own.
 
@@ -58,55 +59,41 @@ class TokenPruner(nn.Module):
     def __init__(self, spec: PruneSpec) -> None:
         super().__init__()
         self.spec = spec
-        rows, columns = spec.grid
         count = spec.tokens
         levels = torch.tensor(spec.levels(), dtype=torch.float32)
-        needed = spec.keep - spec.first_pivots
-        self.rank_every = RANK_EVERY if needed > 4 * RANK_EVERY else 1
-        self.steps = needed + (len(levels) * (self.rank_every - 1) if needed else 0)
+        self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
 
         at = torch.arange(count)
-        y, x = (at // columns).float(), (at % columns).float()
-        ones = torch.ones(count)
-        norm = x * x + y * y
-        far = ones * 4.0 * float(rows**2 + columns**2)
-        # Squared distance to the tokens of a one-hot matrix C (N, T) as one small product: `spread` @ (`locate` @ C +
-        # `absent`); a column of C that is empty is `far` from everything.
         constants = {
-            "position": at.float()[None, None],
-            "tie": (at[None, :] < at[:, None]).float()[None],
-            "locate": torch.stack([-2.0 * x, -2.0 * y, ones, norm, -ones])[None],
-            "absent": torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])[None, :, None],
-            "spread": torch.stack([x, y, norm, ones, far], 1)[None],
             "ones": torch.ones(1, WIDEST, 1),
-            "before": (torch.arange(128)[:, None] < torch.arange(128)[None, :]).float()[None],
             "places": torch.arange(WIDEST).float()[None, None],
-            "sixteenths": torch.arange(1, 16).float()[None, :, None] / 16.0,
-            "slot": torch.arange(spec.token_batch).float()[None, None],
+            "tie": (at[None, :] < at[:, None]).float()[None],
+            "before": (torch.arange(128)[:, None] < torch.arange(128)[None, :]).float()[None],
+            "parts": torch.arange(1, PARTS).float()[None, :, None] / PARTS,
+            "buffer": closeness_on_grid(spec)[None],
             "batch_start": torch.arange(1, -(-count // spec.token_batch)).float()[None, None] * spec.token_batch,
-            "levels": levels[None, :, None],
-            "level_number": torch.arange(len(levels)).float()[None, :, None],
-            "place": torch.arange(spec.keep).float()[None, :, None],
+            "level": torch.arange(len(levels)).float()[None, :, None],
+            "threshold": levels[None, :, None],
         }
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
 
-    position: Tensor
-    tie: Tensor
-    locate: Tensor
-    absent: Tensor
-    spread: Tensor
     ones: Tensor
-    before: Tensor
     places: Tensor
-    sixteenths: Tensor
-    slot: Tensor
+    tie: Tensor
+    before: Tensor
+    parts: Tensor
+    buffer: Tensor
     batch_start: Tensor
-    levels: Tensor
-    level_number: Tensor
-    place: Tensor
+    level: Tensor
+    threshold: Tensor
 
     def forward(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, indices, _ = self.select(keys, hidden)
+        return tokens, indices
+
+    def select(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `forward`, and (B, 1) float32: how many tokens the fill rule had to choose because the steps ran out."""
         exporting = torch.compiler.is_exporting()
         (check_shapes if exporting else check_features)(keys, hidden, self.spec)
         for name, width in (("keys", keys.shape[2]), ("hidden", hidden.shape[2])):
@@ -116,24 +103,25 @@ class TokenPruner(nn.Module):
         keys, hidden = keys.float(), hidden.float()
         pivots = self._pivots(keys)
         similarity = self._similarity(hidden)
-        chosen = self._expand(similarity, pivots)  # (B, N, 1) zeros and ones, exactly `keep` ones
+        chosen, filled = self._expand(similarity, pivots)
         pick = self._pick(chosen)
         tokens = torch.bmm(self._recovery(similarity, chosen, pick), hidden)
-        indices = torch.bmm(pick, self._many(self.position.view(1, -1, 1), pick)).view(-1, self.spec.keep)
-        return tokens.to(dtype), indices if exporting else indices.long()
+        position = self._many(self.places[:, :, : self.spec.tokens].view(1, -1, 1), pick)
+        indices = torch.bmm(pick, position).view(-1, self.spec.keep)
+        return tokens.to(dtype), indices if exporting else indices.long(), filled.view(-1, 1)
 
     def _pivots(self, keys: Tensor) -> Tensor:
         """One-hot rows of the pivots: (B, N, Dk) -> (B, pivots, N)."""
         batch, count, width = keys.shape
         add_up = self._add_up(keys, width)
-        chosen = [_first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self.position)]
+        chosen = [_first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self.places[:, :, :count])]
         selected, nearest = chosen[0], None
         for _ in range(1, self.spec.first_pivots):
             away = keys - torch.bmm(chosen[-1], keys)
             distance = torch.bmm(away * away, add_up).view(batch, 1, count)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
             # Selected tokens get -1, below every distance, so that identical keys still give distinct pivots.
-            chosen.append(_first_largest(nearest * (1.0 - selected) - selected, self.position))
+            chosen.append(_first_largest(nearest * (1.0 - selected) - selected, self.places[:, :, :count]))
             selected = selected + chosen[-1]
         return torch.cat(chosen, 1) if len(chosen) > 1 else chosen[0]
 
@@ -153,17 +141,20 @@ class TokenPruner(nn.Module):
         variance = torch.bmm(mean_over_tokens, centred * centred)  # (B, 1, D)
         add_up = self._add_up(hidden, width)
         variance = variance / (torch.bmm(variance, add_up) * (1.0 / width) + 1e-30)  # mean 1, so at most `width`
-        # Search the largest threshold that more than `channels` exceed, 16 parts a round, down to the last bit.
-        count_parts = self._add_up(hidden, 15).view(batch, 1, 15)
+        # Search the largest threshold that more than `channels` exceed, down to the last bit.
+        count_parts = self._add_up(hidden, PARTS - 1).view(batch, 1, PARTS - 1)
         below = variance[:, :, :1] * 0.0
         span = 2.0 ** math.ceil(math.log2(2 * width))
         while span > 2.0**-36:
-            exceeding = torch.bmm(_above(variance, below + self.sixteenths * span), add_up)  # (B, 15, 1)
+            exceeding = torch.bmm(_above(variance, below + self.parts * span), add_up)  # (B, PARTS - 1, 1)
             too_many = (exceeding - float(self.spec.channels)).clamp(0.0, 1.0)
-            span /= 16.0
+            span /= PARTS
             below = below + torch.bmm(count_parts, too_many) * span
         exceeding = _above(variance, below)
-        least = torch.bmm(_first_largest((exceeding - 1.0) * GRAIN - variance, self.places[:, :, :width]), variance.view(batch, width, 1))
+        least = torch.bmm(
+            _first_largest((exceeding - 1.0) * GRAIN - variance, self.places[:, :, :width]),
+            variance.view(batch, width, 1),
+        )
         certain = _above(variance, least)
         tied = exceeding - certain  # equal variance: the first ones fill up
         room = float(self.spec.channels) - torch.bmm(certain, add_up)
@@ -171,106 +162,127 @@ class TokenPruner(nn.Module):
         place = self._count_before(take) + (1.0 - take) * (4.0 * width)  # out of reach for the others
         return (1.0 - (place.view(batch, width, 1) - self.places[:, :, : self.spec.channels]).abs()).clamp(0.0, 1.0)
 
-    def _expand(self, similarity: Tensor, pivots: Tensor) -> Tensor:
-        """Centrifugal expansion: which tokens stay, (B, N, 1)."""
-        batch, used = similarity.shape[0], pivots.shape[1]
-        selected = torch.bmm(self._add_up(pivots, used).view(batch, 1, used), pivots)
-        nothing = selected * 0.0
-        last = float(self.steps + 1)
-        state = _State(
-            nearness=self._look_at(similarity, pivots.transpose(1, 2)),
-            selected=selected,
-            step=(1.0 - selected) * last,
-            score=nothing,
-            rank=nothing,
-            passed=nothing + 1.0,  # so that the first step begins a pass
-            level=nothing[:, :, :1] - 1.0,
-        )
-        for number in range(self.steps):
-            state = self._step(state, similarity, number, last)
-        # The first `keep` by step and, within a step, by score; what no step reached would fill up by its score now.
-        score = state.score + (1.0 - state.selected) * (1.0 - self._adjusted(state))
-        before = _outer_difference(score * GRAIN)
-        earlier = _outer_difference(state.step * -2.0)
-        order = ((before + self.tie).clamp(0.0, 1.0) + earlier).clamp(0.0, 1.0)
-        place = torch.bmm(order, self._add_up(order, self.spec.tokens))
-        return (float(self.spec.keep) - place).clamp(0.0, 1.0)
+    def _expand(self, similarity: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
+        """Centrifugal expansion: which tokens stay, (B, N, 1) with `keep` ones, and how many of them filled up.
 
-    def _step(self, state: _State, similarity: Tensor, number: int, last: float) -> _State:
-        """Accept from the first batch of the running pass that has something to accept; begin a pass if none has."""
-        batch, count, size = similarity.shape[0], self.spec.tokens, self.spec.token_batch
+        A step accepts from the first batch of the running pass that has something to accept; batches without are
+        skipped, because they change nothing.
+        """
+        batch, count, used = similarity.shape[0], self.spec.tokens, pivots.shape[1]
         ones = self._add_up(similarity, count)
-        adjusted = self._adjusted(state)
-        score = 1.0 - adjusted
-        rank, passed, level = state.rank, state.passed, state.level
-        accept = self._acceptable(adjusted, level, passed)
-        if number % self.rank_every == 0:
-            going_on = torch.bmm(accept, ones).clamp(0.0, 1.0)  # (B, 1, 1)
-            begin = 1.0 - going_on
-            # The next level that accepts anything at all: passes that would accept nothing are skipped.
-            reached = torch.bmm(_above(self.levels, adjusted + state.selected * TAKEN), ones).clamp(0.0, 1.0)
-            later = (self.level_number - level).clamp(0.0, 1.0)
-            useless = torch.bmm((later * (1.0 - reached)).view(batch, 1, -1), self._add_up(later, later.shape[1]))
-            level = level + begin * (1.0 + useless)
-            frozen = _outer_difference((score - state.selected * TAKEN) * GRAIN)
-            order = torch.bmm((frozen + self.tie).clamp(0.0, 1.0), ones).view(batch, 1, count)
-            rank = rank + begin * (order - rank)
-            passed = state.selected + going_on * (passed - state.selected)
-            accept = self._acceptable(adjusted, level, passed)
-        first = torch.softmax((accept * (4.0 * count) - rank) * APART, -1)  # one-hot: ranks are whole numbers
-        first_rank = torch.bmm(first, rank.view(batch, count, 1))
-        if self.batch_start.shape[2]:
-            over = (first_rank - self.batch_start + 1.0).clamp(0.0, 1.0)
-            start = torch.bmm(over, self._add_up(over, over.shape[2])) * float(size)
-        else:
-            start = first_rank * 0.0
-        slot = (1.0 - ((rank.view(batch, count, 1) - start) - self.slot).abs()).clamp(0.0, 1.0)  # (B, N, T)
-        columns = slot * accept.view(batch, count, 1)
-        accepted = torch.bmm(columns, self._add_up(columns, size)).view(batch, 1, count)
-        selected = state.selected + accepted
-        return _State(
-            nearness=torch.minimum(state.nearness, self._look_at(similarity, columns)),
-            selected=selected,
-            step=state.step + accepted * (number + 1.0 - last),
-            score=state.score + accepted * score,
-            rank=rank,
-            passed=(passed + (start + float(size) - rank).clamp(0.0, 1.0)).clamp(0.0, 1.0),
-            level=level,
+        columns = pivots.transpose(1, 2)
+        selected = torch.bmm(columns, self._add_up(pivots, used))  # (B, N, 1)
+        # One product looks up similarity (plus 1) and closeness on the grid; both are never negative, so that an empty
+        # column of a one-hot matrix, which looks up zeros, does not count.
+        lookup = torch.cat([similarity + 1.0, self._many(self.buffer, similarity)], 1)
+        closest = self._largest(torch.bmm(lookup, columns))
+        running: _Pass | None = None
+        limit = selected  # not used before the first pass sets it
+        accepted: list[Tensor] = []
+        scores: list[Tensor] = []
+        for number in range(self.steps):
+            adjusted = self._adjusted(closest)
+            score = 1.0 - adjusted
+            if number % RANK_EVERY == 0:
+                if number:
+                    recent = _join(accepted[-RANK_EVERY:], 2)
+                    selected = selected + torch.bmm(recent, self._add_up(recent, recent.shape[2]))
+                running, limit = self._begin_pass(running, limit, adjusted, score, selected)
+            assert running is not None
+            accept = _above(limit, adjusted)
+            first = torch.softmax(accept * (2.0 * APART * count) - running.order, -1)  # one-hot: ranks are whole
+            start = torch.bmm(first, running.start)
+            hit = (running.slot - start).abs()
+            columns = (accept.view(batch, count, 1) - hit).clamp(0.0, 1.0)  # one-hot columns of the accepted tokens
+            accepted.append(torch.bmm(columns, self._add_up(columns, self.spec.token_batch)))
+            scores.append(score)
+            limit = torch.minimum(limit, (running.ahead - start) * TAKEN)
+            closest = self._largest(torch.cat([torch.bmm(lookup, columns), closest], 2))
+        # The first `keep` by step and, within a step, by score; tokens that no step reached come last, by score.
+        last = float(self.steps + 1)
+        score = (1.0 - self._adjusted(closest)).view(batch, count, 1)
+        selected = torch.bmm(pivots.transpose(1, 2), self._add_up(pivots, used))
+        when = selected * -last + last
+        score = score - score * selected
+        if accepted:
+            taken = _join(accepted, 2)  # (B, N, steps)
+            selected = selected + torch.bmm(taken, self._add_up(taken, self.steps))
+            when = when + torch.bmm(
+                taken, self._many(self.places[:, :, : self.steps].view(1, -1, 1), taken) + (1.0 - last)
+            )
+            then = _join(scores, 1).transpose(1, 2) - score
+            score = score + torch.bmm(then * taken, self._add_up(taken, self.steps))
+        before = (_outer_difference(score * GRAIN) + self.tie).clamp(0.0, 1.0)
+        order = (_outer_difference(when * -2.0) + before).clamp(0.0, 1.0)
+        place = torch.bmm(order, ones)
+        filled = (float(self.spec.keep) - torch.bmm(ones.view(batch, 1, count), selected)).clamp(
+            0.0, float(self.spec.keep)
         )
+        return (float(self.spec.keep) - place).clamp(0.0, 1.0), filled
 
-    def _adjusted(self, state: _State) -> Tensor:
-        """Similarity to the selected, times the buffer for sparsity: (B, 1, N)."""
+    def _begin_pass(
+        self, running: _Pass | None, limit: Tensor, adjusted: Tensor, score: Tensor, selected: Tensor
+    ) -> tuple[_Pass, Tensor]:
+        """A new pass if the running one has nothing left to accept, and what a token's adj must be below."""
+        batch, count, size = adjusted.shape[0], self.spec.tokens, self.spec.token_batch
+        ones = self._add_up(adjusted, count)
+        taken = selected.view(batch, 1, count) * TAKEN
+        # Levels that accept nothing are skipped: the first useful one is as far as the number of useless ones.
+        useful = torch.bmm(_above(self.threshold, adjusted + taken), ones).clamp(0.0, 1.0)
+        levels = self.level.shape[1]
+        level = float(levels) - torch.bmm(self._add_up(useful, levels).view(batch, 1, levels), useful)
+        rank = torch.bmm((_outer_difference((score - taken) * GRAIN) + self.tie).clamp(0.0, 1.0), ones)
+        if running is not None:
+            going_on = torch.bmm(_above(limit, adjusted), ones).clamp(0.0, 1.0)
+            begin = 1.0 - going_on
+            level = running.level + begin * ((level - running.level - 1.0).clamp(0.0, float(levels)) + 1.0)
+            rank = running.rank + begin * (rank - running.rank)
+        number = (1.0 - (self.level - level).abs()).clamp(0.0, 1.0)
+        below = torch.bmm(number.view(batch, 1, levels), self._many(self.threshold, number)) - taken
+        if running is not None:
+            below = below * begin + limit * going_on
+        row = rank.view(batch, 1, count)
+        if self.batch_start.shape[2]:
+            full = (rank - self.batch_start + 1.0).clamp(0.0, 1.0)  # (B, N, batches): whole batches before the token
+            start = torch.bmm(full, self._add_up(full, full.shape[2])) * float(size)
+        else:
+            start = rank * 0.0
+        began = _Pass(
+            level=level,
+            rank=rank,
+            start=start,
+            ahead=row - (size - 0.5),
+            order=row * APART,
+            slot=rank - self.places[:, :, :size],
+        )
+        return began, below
+
+    def _adjusted(self, closest: Tensor) -> Tensor:
+        """Similarity to the selected, times the buffer for sparsity: (B, 2N, 1) -> (B, 1, N)."""
         count = self.spec.tokens
-        closest, distance = state.nearness[:, :, :count], state.nearness[:, :, count:]
-        return -closest * (distance.sqrt() * (self.spec.distance_weight / self.spec.diagonal) + 1.0)
+        buffer = (1.0 + self.spec.distance_weight) - closest[:, count:]
+        return ((closest[:, :count] - 1.0) * buffer).view(-1, 1, count)
 
-    def _acceptable(self, adjusted: Tensor, level: Tensor, passed: Tensor) -> Tensor:
-        """1 for tokens below the threshold of the level that the pass has still to look at: (B, 1, N)."""
-        number = (1.0 - (self.level_number - level).abs()).clamp(0.0, 1.0)
-        threshold = torch.bmm(number.view(number.shape[0], 1, -1), self._many(self.levels, number))
-        return _above(threshold, adjusted + passed * TAKEN)
-
-    def _look_at(self, similarity: Tensor, columns: Tensor) -> Tensor:
-        """Nearness of all tokens to those of the one-hot columns: (B, N, N), (B, N, T) -> (B, 1, 2N)."""
-        batch, count, width = columns.shape
-        located = torch.bmm(self._many(self.locate, columns), columns) + self.absent
-        distance = torch.bmm(self._many(self.spread, columns), located)
-        closeness = torch.bmm(similarity, columns) - located[:, 4:, :] * 4.0  # an empty column is close to nothing
-        both = torch.cat([closeness, -distance], 1)
-        largest = functional.max_pool2d(both.view(batch, 2 * count, width, 1), (width, 1), stride=(width, 1))
-        return -largest.view(batch, 1, 2 * count)
+    @staticmethod
+    def _largest(columns: Tensor) -> Tensor:
+        """The largest element of each row: (B, R, W) -> (B, R, 1)."""
+        batch, rows, width = columns.shape
+        pooled = functional.max_pool2d(columns.view(batch, rows, width, 1), (width, 1), stride=(width, 1))
+        return pooled.view(batch, rows, 1)
 
     def _pick(self, chosen: Tensor) -> Tensor:
         """One-hot rows of the kept tokens in ascending position: (B, N, 1) -> (B, keep, N)."""
         batch, count, _ = chosen.shape
         place = torch.bmm(self._many(self.tie, chosen), chosen) + (1.0 - chosen) * (4.0 * count)
-        return (1.0 - (place.view(batch, 1, count) - self.place).abs()).clamp(0.0, 1.0)
+        return (1.0 - (place.view(batch, 1, count) - self.places[:, :, : self.spec.keep].view(1, -1, 1)).abs()).clamp(
+            0.0, 1.0
+        )
 
     def _recovery(self, similarity: Tensor, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
-        batch, keep, count = pick.shape
+        _, keep, count = pick.shape
         to_kept = torch.bmm(similarity, pick.transpose(1, 2))  # (B, N, keep)
-        stands_for = _first_largest(to_kept, self.place.view(1, 1, keep))
+        stands_for = _first_largest(to_kept, self.places[:, :, :keep])
         weight = (stands_for * to_kept * (1.0 - chosen)).transpose(1, 2)  # (B, keep, N)
         ones = self._add_up(weight, count)
         total = torch.bmm(weight, ones)
@@ -302,9 +314,13 @@ def _above(high: Tensor, low: Tensor) -> Tensor:
     return ((high - low) * HUGE).clamp(0.0, 1.0)
 
 
-def _outer_difference(row: Tensor) -> Tensor:
-    """Element [i, j] = row[j] - row[i]: (B, 1, N) -> (B, N, N)."""
-    return row - row.view(row.shape[0], row.shape[2], 1)
+def _outer_difference(values: Tensor) -> Tensor:
+    """Element [i, j] = value j - value i: (B, 1, N) or (B, N, 1) -> (B, N, N)."""
+    return values.view(len(values), 1, -1) - values.view(len(values), -1, 1)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _first_largest(score: Tensor, position: Tensor) -> Tensor:
