@@ -1,0 +1,1 @@
+"""One file per converter; the table of targets says which phone each of them serves."""

@@ -1,0 +1,27 @@
+"""Tracing a graph into an exported program whose every shape is a number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def trace(module: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    """`module` as an exported program with static shapes. Raises ExportError when a shape is symbolic."""
+    import torch
+
+    with torch.no_grad():
+        program = torch.export.export(module, example_inputs, strict=False)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        shapes = [v.shape for v in (value if isinstance(value, (tuple, list)) else (value,)) if hasattr(v, "shape")]
+        if any(not isinstance(side, int) for shape in shapes for side in shape):
+            raise ExportError(
+                f"{node.name} has the symbolic shape {shapes}; a phone's delegate needs numbers: rewrite {node.target} "
+                "without data-dependent sizes"
+            )
+    return program
