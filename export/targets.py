@@ -78,15 +78,15 @@ class Target:
 
 
 def _executorch() -> Lower:
-    from export.backends import executorch
+    from export.backends.executorch import lower
 
-    return executorch.lower
+    return lower
 
 
 def _onnx() -> Lower:
-    from export.backends import onnx
+    from export.backends.onnx import lower
 
-    return onnx.lower
+    return lower
 
 
 XNNPACK = Backend(
