@@ -19,9 +19,11 @@ from pruning.reference import CANCELLATION, check_features, check_shapes, closen
 from pruning.spec import RANK_EVERY, PruneSpec, SpecError
 
 HUGE = 2.0**60  # turns any difference of two unequal float32 numbers above 1e-10 into at least 1
-GRAIN = 2.0**24  # scores 1 - adj of competing tokens are whole multiples of 2^-24 in float32
+UNIT = HUGE  # adjusted similarities, thresholds and scores are kept times this: clamping a difference then compares
+FAR = 2.0**66  # ranks are kept times this for the same reason, and exceed every threshold
+GRAIN = 2.0**24  # more than all positions times APART
 APART = 128.0  # softmax of inputs this far apart is exactly one-hot in float32 (exp(-104) is already 0)
-TAKEN = 16.0  # beyond any adjusted similarity, threshold or score
+TAKEN = 2.0**64  # beyond any adjusted similarity, threshold or score, in units of 1 / UNIT
 WIDEST = 128 * 128  # the most tokens or channels that the constants cover
 PARTS = 32  # thresholds that a round of the channel search tries at once
 
@@ -32,10 +34,10 @@ class _Pass:
 
     level: Tensor  # (B, 1, 1) its number
     rank: Tensor  # (B, N, 1) place of each token in its order
-    start: Tensor  # (B, N, 1) first place of the token's batch
-    ahead: Tensor  # row: positive minus the start of a batch where the token comes after that batch
-    order: Tensor  # row: the rank, scaled so that a softmax tells two of them apart
-    slot: Tensor  # (B, N, token_batch) the rank minus 0, 1, 2 ...
+    start: Tensor  # (B, N, 1) first place of the token's batch, times FAR
+    ahead: Tensor  # row: above the start of a batch where the token comes after that batch, below it elsewhere
+    order: Tensor  # row: the rank times APART, so that a softmax tells two of them apart
+    slot: Tensor  # (B, N, token_batch) the rank minus 0, 1, 2 ..., times FAR
 
 
 class TokenPruner(nn.Module):
@@ -64,27 +66,43 @@ class TokenPruner(nn.Module):
         self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
 
         at = torch.arange(count)
+        ones, places = torch.ones(1, WIDEST, 1), torch.arange(WIDEST).float()[None, None]
+        widths = {count, spec.keep, spec.token_batch, spec.first_pivots, self.steps, RANK_EVERY, len(levels), PARTS - 1}
         constants = {
-            "ones": torch.ones(1, WIDEST, 1),
-            "places": torch.arange(WIDEST).float()[None, None],
+            "ones": ones,
+            "places": places,
+            # The same, cut to every width that is known already: cutting in the graph would be an operator each time.
+            **{f"ones_{width}": ones[:, :width] for width in widths},
+            **{
+                f"places_{width}": places[:, :, :width] for width in (count, spec.keep, spec.token_batch, spec.channels)
+            },
+            "rank_of_slot": places[:, :, : spec.token_batch] * FAR,
+            "position": places[:, :, :count].view(1, -1, 1),
+            "place_kept": places[:, :, : spec.keep].view(1, -1, 1),
+            "rewind": places[:, :, : self.steps].view(1, -1, 1) - float(self.steps),
             "tie": (at[None, :] < at[:, None]).float()[None],
             "before": (torch.arange(128)[:, None] < torch.arange(128)[None, :]).float()[None],
             "parts": torch.arange(1, PARTS).float()[None, :, None] / PARTS,
-            "buffer": closeness_on_grid(spec)[None],
-            "batch_start": torch.arange(1, -(-count // spec.token_batch)).float()[None, None] * spec.token_batch,
+            "buffer": closeness_on_grid(spec)[None] * UNIT,
+            "batch_end": torch.arange(1, -(-count // spec.token_batch)).float()[None, None] * spec.token_batch - 1.0,
             "level": torch.arange(len(levels)).float()[None, :, None],
-            "threshold": levels[None, :, None],
+            "threshold": levels[None, :, None] * UNIT,
         }
+        constants[f"ones_{constants['batch_end'].shape[2]}"] = ones[:, : constants["batch_end"].shape[2]]
         for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, value.clone(), persistent=False)
 
     ones: Tensor
     places: Tensor
+    rank_of_slot: Tensor
+    position: Tensor
+    place_kept: Tensor
+    rewind: Tensor
     tie: Tensor
     before: Tensor
     parts: Tensor
     buffer: Tensor
-    batch_start: Tensor
+    batch_end: Tensor
     level: Tensor
     threshold: Tensor
 
@@ -106,22 +124,21 @@ class TokenPruner(nn.Module):
         chosen, filled = self._expand(similarity, pivots)
         pick = self._pick(chosen)
         tokens = torch.bmm(self._recovery(similarity, chosen, pick), hidden)
-        position = self._many(self.places[:, :, : self.spec.tokens].view(1, -1, 1), pick)
-        indices = torch.bmm(pick, position).view(-1, self.spec.keep)
+        indices = torch.bmm(pick, self._many(self.position, pick)).view(-1, self.spec.keep)
         return tokens.to(dtype), indices if exporting else indices.long(), filled.view(-1, 1)
 
     def _pivots(self, keys: Tensor) -> Tensor:
         """One-hot rows of the pivots: (B, N, Dk) -> (B, pivots, N)."""
         batch, count, width = keys.shape
         add_up = self._add_up(keys, width)
-        chosen = [_first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self.places[:, :, :count])]
+        chosen = [_first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self._places(count))]
         selected, nearest = chosen[0], None
         for _ in range(1, self.spec.first_pivots):
             away = keys - torch.bmm(chosen[-1], keys)
             distance = torch.bmm(away * away, add_up).view(batch, 1, count)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
             # Selected tokens get -1, below every distance, so that identical keys still give distinct pivots.
-            chosen.append(_first_largest(nearest * (1.0 - selected) - selected, self.places[:, :, :count]))
+            chosen.append(_first_largest(nearest * (1.0 - selected) - selected, self._places(count)))
             selected = selected + chosen[-1]
         return torch.cat(chosen, 1) if len(chosen) > 1 else chosen[0]
 
@@ -152,7 +169,7 @@ class TokenPruner(nn.Module):
             below = below + torch.bmm(count_parts, too_many) * span
         exceeding = _above(variance, below)
         least = torch.bmm(
-            _first_largest((exceeding - 1.0) * GRAIN - variance, self.places[:, :, :width]),
+            _first_largest((exceeding - 1.0) * GRAIN - variance, self._places(width)),
             variance.view(batch, width, 1),
         )
         certain = _above(variance, least)
@@ -160,7 +177,7 @@ class TokenPruner(nn.Module):
         room = float(self.spec.channels) - torch.bmm(certain, add_up)
         take = certain + tied * (room - self._count_before(tied)).clamp(0.0, 1.0)
         place = self._count_before(take) + (1.0 - take) * (4.0 * width)  # out of reach for the others
-        return (1.0 - (place.view(batch, width, 1) - self.places[:, :, : self.spec.channels]).abs()).clamp(0.0, 1.0)
+        return (1.0 - (place.view(batch, width, 1) - self._places(self.spec.channels)).abs()).clamp(0.0, 1.0)
 
     def _expand(self, similarity: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
         """Centrifugal expansion: which tokens stay, (B, N, 1) with `keep` ones, and how many of them filled up.
@@ -175,65 +192,62 @@ class TokenPruner(nn.Module):
         # One product looks up similarity (plus 1) and closeness on the grid; both are never negative, so that an empty
         # column of a one-hot matrix, which looks up zeros, does not count.
         lookup = torch.cat([similarity + 1.0, self._many(self.buffer, similarity)], 1)
-        closest = self._largest(torch.bmm(lookup, columns))
+        looked_up = torch.bmm(lookup, columns).view(batch, 2 * count, used, 1)
+        closest = functional.max_pool2d(looked_up, (used, 1), stride=(used, 1))  # (B, 2N, 1, 1)
+        size = self.spec.token_batch
         running: _Pass | None = None
         limit = selected  # not used before the first pass sets it
         accepted: list[Tensor] = []
-        scores: list[Tensor] = []
+        similar: list[Tensor] = []
         for number in range(self.steps):
             adjusted = self._adjusted(closest)
-            score = 1.0 - adjusted
             if number % RANK_EVERY == 0:
                 if number:
-                    recent = _join(accepted[-RANK_EVERY:], 2)
-                    selected = selected + torch.bmm(recent, self._add_up(recent, recent.shape[2]))
-                running, limit = self._begin_pass(running, limit, adjusted, score, selected)
+                    recent = torch.cat(accepted[-RANK_EVERY:], 2)
+                    selected = selected + torch.bmm(recent, self._add_up(recent, RANK_EVERY))
+                running, limit = self._begin_pass(running, limit, adjusted, selected)
             assert running is not None
-            accept = _above(limit, adjusted)
-            first = torch.softmax(accept * (2.0 * APART * count) - running.order, -1)  # one-hot: ranks are whole
+            accept = (limit - adjusted).clamp(0.0, 2.0 * APART * count)
+            first = torch.softmax(accept - running.order, -1)  # one-hot: ranks are whole numbers
             start = torch.bmm(first, running.start)
             hit = (running.slot - start).abs()
             columns = (accept.view(batch, count, 1) - hit).clamp(0.0, 1.0)  # one-hot columns of the accepted tokens
-            accepted.append(torch.bmm(columns, self._add_up(columns, self.spec.token_batch)))
-            scores.append(score)
-            limit = torch.minimum(limit, (running.ahead - start) * TAKEN)
-            closest = self._largest(torch.cat([torch.bmm(lookup, columns), closest], 2))
+            accepted.append(torch.bmm(columns, self._add_up(columns, size)))
+            similar.append(adjusted)
+            limit = torch.minimum(limit, running.ahead - start)
+            looked_up = torch.bmm(lookup, columns).view(batch, 2 * count, size, 1)
+            closest = functional.max_pool2d(torch.cat([looked_up, closest], 2), (size + 1, 1), stride=(size + 1, 1))
         # The first `keep` by step and, within a step, by score; tokens that no step reached come last, by score.
-        last = float(self.steps + 1)
-        score = (1.0 - self._adjusted(closest)).view(batch, count, 1)
+        keep = float(self.spec.keep)
+        score = (UNIT - self._adjusted(closest)).view(batch, count, 1)
         selected = torch.bmm(pivots.transpose(1, 2), self._add_up(pivots, used))
-        when = selected * -last + last
+        when = 1.0 - selected  # in steps before the end: pivots come first
         score = score - score * selected
         if accepted:
-            taken = _join(accepted, 2)  # (B, N, steps)
+            taken = torch.cat(accepted, 2)  # (B, N, steps)
             selected = selected + torch.bmm(taken, self._add_up(taken, self.steps))
-            when = when + torch.bmm(
-                taken, self._many(self.places[:, :, : self.steps].view(1, -1, 1), taken) + (1.0 - last)
-            )
-            then = _join(scores, 1).transpose(1, 2) - score
+            when = when * (self.steps + 1.0) + torch.bmm(taken, self._many(self.rewind, taken))
+            then = (UNIT - torch.cat(similar, 1)).transpose(1, 2) - score
             score = score + torch.bmm(then * taken, self._add_up(taken, self.steps))
-        before = (_outer_difference(score * GRAIN) + self.tie).clamp(0.0, 1.0)
+        before = (_outer_difference(score) + self.tie).clamp(0.0, 1.0)
         order = (_outer_difference(when * -2.0) + before).clamp(0.0, 1.0)
-        place = torch.bmm(order, ones)
-        filled = (float(self.spec.keep) - torch.bmm(ones.view(batch, 1, count), selected)).clamp(
-            0.0, float(self.spec.keep)
-        )
-        return (float(self.spec.keep) - place).clamp(0.0, 1.0), filled
+        filled = (keep - torch.bmm(ones.view(batch, 1, count), selected)).clamp(0.0, keep)
+        return (keep - torch.bmm(order, ones)).clamp(0.0, 1.0), filled
 
     def _begin_pass(
-        self, running: _Pass | None, limit: Tensor, adjusted: Tensor, score: Tensor, selected: Tensor
+        self, running: _Pass | None, limit: Tensor, adjusted: Tensor, selected: Tensor
     ) -> tuple[_Pass, Tensor]:
         """A new pass if the running one has nothing left to accept, and what a token's adj must be below."""
-        batch, count, size = adjusted.shape[0], self.spec.tokens, self.spec.token_batch
+        batch, count, size, levels = len(adjusted), self.spec.tokens, self.spec.token_batch, self.level.shape[1]
         ones = self._add_up(adjusted, count)
         taken = selected.view(batch, 1, count) * TAKEN
+        left = adjusted + taken
         # Levels that accept nothing are skipped: the first useful one is as far as the number of useless ones.
-        useful = torch.bmm(_above(self.threshold, adjusted + taken), ones).clamp(0.0, 1.0)
-        levels = self.level.shape[1]
+        useful = torch.bmm((self.threshold - left).clamp(0.0, 1.0), ones).clamp(0.0, 1.0)
         level = float(levels) - torch.bmm(self._add_up(useful, levels).view(batch, 1, levels), useful)
-        rank = torch.bmm((_outer_difference((score - taken) * GRAIN) + self.tie).clamp(0.0, 1.0), ones)
+        rank = torch.bmm((_outer_difference(UNIT - left) + self.tie).clamp(0.0, 1.0), ones)
         if running is not None:
-            going_on = torch.bmm(_above(limit, adjusted), ones).clamp(0.0, 1.0)
+            going_on = torch.bmm((limit - adjusted).clamp(0.0, 1.0), ones).clamp(0.0, 1.0)
             begin = 1.0 - going_on
             level = running.level + begin * ((level - running.level - 1.0).clamp(0.0, float(levels)) + 1.0)
             rank = running.rank + begin * (rank - running.rank)
@@ -242,47 +256,38 @@ class TokenPruner(nn.Module):
         if running is not None:
             below = below * begin + limit * going_on
         row = rank.view(batch, 1, count)
-        if self.batch_start.shape[2]:
-            full = (rank - self.batch_start + 1.0).clamp(0.0, 1.0)  # (B, N, batches): whole batches before the token
-            start = torch.bmm(full, self._add_up(full, full.shape[2])) * float(size)
+        if self.batch_end.shape[2]:
+            full = (rank - self.batch_end).clamp(0.0, 1.0)  # (B, N, batches): whole batches before the token
+            start = torch.bmm(full, self._add_up(full, full.shape[2])) * (size * FAR)
         else:
             start = rank * 0.0
         began = _Pass(
             level=level,
             rank=rank,
             start=start,
-            ahead=row - (size - 0.5),
+            ahead=(row - (size - 0.5)) * FAR,
             order=row * APART,
-            slot=rank - self.places[:, :, :size],
+            slot=rank * FAR - self.rank_of_slot,
         )
         return began, below
 
     def _adjusted(self, closest: Tensor) -> Tensor:
-        """Similarity to the selected, times the buffer for sparsity: (B, 2N, 1) -> (B, 1, N)."""
+        """Similarity to the selected, times the buffer for sparsity, in units: (B, 2N, 1, 1) -> (B, 1, N)."""
         count = self.spec.tokens
-        buffer = (1.0 + self.spec.distance_weight) - closest[:, count:]
+        buffer = (1.0 + self.spec.distance_weight) * UNIT - closest[:, count:]
         return ((closest[:, :count] - 1.0) * buffer).view(-1, 1, count)
-
-    @staticmethod
-    def _largest(columns: Tensor) -> Tensor:
-        """The largest element of each row: (B, R, W) -> (B, R, 1)."""
-        batch, rows, width = columns.shape
-        pooled = functional.max_pool2d(columns.view(batch, rows, width, 1), (width, 1), stride=(width, 1))
-        return pooled.view(batch, rows, 1)
 
     def _pick(self, chosen: Tensor) -> Tensor:
         """One-hot rows of the kept tokens in ascending position: (B, N, 1) -> (B, keep, N)."""
         batch, count, _ = chosen.shape
         place = torch.bmm(self._many(self.tie, chosen), chosen) + (1.0 - chosen) * (4.0 * count)
-        return (1.0 - (place.view(batch, 1, count) - self.places[:, :, : self.spec.keep].view(1, -1, 1)).abs()).clamp(
-            0.0, 1.0
-        )
+        return (1.0 - (place.view(batch, 1, count) - self.place_kept).abs()).clamp(0.0, 1.0)
 
     def _recovery(self, similarity: Tensor, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
         _, keep, count = pick.shape
         to_kept = torch.bmm(similarity, pick.transpose(1, 2))  # (B, N, keep)
-        stands_for = _first_largest(to_kept, self.places[:, :, :keep])
+        stands_for = _first_largest(to_kept, self._places(keep))
         weight = (stands_for * to_kept * (1.0 - chosen)).transpose(1, 2)  # (B, keep, N)
         ones = self._add_up(weight, count)
         total = torch.bmm(weight, ones)
@@ -301,7 +306,13 @@ class TokenPruner(nn.Module):
 
     def _add_up(self, like: Tensor, width: int) -> Tensor:
         """A column of ones: (B, width, 1). A product with it sums an axis."""
-        return self._many(self.ones[:, :width], like)
+        known = self._buffers.get(f"ones_{width}")
+        return self._many(self.ones[:, :width] if known is None else known, like)
+
+    def _places(self, width: int) -> Tensor:
+        """A row of 0, 1, 2 ...: (1, 1, width)."""
+        known = self._buffers.get(f"places_{width}")
+        return self.places[:, :, :width] if known is None else known
 
     @staticmethod
     def _many(constant: Tensor, like: Tensor) -> Tensor:
@@ -319,12 +330,7 @@ def _outer_difference(values: Tensor) -> Tensor:
     return values.view(len(values), 1, -1) - values.view(len(values), -1, 1)
 
 
-def _join(parts: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-
-
 def _first_largest(score: Tensor, position: Tensor) -> Tensor:
     """One-hot of the first largest element along the last axis: (B, R, N), (1, 1, N) -> (B, R, N)."""
-    count = score.shape[2]
-    tied = (torch.softmax(score * HUGE, -1) * (2.0 * count)).clamp(0.0, 1.0)
+    tied = (torch.softmax(score * HUGE, -1) * (2.0 * score.shape[2])).clamp(0.0, 1.0)
     return torch.softmax(tied * GRAIN - position * APART, -1)
