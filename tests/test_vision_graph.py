@@ -300,41 +300,51 @@ def test_traced_program_is_static_and_equal(placement: str, spec: PruneSpec | No
         assert torch.equal(one, other)
 
 
-# What XNNPACK cannot do is integer arithmetic and casts: positions, and in float16 the borders of GELU and pruner.
-UNPRUNED_PARTITIONS = {
-    ("decoder", "fp32"): 1,
-    ("projector", "fp32"): 1,
-    ("decoder", "fp16"): 4,
-    ("projector", "fp16"): 3,
+# What XNNPACK cannot do is a cast: of the positions at the end, and in float16 around GELU and the pruner. Each cast in
+# the middle of the graph costs one more partition.
+PARTITIONS = {
+    ("decoder", "fp32", False): 1,
+    ("decoder", "fp32", True): 1,
+    ("projector", "fp32", False): 1,
+    ("projector", "fp32", True): 1,
+    ("decoder", "fp16", False): 4,
+    ("decoder", "fp16", True): 4,
+    ("projector", "fp16", False): 3,
+    ("projector", "fp16", True): 4,
 }
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(("placement", "precision"), sorted(UNPRUNED_PARTITIONS))
-def test_xnnpack_takes_the_twin_whole(placement: str, precision: str, pocket: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("placement", "precision", "pruned"), sorted(PARTITIONS))
+def test_xnnpack_takes_everything_but_casts(
+    placement: str, precision: str, pruned: bool, pocket: Checkpoint, tmp_path: Path
+) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.utils.configs import get_transform_passes
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
-    encoder = build_vision_encoder(pocket, POCKET, None, placement=placement, precision=precision)
+    spec = PruneSpec() if pruned else None
+    encoder = build_vision_encoder(pocket, POCKET, spec, placement=placement, precision=precision)
     program = torch.export.export(encoder, encoder.example_inputs(), strict=False)
     edge = to_edge_transform_and_lower(
         program, transform_passes=get_transform_passes(), partitioner=[XnnpackPartitioner()]
     )
     calls = [node for node in edge.exported_program().graph.nodes if node.op == "call_function"]
     kinds = Counter(str(getattr(node.target, "__name__", node.target)) for node in calls)
-    assert kinds["executorch_call_delegate"] == UNPRUNED_PARTITIONS[placement, precision]
+    assert kinds["executorch_call_delegate"] == PARTITIONS[placement, precision, pruned], kinds
     outside = set(kinds) - {"executorch_call_delegate", "getitem"}
-    allowed = {"aten.add.Tensor", "aten.cat.default"} if placement == "decoder" else set()
-    if precision == "fp16":
-        allowed.add("dim_order_ops._to_dim_order_copy.default")
-    assert outside <= allowed, kinds
+    assert outside <= {"dim_order_ops._to_dim_order_copy.default"}, kinds
     path = tmp_path / "vision_encoder.pte"
     path.write_bytes(edge.to_executorch().buffer)
     pixels = _photo(336)
     got = Runtime.get().load_program(path).load_method("forward").execute([pixels])
+    if pruned and precision == "fp16":
+        # The engine rounds differently and may choose otherwise where the scores are near a tie; sets nearly agree.
+        chosen, expected = ({int(n) for n in out[1][0]} for out in (got, encoder(pixels)))
+        assert len(chosen & expected) >= 0.98 * len(expected)
+        return
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     for info, one, other in zip(encoder.output_infos(), got, encoder(pixels), strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, msg=info.name)

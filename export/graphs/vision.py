@@ -47,7 +47,8 @@ class VisionEncoder(nn.Module):
 
     prefix_hidden: Tensor
     prefix_positions: Tensor
-    all_indices: Tensor
+    all_positions: Tensor
+    first_position: Tensor
     cos: Tensor
     sin: Tensor
     mask: Tensor
@@ -78,14 +79,17 @@ class VisionEncoder(nn.Module):
             from pruning import TokenPruner
 
             self.pruner = TokenPruner(spec)
-        self.register_buffer("all_indices", torch.arange(self.image_tokens)[None], persistent=False)
+        everything = torch.arange(self.prefix_length + self.image_tokens)[None]
+        self.register_buffer("all_positions", everything, persistent=False)
         if placement == "decoder":
             first, last = self.prefix_length, self.prefix_length + self.image_tokens
             cos, sin = rope_tables(geometry.text, range(first, last))
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
             self.register_buffer("mask", causal_mask(self.image_tokens, past=first), persistent=False)
-            self.register_buffer("prefix_positions", torch.arange(first)[None], persistent=False)
+            # As float32, exact far beyond any context: delegates have no integer arithmetic.
+            self.register_buffer("prefix_positions", torch.arange(first).float()[None], persistent=False)
+            self.register_buffer("first_position", torch.tensor([float(first)]), persistent=False)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -142,7 +146,7 @@ class VisionEncoder(nn.Module):
         for part in (self.tower, self.projector, self.decoder_layers):
             part.half()
         for name, buffer in list(self.named_buffers(recurse=False)):
-            if buffer.is_floating_point() and name != "prefix_hidden":
+            if buffer.is_floating_point() and name not in ("prefix_hidden", "prefix_positions", "first_position"):
                 setattr(self, name, buffer.half())
         return self
 
@@ -151,22 +155,27 @@ class VisionEncoder(nn.Module):
         features, keys = self.tower(pixel_values.to(self.dtype))
         hidden = self.projector(features)
         if self.placement == "projector":
-            return self._pruned(keys, hidden)
+            if self.pruner is None:
+                return hidden.float(), self.all_positions
+            tokens, indices = self._pruned(self.pruner, keys, hidden)
+            return tokens, indices.long()
         caches: list[Tensor] = []
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
             keys = key.permute(1, 0, 2).reshape(1, self.image_tokens, -1)
             caches += [all_keys.reshape(1, *all_keys.shape), all_values.reshape(1, *all_values.shape)]
-        tokens, indices = self._pruned(keys, hidden)
-        positions = torch.cat([self.prefix_positions, indices + self.prefix_length], dim=1)
-        return torch.cat([self.prefix_hidden, tokens], dim=1), positions, *caches
-
-    def _pruned(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D) float32, indices (1, keep) int64"""
         if self.pruner is None:
-            return hidden.float(), self.all_indices
-        return cast(tuple[Tensor, Tensor], self.pruner(keys.float(), hidden.float()))
+            return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
+        tokens, indices = self._pruned(self.pruner, keys, hidden)
+        positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.long(), *caches
+
+    @staticmethod
+    def _pruned(pruner: nn.Module, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D) float32, indices (1, keep) as float32 whole numbers"""
+        tokens, indices = pruner(keys.float(), hidden.float())
+        return tokens, indices.float()
 
 
 def build_vision_encoder(
