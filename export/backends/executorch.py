@@ -37,19 +37,15 @@ def lower(
     del precision
     with warnings.catch_warnings(), _rejections() as reasons:
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
-        from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-        partitioners = [XnnpackPartitioner()]
         if quant_vision is not None:
             _quantize(module, quant_vision)
-            dynamic = XnnpackPartitioner(config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True)
-            partitioners = [dynamic, *partitioners]
         edge = to_edge_transform_and_lower(
             trace(module, example_inputs),
-            partitioner=partitioners,
+            partitioner=[XnnpackPartitioner()],
             transform_passes=get_transform_passes(),
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
