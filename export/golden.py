@@ -67,6 +67,8 @@ def make_golden(
         else:
             raise ExportError(f"placement {placement!r} is not known; allowed: decoder, projector")
     golden = {f"{_GRAPH}.in.pixel_values": pixels}
+    if kept:
+        outputs["filled"] = torch.zeros(1, 1)  # the paper's loop runs until it has enough: nothing to fill up
     golden |= {f"{_GRAPH}.out.{name}": tensor for name, tensor in outputs.items()}
     golden |= kept
     return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in golden.items()}
@@ -187,11 +189,12 @@ def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tenso
         return hidden, torch.arange(count, device=hidden.device)[None], {}
     from pruning import reference
 
-    trace = reference.trace(keys, hidden, spec)
+    # The loop is a definition, not a kernel: it runs on the CPU, on features from whatever device made them.
+    trace = reference.trace(keys.cpu(), hidden.cpu(), spec)
     kept = {
         "kept_indices": trace.indices[0],
         "kept_order": trace.order[0],
         "kept_margin": trace.margin[0],
         "pivots": trace.pivots[0],
     }
-    return trace.tokens, trace.indices, kept
+    return trace.tokens.to(hidden.device), trace.indices.to(hidden.device), kept
