@@ -44,7 +44,7 @@ class PruneSpec:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        grid = tuple(self.grid)
+        grid = tuple(self.grid) if isinstance(self.grid, (tuple, list)) else ()
         if len(grid) != 2 or not all(_is_count(side) for side in grid):
             raise SpecError(f"grid={self.grid!r} must be two positive whole numbers: rows and columns of image tokens")
         object.__setattr__(self, "grid", (int(grid[0]), int(grid[1])))
