@@ -80,7 +80,8 @@ def test_pruning_after_any_layer(layer: int) -> None:
     encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=layer)
     pixels = _photo(58)
     golden = make_golden(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=layer, pixel_values=pixels.numpy())
-    assert len(encoder.output_names) == 2 + 2 * layer
+    assert len(encoder.output_names) == 2 + 2 * layer + 1
+    assert encoder.output_names[-1] == "filled"
     assert max(_differences(encoder, golden, pixels).values()) < 1e-4
 
 
@@ -128,12 +129,19 @@ def test_half_precision_leaves_the_pruner_alone(pocket: Checkpoint) -> None:
     encoder = build_vision_encoder(pocket, POCKET, PruneSpec(), placement="decoder", precision="fp16")
     assert encoder.pruner is not None
     seen: list[torch.dtype] = []
-    encoder.pruner.register_forward_pre_hook(lambda _module, inputs: seen.extend(tensor.dtype for tensor in inputs))
-    hidden, positions, *caches = encoder(_photo(336))
+    select = encoder.pruner.select
+
+    def spy(keys: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.extend((keys.dtype, tokens.dtype))
+        return select(keys, tokens)
+
+    encoder.pruner.__dict__["select"] = spy
+    hidden, positions, *caches, filled = encoder(_photo(336))
     assert seen == [torch.float32, torch.float32]
     assert not any(buffer.dtype == torch.float16 for buffer in encoder.pruner.buffers())
     assert (hidden.dtype, positions.dtype) == (torch.float32, torch.int64)
     assert {cache.dtype for cache in caches} == {torch.float16}
+    assert filled.dtype == torch.float32
     assert torch.isfinite(hidden).all()
 
 

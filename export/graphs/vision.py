@@ -16,7 +16,7 @@ from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
-    from pruning import PruneSpec
+    from pruning import PruneSpec, TokenPruner
     from runtime.bundle import TensorInfo
 
 Placement = Literal["decoder", "projector"]
@@ -40,6 +40,9 @@ class VisionEncoder(nn.Module):
     from each other. Keys of the layer that made the features answer it in the same terms as in the decoder, they are
     there already, and they are 4 to 5 times narrower than the projected features. The paper does not treat this
     placement; how well it keeps answers is not measured here.
+
+    With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
+    fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
 
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
@@ -74,7 +77,7 @@ class VisionEncoder(nn.Module):
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
         self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(self.layer))
-        self.pruner: nn.Module | None = None
+        self.pruner: TokenPruner | None = None
         if spec is not None and self.keep < self.image_tokens:
             from pruning import TokenPruner
 
@@ -118,10 +121,12 @@ class VisionEncoder(nn.Module):
         from runtime.bundle import TensorInfo
 
         text = self.geometry.text
+        filled = () if self.pruner is None else (TensorInfo(name="filled", shape=(1, 1), dtype="float32"),)
         if self.placement == "projector":
             return (
                 TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
                 TensorInfo(name="kept_indices", shape=(1, self.keep), dtype="int64"),
+                *filled,
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
         cache = (1, text.kv_heads, seen, text.head_dim)
@@ -134,6 +139,7 @@ class VisionEncoder(nn.Module):
                 for index in range(self.layer)
                 for part in ("key", "value")
             ),
+            *filled,
         )
 
     def example_inputs(self) -> tuple[Tensor, ...]:
@@ -157,8 +163,8 @@ class VisionEncoder(nn.Module):
         if self.placement == "projector":
             if self.pruner is None:
                 return hidden.float(), self.all_positions
-            tokens, indices = self._pruned(self.pruner, keys, hidden)
-            return tokens, indices.long()
+            tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
+            return tokens, indices.long(), filled
         caches: list[Tensor] = []
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
@@ -167,15 +173,15 @@ class VisionEncoder(nn.Module):
             caches += [all_keys.reshape(1, *all_keys.shape), all_values.reshape(1, *all_values.shape)]
         if self.pruner is None:
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
-        tokens, indices = self._pruned(self.pruner, keys, hidden)
+        tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
         positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
-        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.long(), *caches
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.long(), *caches, filled
 
     @staticmethod
-    def _pruned(pruner: nn.Module, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D) float32, indices (1, keep) as float32 whole numbers"""
-        tokens, indices = pruner(keys.float(), hidden.float())
-        return tokens, indices.float()
+    def _pruned(pruner: TokenPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1), all float32"""
+        tokens, indices, filled = pruner.select(keys.float(), hidden.float())
+        return tokens, indices.float(), filled
 
 
 def build_vision_encoder(
