@@ -205,8 +205,9 @@ class _Making:
                 quant_vision=plan.quant_vision,
             )
             for coverage in lowered.coverage:
-                outside = f"{coverage.outside_nodes} outside" if coverage.outside else "nothing outside"
-                stage.note(f"{coverage.delegate}: {coverage.nodes} nodes, {coverage.partitions} partitions, {outside}")
+                parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
+                outside = f"{coverage.outside_nodes or 'nothing'} outside"
+                stage.note(f"{coverage.delegate}: {coverage.nodes} nodes in {parts}, {outside}")
             if not any(coverage.nodes for coverage in lowered.coverage):
                 raise ExportError(
                     f"backend {plan.backend.name} took no node of {VISION_GRAPH}: the phone would run it without any "

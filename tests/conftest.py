@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -57,20 +58,43 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _pocket_bundle(backend: str, folder: Path, command_line: CommandLine) -> Path:
-    words = ["export", "--model", "pocket", "--keep", "64", "--target", "android", "--backend", backend, "-q"]
-    done = command_line(*words, "--output-dir", folder, env={"PRUNEPORT_CACHE": str(folder / "cache")})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Path(done.stdout.strip())
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """What `make demo` runs after the install: its own command line, with this interpreter and another folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    dry = subprocess.run(
+        ["make", "--no-print-directory", "-n", "demo", f"DEMO_DIR={folder / 'bundles'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    line = next(line for line in dry.stdout.splitlines() if "export.py" in line)
+    return subprocess.run(
+        [sys.executable, *shlex.split(line.lstrip("@"))[1:]],
+        cwd=ROOT,
+        # Wide enough that no line of the table is broken.
+        env={**os.environ, "PRUNEPORT_CACHE": str(folder / "cache"), "COLUMNS": "250"},
+        capture_output=True,
+        text=True,
+        timeout=590,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="session")
-def xnnpack_bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
-    """The pocket model with 64 image tokens, exported for ExecuTorch; not to be changed."""
-    return _pocket_bundle("xnnpack", tmp_path_factory.mktemp("xnnpack"), command_line)
+def xnnpack_bundle(demo: subprocess.CompletedProcess[str]) -> Path:
+    """The demo's pruned bundle, for ExecuTorch; not to be changed. Its unpruned twin lies beside it."""
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    line = next(line for line in demo.stdout.splitlines() if line.startswith("next: "))
+    return Path(shlex.split(line)[-1])
 
 
 @pytest.fixture(scope="session")
 def onnx_bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Path:
     """The pocket model with 64 image tokens, exported for ONNX Runtime; not to be changed."""
-    return _pocket_bundle("onnx", tmp_path_factory.mktemp("onnx"), command_line)
+    folder = tmp_path_factory.mktemp("onnx")
+    words = ["export", "--model", "pocket", "--keep", "64", "--target", "android", "--backend", "onnx", "-q"]
+    done = command_line(*words, "--output-dir", folder, env={"PRUNEPORT_CACHE": str(folder / "cache")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(done.stdout.strip())

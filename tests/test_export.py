@@ -1,0 +1,104 @@
+"""Whole exports of the pocket model: what lies in the bundle, and every choice of precision, backend and placement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.bundle import REPORT_FILES, read_bundle
+from tests.conftest import CommandLine
+
+ON_DISK = {"vision_encoder.onnx", "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def test_bundle_holds_what_the_format_says(onnx_bundle: Path) -> None:
+    bundle = read_bundle(onnx_bundle)
+    bundle.check_files()
+    assert {path.name for path in onnx_bundle.iterdir()} == {"manifest.json", *ON_DISK}
+    assert set(bundle.manifest.files) == ON_DISK
+    assert bundle.manifest.name == onnx_bundle.name
+    assert bundle.manifest.weights.source == "checkpoint"
+    assert {"pruneport", "python", "torch", "onnxruntime"} <= set(bundle.manifest.tools)
+
+
+def test_outputs_are_static_and_pruned(onnx_bundle: Path) -> None:
+    manifest = read_bundle(onnx_bundle).manifest
+    outputs = {info.name: info.shape for info in manifest.graphs[0].outputs}
+    prefix = len(manifest.prompt.prefix_ids)
+    assert outputs["hidden"][:2] == (1, prefix + 64)
+    assert outputs["positions"] == (1, prefix + 64)
+    for name in ("key_0", "value_0", "key_1", "value_1"):
+        assert outputs[name][2] == prefix + 576
+    assert (manifest.prune.layer, manifest.prune.keep, manifest.prune.image_tokens) == (2, 64, 576)
+
+
+def test_golden_is_named_as_the_format_says(onnx_bundle: Path) -> None:
+    bundle = read_bundle(onnx_bundle)
+    golden = bundle.golden()
+    graph = bundle.graph("vision_encoder")
+    for kind, infos in (("in", graph.inputs), ("out", graph.outputs)):
+        for info in infos:
+            assert golden[f"vision_encoder.{kind}.{info.name}"].shape == info.shape
+    kept = golden["kept_indices"]
+    assert kept.shape == (64,)
+    assert (np.diff(kept) > 0).all()
+    assert sorted(golden["kept_order"].tolist()) == kept.tolist()
+    assert set(golden["pivots"].tolist()) <= set(kept.tolist())
+    assert golden["kept_margin"].shape == (64,)
+    assert golden["photo"].dtype == np.uint8
+    # Positions are the prefix's and then the kept tokens' own.
+    prefix = len(bundle.manifest.prompt.prefix_ids)
+    positions = golden["vision_encoder.out.positions"][0]
+    assert positions.tolist() == [*range(prefix), *(kept + prefix)]
+
+
+def test_report_says_passed(onnx_bundle: Path) -> None:
+    steps = {step["name"]: step["status"] for step in read_json(onnx_bundle / "parity.json")["steps"]}
+    assert set(steps.values()) == {"passed"}
+    assert {"files", "preprocessing", "parity of vision_encoder", "kept tokens"} <= set(steps)
+    assert read_json(onnx_bundle / "latency.json")["graphs"][0]["bundle"]["runs"] >= 5
+    assert "http://" not in (onnx_bundle / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
+    latency = read_json(xnnpack_bundle / "latency.json")
+    (graph,) = latency["graphs"]
+    assert graph["twin"]["runs"] == graph["bundle"]["runs"]
+    assert graph["ratio"]["median"] > 0
+    assert latency["twin"]["image_tokens"] == 576
+    twin = read_bundle(xnnpack_bundle.with_name("pocket-keepall-android-xnnpack"))
+    twin.check_files()
+    assert not twin.manifest.prune.pruned
+    assert {step["status"] for step in read_json(twin.path / "parity.json")["steps"]} == {"passed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--backend", "onnx", "--precision", "fp16"], "pocket-keep8-android-onnx-fp16"),
+        (["--backend", "onnx", "--prune-at", "projector"], "pocket-keep8-android-onnx-projector"),
+        (["--backend", "onnx", "--weights", "random", "--seed", "3"], "pocket-keep8-android-onnx-random"),
+        (["--precision", "fp16"], "pocket-keep8-android-xnnpack-fp16"),
+        (["--quant-vision", "8da8w", "--prune-at", "projector"], "pocket-keep8-android-xnnpack-8da8w-projector"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_choice_passes(words: list[str], name: str, tmp_path: Path, command_line: CommandLine) -> None:
+    fixed = ["export", "--model", "pocket", "--keep", "8", "--target", "android", "-q"]
+    done = command_line(*fixed, *words, "--output-dir", tmp_path / "out", timeout_s=590)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = read_bundle(tmp_path / "out" / name)
+    bundle.check_files()
+    if "random" in words:
+        assert bundle.manifest.weights.seed == 3
+        assert "random" in (bundle.path / "report.md").read_text(encoding="utf-8").lower()
