@@ -77,7 +77,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
         env={**os.environ, "PRUNEPORT_CACHE": str(folder / "cache"), "COLUMNS": "250"},
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=880,
         check=False,
     )
 

@@ -95,7 +95,7 @@ def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
 )
 def test_every_choice_passes(words: list[str], name: str, tmp_path: Path, command_line: CommandLine) -> None:
     fixed = ["export", "--model", "pocket", "--keep", "8", "--target", "android", "-q"]
-    done = command_line(*fixed, *words, "--output-dir", tmp_path / "out", timeout_s=590)
+    done = command_line(*fixed, *words, "--output-dir", tmp_path / "out", timeout_s=880)
     assert done.returncode == 0, done.stdout + done.stderr
     bundle = read_bundle(tmp_path / "out" / name)
     bundle.check_files()
