@@ -25,6 +25,7 @@ GRAIN = 2.0**24  # more than all positions times APART
 APART = 128.0  # softmax of inputs this far apart is exactly one-hot in float32 (exp(-104) is already 0)
 TAKEN = 2.0**64  # beyond any adjusted similarity, threshold or score, in units of 1 / UNIT
 WIDEST = 128 * 128  # the most tokens or channels that the constants cover
+LARGEST_DISTANCE = 2.0**67  # squared, between two keys: times HUGE it must stay a float32 number
 PARTS = 32  # thresholds that a round of the channel search tries at once
 
 
@@ -55,7 +56,8 @@ class TokenPruner(nn.Module):
     Source: arXiv 2512.02700; the static form is our own.
 
     Raises:
-        SpecError: shapes that do not fit, or (outside an exported program) features that are not finite.
+        SpecError: shapes that do not fit, or (outside an exported program) features that are not finite or keys too
+            large to be told apart.
     """
 
     def __init__(self, spec: PruneSpec) -> None:
@@ -117,6 +119,10 @@ class TokenPruner(nn.Module):
         for name, width in (("keys", keys.shape[2]), ("hidden", hidden.shape[2])):
             if width > WIDEST:
                 raise SpecError(f"{name} are {width} wide; the static pruner covers at most {WIDEST} channels")
+        if not exporting:
+            largest, bound = float(keys.abs().max()), math.sqrt(LARGEST_DISTANCE / (4.0 * keys.shape[2]))
+            if largest > bound:
+                raise SpecError(f"keys reach {largest:.3g}; the static pruner tells distances apart up to {bound:.3g}")
         dtype = hidden.dtype
         keys, hidden = keys.float(), hidden.float()
         pivots = self._pivots(keys)

@@ -241,6 +241,18 @@ def test_features_that_are_no_floats_or_too_wide() -> None:
         TokenPruner(spec)(torch.zeros(1, 4, 3), torch.zeros(1, 4, 16385))
 
 
+@torch.no_grad()
+def test_keys_beyond_the_static_range_are_refused() -> None:
+    """Up to the bound both forms agree; beyond it the static one would overflow to NaN without a word."""
+    spec = PruneSpec(grid=(5, 6), keep=12)
+    keys, hidden = _random(30, 10, 12, 1)
+    keys = keys / keys.abs().max()
+    _assert_alike(spec, keys * 1.9e9, hidden)
+    for scale in (2e9, 1e12, 1e18):
+        with pytest.raises(SpecError, match=r"keys reach .*; the static pruner tells distances apart up to 1\.92e\+09"):
+            TokenPruner(spec)(keys * scale, hidden)
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> PruneSpec:
     """Small grids with everything the paper's ablations vary, and beyond: pivots > keep, token_batch > N."""
