@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,15 @@ FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "gol
 TOKENS_ATOL = 1e-4  # promised by the vectors
 HALF_OVERLAP = 0.98
 HALF_SCALE = 1.37  # the features are stored in fp16: a cast rounds only what was moved off that lattice
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Some thousand small operators: threads gain little, and lose minutes where other work holds the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, kw_only=True)
