@@ -64,6 +64,7 @@ def applies(line: str, extra: str) -> bool:
 def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     # Nothing of the checkout may be found by accident.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["COLUMNS"] = "250"  # so that no line of a table is broken
     return subprocess.run(
         [*map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
     )
