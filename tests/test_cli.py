@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -236,3 +238,18 @@ def test_every_error_ends_with_its_exit_code(
         monkeypatch.setattr(cli, "parse", fail)
         assert cli.main([], version="0") == 2
         assert capsys.readouterr().err == "pruneport: error: what, got, allowed, next step\n"
+
+
+def test_forecast_of_memory_covers_what_was_measured(root: Path, tmp_path: Path) -> None:
+    """No export that was measured at full width needed more than the plan said, nor much less."""
+    measured = sorted((root / "benchmarks" / "results").glob("export_memory-*.json"))
+    assert measured
+    for file in measured:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        words = result["command"].split()
+        flags = {flag.removeprefix("--"): value for flag, value in pairwise(words) if flag.startswith("--")}
+        needs = plan(
+            request(tmp_path, **{name: flags[name] for name in ("model", "weights", "precision") if name in flags})
+        ).needs
+        peak_bytes = result["peak_rss_kib"] * 1024
+        assert peak_bytes <= needs.ram_bytes <= 1.5 * peak_bytes, file.name
