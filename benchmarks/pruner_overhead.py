@@ -97,12 +97,12 @@ def main() -> None:
 
 
 def _load(path: Path, threads: int):  # type: ignore[no-untyped-def]
-    from executorch.extension.pybindings._portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
+    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    _unsafe_reset_threadpool(threads)
-    if _threadpool_get_thread_count() != threads:
-        raise SystemExit(f"ExecuTorch runs {_threadpool_get_thread_count()} threads instead of {threads}")
+    portable_lib._unsafe_reset_threadpool(threads)
+    if portable_lib._threadpool_get_thread_count() != threads:
+        raise SystemExit(f"ExecuTorch runs {portable_lib._threadpool_get_thread_count()} threads instead of {threads}")
     program = Runtime.get().load_program(path)
     return program.load_method("forward")
 
