@@ -46,7 +46,7 @@ def main() -> None:
     spec = PruneSpec(keep=options.keep)
     width, count = 4096, spec.tokens
     field = torch.nn.functional.avg_pool2d(torch.randn(1, width, *spec.grid), 5, 1, 2).flatten(2).transpose(1, 2)
-    hidden = (field * 4.0 + torch.randn(1, count, width) * 0.3) * torch.rand(width) * 2.0
+    hidden = ((field * 4.0 + torch.randn(1, count, width) * 0.3) * torch.rand(width) * 2.0).contiguous()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         programs = {}
