@@ -69,7 +69,9 @@ class TokenPruner(nn.Module):
 
         at = torch.arange(count)
         ones, places = torch.ones(1, WIDEST, 1), torch.arange(WIDEST).float()[None, None]
+        batches = -(-count // spec.token_batch)
         widths = {count, spec.keep, spec.token_batch, spec.first_pivots, self.steps, RANK_EVERY, len(levels), PARTS - 1}
+        widths.add(batches - 1)
         constants = {
             "ones": ones,
             "places": places,
@@ -86,11 +88,10 @@ class TokenPruner(nn.Module):
             "before": (torch.arange(128)[:, None] < torch.arange(128)[None, :]).float()[None],
             "parts": torch.arange(1, PARTS).float()[None, :, None] / PARTS,
             "buffer": closeness_on_grid(spec)[None] * UNIT,
-            "batch_end": torch.arange(1, -(-count // spec.token_batch)).float()[None, None] * spec.token_batch - 1.0,
+            "batch_end": torch.arange(1, batches).float()[None, None] * spec.token_batch - 1.0,
             "level": torch.arange(len(levels)).float()[None, :, None],
             "threshold": levels[None, :, None] * UNIT,
         }
-        constants[f"ones_{constants['batch_end'].shape[2]}"] = ones[:, : constants["batch_end"].shape[2]]
         for name, value in constants.items():
             self.register_buffer(name, value.clone(), persistent=False)
 
@@ -194,7 +195,7 @@ class TokenPruner(nn.Module):
         batch, count, used = similarity.shape[0], self.spec.tokens, pivots.shape[1]
         ones = self._add_up(similarity, count)
         columns = pivots.transpose(1, 2)
-        selected = torch.bmm(columns, self._add_up(pivots, used))  # (B, N, 1)
+        selected = is_pivot = torch.bmm(columns, self._add_up(pivots, used))  # (B, N, 1)
         # One product looks up similarity (plus 1) and closeness on the grid; both are never negative, so that an empty
         # column of a one-hot matrix, which looks up zeros, does not count.
         lookup = torch.cat([similarity + 1.0, self._many(self.buffer, similarity)], 1)
@@ -226,9 +227,9 @@ class TokenPruner(nn.Module):
         # The first `keep` by step and, within a step, by score; tokens that no step reached come last, by score.
         keep = float(self.spec.keep)
         score = (UNIT - self._adjusted(closest)).view(batch, count, 1)
-        selected = torch.bmm(pivots.transpose(1, 2), self._add_up(pivots, used))
-        when = 1.0 - selected  # in steps before the end: pivots come first
-        score = score - score * selected
+        selected = is_pivot
+        when = 1.0 - is_pivot  # pivots come first
+        score = score - score * is_pivot
         if accepted:
             taken = torch.cat(accepted, 2)  # (B, N, steps)
             selected = selected + torch.bmm(taken, self._add_up(taken, self.steps))
