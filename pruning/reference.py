@@ -87,7 +87,7 @@ def check_shapes(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
 def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order, margin = _pivots(keys, spec)
     similarity = _similarity(hidden, spec)
-    _expand(similarity, closeness_on_grid(spec, hidden.dtype), order, margin, spec)
+    _expand(similarity, order, margin, spec)
     selection = torch.tensor(order)
     kept = selection.sort().values
     return _recover(similarity, hidden, kept, spec), kept, selection, torch.tensor(margin)
@@ -122,21 +122,20 @@ def _similarity(H: Tensor, spec: PruneSpec) -> Tensor:
     return (unit @ unit.T + 1.0) - 1.0  # in float32 a multiple of 2^-23, as the static form keeps it
 
 
-def closeness_on_grid(spec: PruneSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a distance on the grid leaves of the largest buffer factor, 1 + distance_weight: (N, N), never negative."""
+def squared_distances(spec: PruneSpec) -> Tensor:
+    """Squared distance of all pairs of positions on the grid, in tokens: (N, N) float64 whole numbers."""
     rows, columns = spec.grid
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    at = torch.stack([y.flatten(), x.flatten()], 1).to(dtype)
-    distance = (at[:, None] - at[None]).square().sum(-1).sqrt() / spec.diagonal
-    return (1.0 + spec.distance_weight) - (1.0 + spec.distance_weight * distance)
+    at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
+    return (at[:, None] - at[None]).square().sum(-1)
 
 
-def _expand(S: Tensor, closeness: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -> None:
+def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -> None:
     """Centrifugal expansion with buffering for spatial sparsity (section 3.3); appends to order and margin."""
+    distance = squared_distances(spec).to(S).sqrt()
 
     def adjusted() -> Tensor:
         chosen = torch.tensor(order)
-        buffer = (1.0 + spec.distance_weight) - closeness[:, chosen].max(1).values
+        buffer = 1.0 + distance[:, chosen].min(1).values * spec.distance_slope
         return S[:, chosen].max(1).values * buffer
 
     for threshold in spec.levels():

@@ -50,6 +50,8 @@ class PruneSpec:
         object.__setattr__(self, "grid", (int(grid[0]), int(grid[1])))
         if self.tokens > 8192:
             raise SpecError(f"grid={self.grid} has {self.tokens} tokens; at most 8192 can be ranked exactly in float32")
+        if max(self.grid) > 2048:
+            raise SpecError(f"grid={self.grid} is longer than 2048; distances on it would not be exact in float32")
         for name in ("keep", "pivots", "token_batch", "channels"):
             if not _is_count(getattr(self, name)):
                 raise SpecError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
@@ -85,6 +87,11 @@ class PruneSpec:
     def diagonal(self) -> float:
         """Length of the grid's diagonal, in tokens: the unit of distance."""
         return math.hypot(*self.grid)
+
+    @property
+    def distance_slope(self) -> float:
+        """By how much the buffer for spatial sparsity grows for each token of distance."""
+        return self.distance_weight / self.diagonal
 
     @property
     def sure_steps(self) -> int:

@@ -1,9 +1,9 @@
 """VLM-Pruner with static shapes and a fixed number of steps, in the few operators that mobile delegates keep whole.
 
-Only bmm, softmax, max_pool2d, minimum, add, sub, mul, div, abs, sqrt, clamp, pad, cat, slice, view and permute appear:
-no comparison, gather, scatter, sort or reduction, which the delegates refuse or split the graph at. A comparison of
-two numbers is `clamp(difference * HUGE, 0, 1)`, exactly 0 or 1; a gather is a product with a one-hot matrix; the place
-in an order is a count of smaller ones.
+Only bmm, softmax, max_pool2d, minimum, add, sub, mul, div, abs, sqrt, clamp, pad, cat, slice, view, reshape and
+permute appear: no comparison, gather, scatter, sort or reduction, which the delegates refuse or split the graph at. A
+comparison of two numbers is `clamp(difference * HUGE, 0, 1)`, exactly 0 or 1; a gather is a product with a one-hot
+matrix; the place in an order is a count of smaller ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruning.reference import CANCELLATION, check_features, check_shapes, closeness_on_grid
+from pruning.reference import CANCELLATION, check_features, check_shapes
 from pruning.spec import RANK_EVERY, PruneSpec, SpecError
 
 HUGE = 2.0**60  # turns any difference of two unequal float32 numbers above 1e-10 into at least 1
@@ -27,6 +27,8 @@ TAKEN = 2.0**64  # beyond any adjusted similarity, threshold or score, in units 
 WIDEST = 128 * 128  # the most tokens or channels that the constants cover
 LARGEST_DISTANCE = 2.0**67  # squared, between two keys: times HUGE it must stay a float32 number
 PARTS = 32  # thresholds that a round of the channel search tries at once
+OUT_OF_REACH = 4.0 * WIDEST  # a place that no order has
+GROUP = 16  # neighbouring channels that are sorted into slots together
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,21 @@ class TokenPruner(nn.Module):
         self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
 
         at = torch.arange(count)
+        y, x = (at // spec.grid[1] - spec.grid[0] // 2).float(), (at % spec.grid[1] - spec.grid[1] // 2).float()
+        square, one = y * y + x * x, torch.ones(count)
+        self.reach = float(spec.grid[0] ** 2 + spec.grid[1] ** 2)  # more than the largest squared distance
         ones, places = torch.ones(1, WIDEST, 1), torch.arange(WIDEST).float()[None, None]
         batches = -(-count // spec.token_batch)
         widths = {count, spec.keep, spec.token_batch, spec.first_pivots, self.steps, RANK_EVERY, len(levels), PARTS - 1}
-        widths.add(batches - 1)
+        blocks = -(-spec.channels // GROUP)
+        widths |= {batches - 1, blocks - 1}
         constants = {
             "ones": ones,
             "places": places,
             # The same, cut to every width that is known already: cutting in the graph would be an operator each time.
             **{f"ones_{width}": ones[:, :width] for width in widths},
             **{
-                f"places_{width}": places[:, :, :width] for width in (count, spec.keep, spec.token_batch, spec.channels)
+                f"places_{width}": places[:, :, :width] for width in (count, spec.keep, spec.token_batch, GROUP, blocks)
             },
             "rank_of_slot": places[:, :, : spec.token_batch] * FAR,
             "position": places[:, :, :count].view(1, -1, 1),
@@ -87,8 +93,11 @@ class TokenPruner(nn.Module):
             "tie": (at[None, :] < at[:, None]).float()[None],
             "before": (torch.arange(128)[:, None] < torch.arange(128)[None, :]).float()[None],
             "parts": torch.arange(1, PARTS).float()[None, :, None] / PARTS,
-            "buffer": closeness_on_grid(spec)[None] * UNIT,
+            # Their product is the nearness of two tokens: `reach` minus the squared distance, in whole numbers.
+            "from_here": torch.stack([one, square, y, x], 1)[None],
+            "to_there": torch.stack([self.reach - square, -one, 2.0 * y, 2.0 * x])[None],
             "batch_end": torch.arange(1, batches).float()[None, None] * spec.token_batch - 1.0,
+            "block_end": torch.arange(1, blocks).float()[None, None] * GROUP - 1.0,
             "level": torch.arange(len(levels)).float()[None, :, None],
             "threshold": levels[None, :, None] * UNIT,
         }
@@ -104,8 +113,10 @@ class TokenPruner(nn.Module):
     tie: Tensor
     before: Tensor
     parts: Tensor
-    buffer: Tensor
+    from_here: Tensor
+    to_there: Tensor
     batch_end: Tensor
+    block_end: Tensor
     level: Tensor
     threshold: Tensor
 
@@ -125,7 +136,7 @@ class TokenPruner(nn.Module):
             if largest > bound:
                 raise SpecError(f"keys reach {largest:.3g}; the static pruner tells distances apart up to {bound:.3g}")
         dtype = hidden.dtype
-        keys, hidden = keys.float(), hidden.float()
+        keys, hidden = (x if x.dtype == torch.float32 else x.float() for x in (keys, hidden))  # no operator for nothing
         pivots = self._pivots(keys)
         similarity = self._similarity(hidden)
         chosen, filled = self._expand(similarity, pivots)
@@ -152,13 +163,13 @@ class TokenPruner(nn.Module):
     def _similarity(self, hidden: Tensor) -> Tensor:
         """Cosine similarity on the channels of largest variance: (B, N, D) -> (B, N, N)."""
         if hidden.shape[2] > self.spec.channels:
-            hidden = torch.bmm(hidden, self._channel_choice(hidden))
+            hidden = self._compact(hidden, self._channel_places(hidden))
         norm = torch.bmm(hidden * hidden, self._add_up(hidden, hidden.shape[2])).sqrt()
         unit = hidden / norm.clamp(min=1e-12)
         return torch.bmm(unit, unit.transpose(1, 2))
 
-    def _channel_choice(self, hidden: Tensor) -> Tensor:
-        """One-hot columns of the `channels` channels of largest variance, in channel order: (B, D, channels)."""
+    def _channel_places(self, hidden: Tensor) -> Tensor:
+        """Places of the `channels` channels of largest variance among them, the others out of reach: (B, 1, D)."""
         batch, count, width = hidden.shape
         mean_over_tokens = self._add_up(hidden, count).view(batch, 1, count) * (1.0 / count)
         centred = hidden - torch.bmm(mean_over_tokens, hidden)
@@ -183,8 +194,34 @@ class TokenPruner(nn.Module):
         tied = exceeding - certain  # equal variance: the first ones fill up
         room = float(self.spec.channels) - torch.bmm(certain, add_up)
         take = certain + tied * (room - self._count_before(tied)).clamp(0.0, 1.0)
-        place = self._count_before(take) + (1.0 - take) * (4.0 * width)  # out of reach for the others
-        return (1.0 - (place.view(batch, width, 1) - self._places(self.spec.channels)).abs()).clamp(0.0, 1.0)
+        return self._count_before(take) + (1.0 - take) * OUT_OF_REACH
+
+    def _compact(self, hidden: Tensor, place: Tensor) -> Tensor:
+        """The chosen channels side by side, in any order, perhaps with empty ones: (B, N, D) -> (B, N, about channels).
+
+        One product with a one-hot matrix would cost as much as all else. Chosen channels of a group of neighbours have
+        consecutive places, so a small product per group can bring each to slot `place % GROUP`, and a second one per
+        slot collects over the groups, to the block `place // GROUP`.
+        """
+        batch, count, width = hidden.shape
+        groups = -(-width // GROUP)
+        if groups * GROUP > width:
+            hidden = functional.pad(hidden, (0, groups * GROUP - width))
+            place = functional.pad(place, (0, groups * GROUP - width), value=OUT_OF_REACH)
+        slot, blocks = place.view(batch, groups * GROUP, 1), self.block_end.shape[2] + 1
+        block = slot * 0.0
+        if blocks > 1:
+            block = torch.bmm((slot - self.block_end).clamp(0.0, 1.0), self._add_up(hidden, blocks - 1))
+            slot = slot - block * float(GROUP)
+        to_slot = _equal(slot, self._places(GROUP)).view(batch * groups, GROUP, GROUP)
+        in_block = _equal(block, self._places(blocks)).view(batch * groups, GROUP, blocks)
+        to_block = torch.bmm(to_slot.transpose(1, 2), in_block)  # (B * groups, slots, blocks)
+        to_block = to_block.view(batch, groups, GROUP, blocks).transpose(1, 2).reshape(batch * GROUP, groups, blocks)
+        grouped = hidden.view(batch, count, groups, GROUP).transpose(1, 2).reshape(batch * groups, count, GROUP)
+        slotted = torch.bmm(grouped, to_slot).view(batch, groups, count, GROUP).permute(0, 3, 2, 1)
+        blocked = torch.bmm(slotted.reshape(batch * GROUP, count, groups), to_block)
+        blocked = blocked.view(batch, GROUP, count, blocks).transpose(1, 2)
+        return blocked.reshape(batch, count, GROUP * blocks)
 
     def _expand(self, similarity: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
         """Centrifugal expansion: which tokens stay, (B, N, 1) with `keep` ones, and how many of them filled up.
@@ -196,10 +233,10 @@ class TokenPruner(nn.Module):
         ones = self._add_up(similarity, count)
         columns = pivots.transpose(1, 2)
         selected = is_pivot = torch.bmm(columns, self._add_up(pivots, used))  # (B, N, 1)
-        # One product looks up similarity (plus 1) and closeness on the grid; both are never negative, so that an empty
-        # column of a one-hot matrix, which looks up zeros, does not count.
-        lookup = torch.cat([similarity + 1.0, self._many(self.buffer, similarity)], 1)
-        looked_up = torch.bmm(lookup, columns).view(batch, 2 * count, used, 1)
+        similarity = (
+            similarity + 1.0
+        )  # never negative, like nearness: an empty column looks up zeros and does not count
+        looked_up = self._look_up(similarity, columns).view(batch, 2 * count, used, 1)
         closest = functional.max_pool2d(looked_up, (used, 1), stride=(used, 1))  # (B, 2N, 1, 1)
         size = self.spec.token_batch
         running: _Pass | None = None
@@ -222,7 +259,7 @@ class TokenPruner(nn.Module):
             accepted.append(torch.bmm(columns, self._add_up(columns, size)))
             similar.append(adjusted)
             limit = torch.minimum(limit, running.ahead - start)
-            looked_up = torch.bmm(lookup, columns).view(batch, 2 * count, size, 1)
+            looked_up = self._look_up(similarity, columns).view(batch, 2 * count, size, 1)
             closest = functional.max_pool2d(torch.cat([looked_up, closest], 2), (size + 1, 1), stride=(size + 1, 1))
         # The first `keep` by step and, within a step, by score; tokens that no step reached come last, by score.
         keep = float(self.spec.keep)
@@ -258,7 +295,7 @@ class TokenPruner(nn.Module):
             begin = 1.0 - going_on
             level = running.level + begin * ((level - running.level - 1.0).clamp(0.0, float(levels)) + 1.0)
             rank = running.rank + begin * (rank - running.rank)
-        number = (1.0 - (self.level - level).abs()).clamp(0.0, 1.0)
+        number = _equal(self.level, level)
         below = torch.bmm(number.view(batch, 1, levels), self._many(self.threshold, number)) - taken
         if running is not None:
             below = below * begin + limit * going_on
@@ -278,17 +315,24 @@ class TokenPruner(nn.Module):
         )
         return began, below
 
+    def _look_up(self, similarity: Tensor, columns: Tensor) -> Tensor:
+        """Similarity and nearness to the tokens of one-hot columns: (B, N, N), (B, N, C) -> (B, 2N, C)."""
+        nearness = torch.bmm(
+            self._many(self.from_here, columns), torch.bmm(self._many(self.to_there, columns), columns)
+        )
+        return torch.cat([torch.bmm(similarity, columns), nearness], 1)
+
     def _adjusted(self, closest: Tensor) -> Tensor:
         """Similarity to the selected, times the buffer for sparsity, in units: (B, 2N, 1, 1) -> (B, 1, N)."""
         count = self.spec.tokens
-        buffer = (1.0 + self.spec.distance_weight) * UNIT - closest[:, count:]
+        buffer = (self.reach - closest[:, count:]).sqrt() * (self.spec.distance_slope * UNIT) + UNIT
         return ((closest[:, :count] - 1.0) * buffer).view(-1, 1, count)
 
     def _pick(self, chosen: Tensor) -> Tensor:
         """One-hot rows of the kept tokens in ascending position: (B, N, 1) -> (B, keep, N)."""
         batch, count, _ = chosen.shape
         place = torch.bmm(self._many(self.tie, chosen), chosen) + (1.0 - chosen) * (4.0 * count)
-        return (1.0 - (place.view(batch, 1, count) - self.place_kept).abs()).clamp(0.0, 1.0)
+        return _equal(place.view(batch, 1, count), self.place_kept)
 
     def _recovery(self, similarity: Tensor, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
@@ -309,7 +353,8 @@ class TokenPruner(nn.Module):
         rows = padded.view(batch, block, block)
         before = self._many(self.before[:, :block, :block], mask)
         blocks = torch.bmm(before.transpose(1, 2), torch.bmm(rows, self._add_up(rows, block)))
-        return (torch.bmm(rows, before) + blocks).view(batch, 1, block * block)[:, :, :width]
+        places = (torch.bmm(rows, before) + blocks).view(batch, 1, block * block)
+        return places[:, :, :width] if block * block > width else places
 
     def _add_up(self, like: Tensor, width: int) -> Tensor:
         """A column of ones: (B, width, 1). A product with it sums an axis."""
@@ -330,6 +375,11 @@ class TokenPruner(nn.Module):
 def _above(high: Tensor, low: Tensor) -> Tensor:
     """1 where high > low, else 0."""
     return ((high - low) * HUGE).clamp(0.0, 1.0)
+
+
+def _equal(place: Tensor, other: Tensor) -> Tensor:
+    """1 where two whole numbers are equal, else 0."""
+    return (1.0 - (place - other).abs()).clamp(0.0, 1.0)
 
 
 def _outer_difference(values: Tensor) -> Tensor:

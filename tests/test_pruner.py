@@ -32,6 +32,8 @@ STATIC_OPERATORS = {
     "minimum",
     "mul",
     "pad",
+    "permute",
+    "reshape",
     "rsub",
     "slice",
     "softmax",
