@@ -4,7 +4,7 @@
 
 Exports the vision graph of llava-1.5-7b at full width (CLIP ViT-L/14-336, seeded random weights) and its unpruned twin,
 runs the pruned one with ExecuTorch's event tracer, and splits each run's time by operator: the CLIP tower is everything
-before the projector's first linear layer, the pruner everything after the operators that both graphs have in common.
+before the projector's first linear layer, the pruner everything after the last linear layer beyond what the twin does.
 Tracing adds its cost to each of the pruner's many small operators, so the ratio is an upper bound. Random weights make
 no difference to the time: the graph does the same work whatever it sees.
 Writes benchmarks/results/pruner_overhead-*.json.
@@ -68,28 +68,25 @@ def main() -> None:
             )
             del encoder
             events[graph] = _events(Path(name) / f"{graph}.pte", photo, runs)
-    shared = next(
-        i for i, (one, other) in enumerate(zip(events["twin"], events["pruned"], strict=False)) if one[0] != other[0]
-    )
-    if len(events["twin"]) - shared > 12:
-        raise SystemExit(f"the twin's {len(events['twin'])} operators leave the pruned graph's after {shared}: not split")
-    names = [name for name, _ in events["pruned"][:shared]]
-    linear = [i for i, name in enumerate(names) if name.startswith("Fully Connected")]
-    if options.prune_at == "projector":
-        tower = linear[-2]
-    else:  # the projector's linear layers are followed by two decoder layers of seven each
-        tower = linear[-2 - 2 * 7]
+    linear = [i for i, (name, _) in enumerate(events["pruned"]) if name.startswith("Fully Connected")]
+    before = linear[-1] + 1
+    if [name for name, _ in events["twin"][:before]] != [name for name, _ in events["pruned"][:before]]:
+        raise SystemExit("the twin and the pruned graph differ before their last linear layer: not split")
+    # The projector has two linear layers; at the decoder two layers of seven follow them. What the twin still does
+    # after its last linear layer is no part of the pruner, and no part of the tower either.
+    tower = linear[-2 if options.prune_at == "projector" else -2 - 2 * 7]
+    pruner = len(events["twin"])
     runs_ms = list(zip(*(times for _, times in events["pruned"]), strict=True))
     tower_ms = [sum(run[:tower]) for run in runs_ms]
-    pruner_ms = [sum(run[shared:]) for run in runs_ms]
+    pruner_ms = [sum(run[pruner:]) for run in runs_ms]
     ratios = [100.0 * part / whole for part, whole in zip(pruner_ms, tower_ms, strict=True)]
     result = {
         "command": "python " + " ".join(["benchmarks/pruner_overhead.py", *sys.argv[1:]]),
         "machine": f"desktop CPU, {platform.machine()}, {_processor()}; not a phone",
         "threads": options.threads,
-        "graph": f"llava-1.5-7b vision_encoder, {options.prune_at}, fp32, tower {options.quant_vision or 'not quantised'}",
+        "graph": f"llava-1.5-7b vision_encoder, {options.prune_at}, tower {options.quant_vision or 'fp32'}, rest fp32",
         "keep": options.keep,
-        "operators": {"tower": tower, "pruner": len(events["pruned"]) - shared, "whole": len(events["pruned"])},
+        "operators": {"tower": tower, "pruner": len(events["pruned"]) - pruner, "whole": len(events["pruned"])},
         "median_ms": {
             "tower": round(statistics.median(tower_ms), 1),
             "pruner": round(statistics.median(pruner_ms), 2),

@@ -251,8 +251,11 @@ def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
         pruned=bundle.spec is not None,
         pivots=spec.pivots,
         threshold=spec.threshold,
+        threshold_step=spec.threshold_step,
         token_batch=spec.token_batch,
         channels=spec.channels,
+        distance_weight=spec.distance_weight,
+        recovery=spec.recovery,
         form=plan.backend.pruner_form,
     )
 

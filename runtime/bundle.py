@@ -155,9 +155,12 @@ class PruneInfo(_Record, frozen=True):
     grid: tuple[PositiveCount, PositiveCount]
     pruned: bool
     pivots: PositiveCount
-    threshold: Annotated[float, msgspec.Meta(gt=0)]
+    threshold: float
+    threshold_step: Annotated[float, msgspec.Meta(gt=0)]
     token_batch: PositiveCount
     channels: PositiveCount
+    distance_weight: Annotated[float, msgspec.Meta(ge=0)]
+    recovery: Annotated[float, msgspec.Meta(ge=0, le=1)]
     form: Name
 
     def __post_init__(self) -> None:
@@ -168,8 +171,9 @@ class PruneInfo(_Record, frozen=True):
             raise ValueError(f"keep={self.keep} must lie in 1..{self.image_tokens} (image_tokens)")
         if not self.pruned and self.keep != self.image_tokens:
             raise ValueError(f"keep={self.keep} must equal image_tokens={self.image_tokens} when pruned is false")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"threshold={self.threshold} must be finite")
+        for name in ("threshold", "threshold_step", "distance_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite")
 
 
 class ImageInfo(_Record, frozen=True):

@@ -15,6 +15,10 @@ import numpy as np
 
 from runtime.session import Session
 
+# A graph that takes seconds needs fewer runs: after this long, and at least so many runs, a measurement ends.
+BUDGET_MS = 60_000.0
+LEAST_RUNS = 3
+
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
     """What latency.json is made of."""
@@ -66,12 +70,15 @@ def device_name() -> str:
 
 
 def measure(session: Session, inputs: Mapping[str, np.ndarray], *, warmup: int = 2, runs: int = 10) -> Latency:
-    """Times `runs` runs after `warmup` untimed ones."""
+    """Times `runs` runs after `warmup` untimed ones; fewer, but at least three, where they take over a minute."""
     _check_counts(warmup=warmup, runs=runs)
     for _ in range(warmup):
-        session.run(inputs)
+        if _time_ms(session, inputs) > BUDGET_MS / LEAST_RUNS:
+            break
     _reset_peak_rss()
-    times_ms = [_time_ms(session, inputs) for _ in range(runs)]
+    times_ms: list[float] = []
+    while _more(times_ms, runs):
+        times_ms.append(_time_ms(session, inputs))
     return _latency(session, times_ms, peak_rss_bytes())
 
 
@@ -84,16 +91,19 @@ def measure_pair(
     warmup: int = 2,
     runs: int = 10,
 ) -> PairLatency:
-    """Times a graph and its twin in turns, swapping the order, so that drift of the machine hits both alike."""
+    """Times a graph and its twin in turns, swapping the order, so that drift of the machine hits both alike.
+
+    Where `runs` turns take over a minute, fewer are made, but at least two.
+    """
     _check_counts(warmup=warmup, runs=runs)
     for _ in range(warmup):
-        session.run(inputs)
-        twin.run(twin_inputs)
+        if _time_ms(session, inputs) + _time_ms(twin, twin_inputs) > BUDGET_MS / LEAST_RUNS:
+            break
     _reset_peak_rss()
     times_ms: list[float] = []
     twin_times_ms: list[float] = []
-    for turn in range(runs):
-        if turn % 2:
+    while _more([*times_ms, *twin_times_ms], 2 * runs):
+        if len(times_ms) % 2:
             twin_times_ms.append(_time_ms(twin, twin_inputs))
             times_ms.append(_time_ms(session, inputs))
         else:
@@ -107,6 +117,11 @@ def measure_pair(
         twin=_latency(twin, twin_times_ms, peak),
         ratio=Ratio(median=median, p10=p10, p90=p90),
     )
+
+
+def _more(times_ms: list[float], runs: int) -> bool:
+    """Whether another run is wanted after these."""
+    return len(times_ms) < runs and (len(times_ms) < LEAST_RUNS or sum(times_ms) < BUDGET_MS)
 
 
 def _check_counts(*, warmup: int, runs: int) -> None:

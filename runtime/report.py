@@ -330,8 +330,10 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
     source = f"random, seed {weights.seed}" if weights.source == "random" else weights.source
     where = f"before decoder layer {prune.layer}" if prune.placement == "decoder" else "after the projector"
     pruner = (
-        f"{where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}, {prune.pivots} pivots, threshold "
-        f"{prune.threshold:g}, batches of {prune.token_batch}, {prune.channels} channels, form {prune.form}"
+        f"{where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}, {prune.pivots} pivots, "
+        f"threshold {prune.threshold:g} + {prune.threshold_step:g} a pass, batches of {prune.token_batch}, "
+        f"{prune.channels} channels, distance weight {prune.distance_weight:g}, recovery {prune.recovery:g}, "
+        f"form {prune.form}"
     )
     rows = [
         ("made", manifest.created_utc),

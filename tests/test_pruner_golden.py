@@ -189,18 +189,10 @@ def _graph(program: Program, engine: str, file: str) -> GraphInfo:
     )
 
 
-def _engine_run(program: Program, engine: str) -> object:
-    """Lowering takes time in proportion to the steps, minutes for the longest; those are run by hand."""
-    long = engine == "executorch" and TokenPruner(program.spec).steps > 40
-    return pytest.param(program, engine, id=f"{engine}-{program}", marks=[pytest.mark.full] if long else [])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("program", "engine"),
-    [_engine_run(program, engine) for program in PROGRAMS for engine in ("executorch", "onnxruntime")],
-)
+@pytest.mark.parametrize("engine", ["executorch", "onnxruntime"])
+@every_program
 def test_engine(program: Program, engine: str, tmp_path: Path) -> None:
     """Lowered once, then every case that fits the graph; one partition with nothing outside."""
     if engine == "executorch":

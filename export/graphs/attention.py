@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,23 +21,41 @@ def heads_last(x: Tensor) -> Tensor:
     return x.permute(1, 0, 2).reshape(1, tokens, heads * head_dim)
 
 
-def attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of scaled queries (H, T, d) over keys and values (Hkv, S, d) -> (H, T, d).
+class Part(NamedTuple):
+    """Keys and values that are attended beside others: (Hkv, S, d) each, and what is added to their scores."""
 
-    `mask` (T, S) is added to the scores. With fewer key heads than query heads, the queries that share a key head are
-    laid one after another along the token dimension, so that no key is copied.
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None  # broadcasts to (T, S)
+
+
+def attention(query: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Softmax attention of scaled queries (H, T, d) over all parts together -> (H, T, d).
+
+    Parts are never copied into one tensor: only their scores are, which is what makes a long cache cheap for few
+    queries. With fewer key heads than query heads, the queries that share a key head are laid one after another along
+    the token dimension, so that no key is copied either.
     """
     heads, tokens, head_dim = query.shape
-    shared, positions, _ = keys.shape
-    if heads == shared:
-        scores = torch.bmm(query, keys.permute(0, 2, 1))
-    else:
-        grouped = query.reshape(shared, heads // shared * tokens, head_dim)
-        scores = torch.bmm(grouped, keys.permute(0, 2, 1)).reshape(heads, tokens, positions)
-    if mask is not None:
-        scores = scores + mask
-    weights = torch.softmax(scores, dim=-1)
-    if heads == shared:
-        return torch.bmm(weights, values)
-    grouped = weights.reshape(shared, heads // shared * tokens, positions)
-    return torch.bmm(grouped, values).reshape(heads, tokens, head_dim)
+    shared = parts[0].key.shape[0]
+    grouped = query if heads == shared else query.reshape(shared, heads // shared * tokens, head_dim)
+    scores = []
+    for part in parts:
+        score = torch.bmm(grouped, part.key.permute(0, 2, 1))
+        if heads != shared:
+            score = score.reshape(heads, tokens, part.key.shape[1])
+        if part.mask is not None:
+            score = score + part.mask
+        scores.append(score)
+    weights = torch.softmax(scores[0] if len(scores) == 1 else torch.cat(scores, dim=2), dim=-1)
+    mixed, start = None, 0
+    for part in parts:
+        length = part.key.shape[1]
+        weight = weights if len(parts) == 1 else weights[:, :, start : start + length]
+        start += length
+        if heads != shared:
+            weight = weight.reshape(shared, heads // shared * tokens, length)
+        share = torch.bmm(weight, part.value)
+        mixed = share if mixed is None else mixed + share
+    assert mixed is not None
+    return mixed if heads == shared else mixed.reshape(heads, tokens, head_dim)

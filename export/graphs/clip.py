@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from export.graphs.attention import attention, heads_first, heads_last
+from export.graphs.attention import Part, attention, heads_first, heads_last
 from export.graphs.norms import LayerNorm
 from export.models.llava import LlavaGeometry, VisionGeometry
 
@@ -57,7 +57,7 @@ class ClipAttention(nn.Module):
         keys = self.k_proj(x)
         # Scaling the queries instead of the scores touches T x D numbers instead of heads x T x T.
         query = heads_first(self.q_proj(x) * self.scale, self.heads)
-        mixed = attention(query, heads_first(keys, self.heads), heads_first(self.v_proj(x), self.heads))
+        mixed = attention(query, [Part(heads_first(keys, self.heads), heads_first(self.v_proj(x), self.heads))])
         return self.out_proj(heads_last(mixed)), keys
 
 

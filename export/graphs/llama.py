@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from export.graphs.attention import attention, heads_first, heads_last
+from export.graphs.attention import Part, attention, heads_first, heads_last
 from export.graphs.norms import RmsNorm
 from export.models.llava import Rope, TextGeometry
 
 # Far below any score, yet with room to add one to it in float16.
-_HIDDEN = -3e4
+HIDDEN = -3e4
 
 
 class LayerOutput(NamedTuple):
@@ -59,7 +59,7 @@ def _inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def causal_mask(tokens: int, *, past: int = 0) -> Tensor:
     """(tokens, past + tokens) float32: 0 where a token may look, far below 0 ahead of it; all of the past is open."""
-    ahead = torch.ones(tokens, tokens).triu(diagonal=1) * _HIDDEN
+    ahead = torch.ones(tokens, tokens).triu(diagonal=1) * HIDDEN
     return torch.cat([torch.zeros(tokens, past), ahead], dim=1)
 
 
@@ -84,16 +84,28 @@ class LlamaAttention(nn.Module):
         swapped = torch.cat([x[:, :, half:], x[:, :, :half]], dim=2)
         return x * cos + swapped * sin
 
+    def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys after the rotary embedding, and values, of normed x (1, T, D): (Hkv, T, d) each."""
+        key = self.rotate(heads_first(self.k_proj(x), self.kv_heads), cos, sin)
+        return key, heads_first(self.v_proj(x), self.kv_heads)
+
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor | None, past_value: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        past_key: Tensor | None,
+        past_value: Tensor | None,
+        cache: Part | None,
     ) -> LayerOutput:
         """As `LlamaLayer`, with the attention's output as `hidden`."""
         query = self.rotate(heads_first(self.q_proj(x) * self.scale, self.heads), cos, sin)
-        key = self.rotate(heads_first(self.k_proj(x), self.kv_heads), cos, sin)
-        value = heads_first(self.v_proj(x), self.kv_heads)
+        key, value = self.key_value(x, cos, sin)
         keys = key if past_key is None else torch.cat([past_key, key], dim=1)
         values = value if past_value is None else torch.cat([past_value, value], dim=1)
-        mixed = attention(query, keys, values, mask)
+        new = Part(keys, values, mask)
+        mixed = attention(query, [new] if cache is None else [cache, new])
         return LayerOutput(self.o_proj(heads_last(mixed)), key, value, keys, values)
 
 
@@ -128,11 +140,20 @@ class LlamaLayer(nn.Module):
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         past_key: Tensor | None = None,
         past_value: Tensor | None = None,
+        cache: Part | None = None,
     ) -> LayerOutput:
-        """hidden (1, T, D), tables (T, d), mask (T, S), past (Hkv, S - T, d) -> LayerOutput"""
-        out: LayerOutput = self.self_attn(self.input_layernorm(hidden), cos, sin, mask, past_key, past_value)
+        """hidden (1, T, D), tables (T, d), mask (T, S), past (Hkv, S - T, d) -> LayerOutput
+
+        `past` stands before the new keys and becomes one tensor with them; `cache` is attended as well, where it lies.
+        """
+        normed = self.input_layernorm(hidden)
+        out: LayerOutput = self.self_attn(normed, cos, sin, mask, past_key, past_value, cache)
         hidden = hidden + out.hidden
         return out._replace(hidden=hidden + self.mlp(self.post_attention_layernorm(hidden)))
+
+    def key_value(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of hidden (1, T, D) alone, all that a last layer is asked for when nothing follows it."""
+        return self.self_attn.key_value(self.input_layernorm(hidden), cos, sin)

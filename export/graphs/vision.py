@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.graphs.clip import ClipTower, Projector
+from export.graphs.graph import Graph
 from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
 from export.graphs.weights import fill
 from export.models.llava import LlavaGeometry, ModelEntry, prompt_info
@@ -24,7 +25,7 @@ PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Graph):
     """pixel_values (1, 3, H, W) float32 -> the image as the decoder goes on from it. All shapes are static.
 
     Decoder placement (the paper's, arXiv 2512.02700): tower, projector, decoder layers 0..layer-1 over the image
@@ -95,16 +96,6 @@ class VisionEncoder(nn.Module):
             self.register_buffer("first_position", torch.tensor([float(first)]), persistent=False)
 
     @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs, in order."""
-        return ("pixel_values",)
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """Names of the outputs, in order."""
-        return tuple(info.name for info in self.output_infos())
-
-    @property
     def dtype(self) -> torch.dtype:
         """The precision that the tower computes in."""
         return self.tower.embeddings.class_embedding.dtype
@@ -142,11 +133,6 @@ class VisionEncoder(nn.Module):
             *filled,
         )
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """Inputs of the right shape and of a photo's range, from a fixed seed."""
-        generator = torch.Generator().manual_seed(0)
-        return tuple(torch.randn(info.shape, generator=generator) for info in self.input_infos())
-
     def half_precision(self) -> VisionEncoder:
         """Makes everything but the pruner, its inputs and the constant prefix states float16, in place."""
         for part in (self.tower, self.projector, self.decoder_layers):
@@ -159,7 +145,10 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(1, 3, H, W) float32 -> the outputs that `output_infos` lists."""
         features, keys = self.tower(pixel_values.to(self.dtype))
-        hidden = self.projector(features)
+        return self.from_features(self.projector(features), keys)
+
+    def from_features(self, hidden: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        """Image features (1, N, D) and, for the projector placement, the tower's keys (1, N, Dk) -> outputs"""
         if self.placement == "projector":
             if self.pruner is None:
                 return hidden.float(), self.all_positions
@@ -192,8 +181,11 @@ def build_vision_encoder(
     placement: str,
     layer: int = 2,
     precision: str = "fp32",
+    prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
+
+    `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
     layer that sees fewer tokens (ignored at the projector). Weights are read, cast and placed one at a time, so that
@@ -204,7 +196,7 @@ def build_vision_encoder(
     geometry = checkpoint.geometry
     _check_request(geometry, entry, spec, placement, layer, precision)
     dtype = PRECISIONS[precision]
-    prefix_ids = prompt_info(checkpoint, entry).prefix_ids
+    prefix_ids = prompt_info(checkpoint, entry).prefix_ids if prefix_ids is None else prefix_ids
     with torch.no_grad():
         encoder = VisionEncoder(
             geometry, spec, placement=cast(Placement, placement), layer=layer, prefix_length=len(prefix_ids)

@@ -1,0 +1,266 @@
+"""The language half: token embedding, the rest of the image's prefill, and the text decoder over a ragged KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from export.graphs.attention import Part
+from export.graphs.graph import Graph
+from export.graphs.llama import HIDDEN, LlamaLayer, causal_mask, rope_tables
+from export.graphs.norms import RmsNorm
+from export.graphs.vision import PRECISIONS
+from export.graphs.weights import fill
+
+if TYPE_CHECKING:
+    from export.checkpoints import Checkpoint
+    from export.models.llava import LlavaGeometry
+    from runtime.bundle import TensorInfo
+
+PROMPT_CHUNK = 128
+
+
+class Context:
+    """How many entries the KV cache of each layer has, and which positions they stand for.
+
+    The image part of a layer holds the prompt prefix and the image tokens that the layer saw: all of them below
+    `layer`, the kept ones from there on. The text part follows it and has room for `text` tokens in every layer. Text
+    goes on at the position after the unpruned image, whatever was dropped, as in the paper's code.
+    """
+
+    def __init__(self, geometry: LlavaGeometry, *, prefix: int, keep: int, layer: int, text: int) -> None:
+        self.layers = geometry.text.layers
+        self.kv_heads, self.head_dim = geometry.text.kv_heads, geometry.text.head_dim
+        self.layer = layer
+        self.prefix = prefix
+        self.keep = keep
+        self.text = text
+        self.first_text = prefix + geometry.image_tokens
+
+    @property
+    def positions(self) -> int:
+        """Absolute positions that can occur."""
+        return self.first_text + self.text
+
+    def image_entries(self, index: int) -> int:
+        """Entries of layer `index` that the prefix and the image take."""
+        return self.first_text if index < self.layer else self.prefix + self.keep
+
+    def entries(self, index: int) -> int:
+        """All entries of layer `index`."""
+        return self.image_entries(index) + self.text
+
+    def infos(
+        self, what: str, dtype: torch.dtype, *, first: int = 0, entries: int | None = None
+    ) -> tuple[TensorInfo, ...]:
+        """`key` and `value` of the layers from `first` on, (1, Hkv, entries, d); all entries of a layer by default."""
+        from runtime.bundle import TensorInfo
+
+        return tuple(
+            TensorInfo(
+                name=f"{what}{part}_{index}",
+                shape=(1, self.kv_heads, self.entries(index) if entries is None else entries, self.head_dim),
+                dtype="float16" if dtype == torch.float16 else "float32",
+            )
+            for index in range(first, self.layers)
+            for part in ("key", "value")
+        )
+
+
+class TokenEmbedding(Graph):
+    """ids (1, T) int64 -> inputs_embeds (1, T, D) float32"""
+
+    def __init__(self, geometry: LlavaGeometry, *, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.width = tokens, geometry.text.hidden
+        self.embed_tokens = nn.Embedding(geometry.text.vocab, geometry.text.hidden, device="meta")
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each input."""
+        from runtime.bundle import TensorInfo
+
+        return (TensorInfo(name="ids", shape=(1, self.tokens), dtype="int64"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each output."""
+        from runtime.bundle import TensorInfo
+
+        return (TensorInfo(name="inputs_embeds", shape=(1, self.tokens, self.width), dtype="float32"),)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.embed_tokens(ids)
+        return out.float()
+
+
+class _Decoder(Graph):
+    """What both graphs over decoder layers share: the layers, and rotary tables for every position that can occur."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, geometry: LlavaGeometry, context: Context, *, first: int) -> None:
+        super().__init__()
+        self.context = context
+        self.first = first
+        self.width = geometry.text.hidden
+        self.layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(first, geometry.text.layers))
+        cos, sin = rope_tables(geometry.text, range(context.positions))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the layers compute in."""
+        return self.cos.dtype
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, d) of positions (1, T)."""
+        at = positions.view(-1)
+        return nn.functional.embedding(at, self.cos), nn.functional.embedding(at, self.sin)
+
+
+class ImagePrefill(_Decoder):
+    """What is left to do for the image once it is pruned: the keys and values of the layers from the cut on.
+
+    hidden (1, P + keep, D) float32 and positions (1, P + keep) int64, as `vision_encoder` hands them on ->
+    `key_i`, `value_i` (1, Hkv, P + keep, d) for the layers i that `vision_encoder` has not run. Nothing here depends on
+    the question. Of the last layer only keys and values are computed, because nothing follows it.
+    """
+
+    mask: Tensor
+
+    def __init__(self, geometry: LlavaGeometry, context: Context) -> None:
+        super().__init__(geometry, context, first=context.layer)
+        self.tokens = context.prefix + context.keep
+        self.register_buffer("mask", causal_mask(self.tokens), persistent=False)
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each input."""
+        from runtime.bundle import TensorInfo
+
+        return (
+            TensorInfo(name="hidden", shape=(1, self.tokens, self.width), dtype="float32"),
+            TensorInfo(name="positions", shape=(1, self.tokens), dtype="int64"),
+        )
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each output."""
+        return self.context.infos("", self.dtype, first=self.first, entries=self.tokens)
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = self.rotary(positions)
+        hidden = hidden.to(self.dtype)
+        caches: list[Tensor] = []
+        *before, last = self.layers
+        for layer in before:
+            out = layer(hidden, cos, sin, self.mask)
+            hidden = out.hidden
+            caches += [out.key.unsqueeze(0), out.value.unsqueeze(0)]
+        assert isinstance(last, LlamaLayer)
+        key, value = last.key_value(hidden, cos, sin)
+        return *caches, key.unsqueeze(0), value.unsqueeze(0)
+
+
+class TextDecoder(_Decoder):
+    """`tokens` text tokens through all layers, over a cache of the image and of the text before them.
+
+    inputs_embeds (1, T, D) float32, positions (1, T) int64, then `past_key_i`, `past_value_i` (1, Hkv, entries, d) for
+    every layer i -> logits (1, T, V) float32, then `key_i`, `value_i` (1, Hkv, T, d): the new tokens' own, for the
+    caller to put into the cache. How much of the cache's text part is filled follows from the first position; what lies
+    beyond is never looked at. With fewer than T tokens to decode the rest is padding, whose outputs mean nothing and
+    change nothing.
+    """
+
+    mask: Tensor
+    entry: Tensor
+    image_mask: Tensor
+    first_text: Tensor
+    hidden_score: Tensor
+
+    def __init__(self, geometry: LlavaGeometry, context: Context, *, tokens: int) -> None:
+        super().__init__(geometry, context, first=0)
+        self.tokens, self.vocab = tokens, geometry.text.vocab
+        self.norm = RmsNorm(geometry.text.hidden, geometry.text.norm_eps)
+        self.lm_head = nn.Linear(geometry.text.hidden, geometry.text.vocab, bias=False, device="meta")
+        self.register_buffer("mask", causal_mask(tokens), persistent=False)
+        # 1 at the first entry of the text part, 2 at the next ...: what exceeds the number of filled ones is masked.
+        self.register_buffer("entry", torch.arange(1, context.text + 1).float()[None], persistent=False)
+        self.register_buffer("image_mask", torch.zeros(1, context.first_text), persistent=False)
+        self.register_buffer("first_text", torch.tensor([float(context.first_text)]), persistent=False)
+        self.register_buffer("hidden_score", torch.tensor([HIDDEN]), persistent=False)
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each input."""
+        from runtime.bundle import TensorInfo
+
+        return (
+            TensorInfo(name="inputs_embeds", shape=(1, self.tokens, self.width), dtype="float32"),
+            TensorInfo(name="positions", shape=(1, self.tokens), dtype="int64"),
+            *self.context.infos("past_", self.dtype),
+        )
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each output."""
+        from runtime.bundle import TensorInfo
+
+        return (
+            TensorInfo(name="logits", shape=(1, self.tokens, self.vocab), dtype="float32"),
+            *self.context.infos("", self.dtype, entries=self.tokens),
+        )
+
+    def forward(self, inputs_embeds: Tensor, positions: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = self.rotary(positions)
+        filled = positions[:, :1].float() - self.first_text
+        beyond = ((self.entry - filled).clamp(0.0, 1.0) * self.hidden_score).to(self.dtype)
+        masks = {
+            entries: torch.cat([self.image_mask[:, :entries].to(self.dtype), beyond], dim=1)
+            for entries in sorted({self.context.image_entries(index) for index in range(self.context.layers)})
+        }
+        hidden = inputs_embeds.to(self.dtype)
+        caches: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            key, value = past[2 * index][0], past[2 * index + 1][0]
+            cache = Part(key, value, masks[self.context.image_entries(index)])
+            out = layer(hidden, cos, sin, self.mask, None, None, cache)
+            hidden = out.hidden
+            caches += [out.key.unsqueeze(0), out.value.unsqueeze(0)]
+        logits: Tensor = self.lm_head(self.norm(hidden))
+        return logits.float(), *caches
+
+
+def build_token_embedding(checkpoint: Checkpoint, *, tokens: int, precision: str = "fp32") -> TokenEmbedding:
+    """The embedding of `tokens` ids with the checkpoint's weights, ready to be traced."""
+    graph = TokenEmbedding(checkpoint.geometry, tokens=tokens)
+    fill(graph.embed_tokens, checkpoint, "language_model.embed_tokens", PRECISIONS[precision])
+    return graph.eval().requires_grad_(False)
+
+
+def build_image_prefill(checkpoint: Checkpoint, context: Context, *, precision: str = "fp32") -> ImagePrefill:
+    """The image's prefill from layer `context.layer` on with the checkpoint's weights, ready to be traced."""
+    graph = ImagePrefill(checkpoint.geometry, context)
+    _fill_layers(graph, checkpoint, PRECISIONS[precision])
+    return graph.eval().requires_grad_(False)
+
+
+def build_text_decoder(
+    checkpoint: Checkpoint, context: Context, *, tokens: int, precision: str = "fp32"
+) -> TextDecoder:
+    """The text decoder for `tokens` tokens at a time with the checkpoint's weights, ready to be traced."""
+    graph = TextDecoder(checkpoint.geometry, context, tokens=tokens)
+    dtype = PRECISIONS[precision]
+    _fill_layers(graph, checkpoint, dtype)
+    fill(graph.norm, checkpoint, "language_model.norm", dtype)
+    fill(graph.lm_head, checkpoint, "lm_head", dtype)
+    return graph.eval().requires_grad_(False)
+
+
+def _fill_layers(graph: _Decoder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    for index, layer in enumerate(graph.layers):
+        fill(layer, checkpoint, f"language_model.layers.{graph.first + index}", dtype)
+    if dtype == torch.float16:
+        graph.half()
+        if isinstance(graph, TextDecoder):
+            # Compared with positions, which float16 does not hold exactly.
+            graph.entry, graph.first_text = graph.entry.float(), graph.first_text.float()

@@ -1,0 +1,43 @@
+"""What every exported graph says about itself: its inputs and outputs, by name, in order, with static shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from runtime.bundle import TensorInfo
+
+
+class Graph(nn.Module):
+    """A module with one fixed signature; backends name and shape the exported graph after it."""
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each input."""
+        raise NotImplementedError
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each output."""
+        raise NotImplementedError
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return tuple(info.name for info in self.input_infos())
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return tuple(info.name for info in self.output_infos())
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Inputs of the right shape from a fixed seed: a photo's range for numbers, zeros for ids and positions."""
+        generator = torch.Generator().manual_seed(0)
+        return tuple(
+            torch.zeros(info.shape, dtype=torch.int64)
+            if info.dtype == "int64"
+            else torch.randn(info.shape, generator=generator).to(getattr(torch, info.dtype))
+            for info in self.input_infos()
+        )

@@ -1,0 +1,268 @@
+"""The graphs together give the authors' logits and tokens: eager, exported, and in every engine that runs here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export.checkpoints import RandomCheckpoint
+from export.graphs.decoder import (
+    Context,
+    build_image_prefill,
+    build_text_decoder,
+    build_token_embedding,
+)
+from export.graphs.graph import Graph
+from export.graphs.vision import VisionEncoder, build_vision_encoder
+from export.models.llava import ModelEntry
+from pruning import PruneSpec
+from runtime.bundle import GraphInfo, TensorInfo
+from runtime.engines import LoadedGraph
+
+pytestmark = pytest.mark.golden
+
+FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "golden")
+LOGITS_ATOL = 1e-3  # promised by the vectors
+LAYER = 2
+CHUNK = 16
+ROOM = 64
+
+Engine = Literal["executorch", "onnxruntime"]
+Run = Callable[..., tuple[np.ndarray, ...]]
+
+CONFIG = {
+    "model_type": "llava",
+    "image_token_index": 511,
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 336,
+        "patch_size": 14,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 320,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 5,
+        "vocab_size": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+}
+ENTRY = ModelEntry(name="golden", summary="the vectors' decoder", hub_id=None, config=CONFIG, prefix_tokens=35)
+
+
+class GoldenCheckpoint(RandomCheckpoint):
+    """The vectors' decoder behind a vision tower that nobody asks for anything."""
+
+    def __init__(self) -> None:
+        super().__init__(ENTRY, seed=0)
+        stored = load_file(FOLDER / "decoder-weights.safetensors")
+        self._stored = {
+            name if name.startswith("lm_head") else name.replace("model.", "language_model.", 1): tensor
+            for name, tensor in stored.items()
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name.startswith(("language_model.", "lm_head.")):
+            return self._stored[name].float()
+        return super().tensor(name)
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        return self.tensor(name)[list(indices)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One answer of decoder.json, pruned or not."""
+
+    name: str
+    keep: int
+    tokens: tuple[int, ...]
+    pruned: bool
+
+    def tensor(self, what: str) -> torch.Tensor:
+        return _tensors()[f"{self.name}.{what}"]
+
+    @property
+    def logits(self) -> np.ndarray:
+        return np.asarray(self.tensor("logits" if self.pruned else "unpruned_logits"))
+
+
+@functools.cache
+def _tensors() -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / "decoder.safetensors")
+
+
+def _cases() -> tuple[Case, ...]:
+    rows = json.loads((FOLDER / "decoder.json").read_text())
+    return tuple(
+        Case(name=row["name"], keep=row["keep"] if pruned else 576, tokens=tuple(row[tokens]), pruned=pruned)
+        for row in rows
+        for pruned, tokens in ((True, "tokens"), (False, "unpruned_tokens"))
+    )
+
+
+CASES = _cases()
+
+
+def _context(case: Case) -> Context:
+    prefix = len(case.tensor("prefix_ids"))
+    return Context(ENTRY.geometry, prefix=prefix, keep=case.keep, layer=LAYER, text=ROOM)
+
+
+class _FromFeatures(Graph):
+    """The vision graph from the projector's output on, which is where the vectors begin."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="features", shape=(1, 576, 320), dtype="float32"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        return self.encoder.output_infos()
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.encoder.from_features(features, features)
+
+
+@functools.cache
+def _modules(case: Case) -> Mapping[str, Graph]:
+    checkpoint = GoldenCheckpoint()
+    spec = PruneSpec(keep=case.keep) if case.pruned else None
+    context = _context(case)
+    prefix_ids = [int(i) for i in case.tensor("prefix_ids")]
+    encoder = build_vision_encoder(checkpoint, ENTRY, spec, placement="decoder", layer=LAYER, prefix_ids=prefix_ids)
+    return {
+        "vision": _FromFeatures(encoder),
+        "embedding": build_token_embedding(checkpoint, tokens=CHUNK),
+        "prefill": build_image_prefill(checkpoint, context),
+        "chunk": build_text_decoder(checkpoint, context, tokens=CHUNK),
+        "token": build_text_decoder(checkpoint, context, tokens=1),
+    }
+
+
+def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Logits (9, V), 8 greedy tokens and kept positions, through the graphs as a phone would call them."""
+    context = _context(case)
+    features = case.tensor("image_embeds").float()[None].numpy()
+    hidden, positions, *caches = run["vision"](features)[: 2 + 2 * LAYER]
+    caches += run["prefill"](hidden, positions)
+    past = []
+    for index in range(context.layers):
+        for part in caches[2 * index : 2 * index + 2]:
+            assert part.shape[2] == context.image_entries(index)
+            room = np.zeros((1, context.kv_heads, context.text, context.head_dim), np.float32)
+            past.append(np.concatenate([part, room], axis=2))
+
+    table = GoldenCheckpoint().tensor("language_model.embed_tokens.weight").numpy()
+    done = 0
+
+    def decode(embeds: np.ndarray, chunk: int) -> np.ndarray:
+        nonlocal done
+        count = len(embeds)
+        padded = np.zeros((1, chunk, embeds.shape[1]), np.float32)
+        padded[0, :count] = embeds
+        at = np.minimum(context.first_text + done + np.arange(chunk), context.positions - 1)[None].astype(np.int64)
+        logits, *new = run["chunk" if chunk > 1 else "token"](padded, at, *past)
+        for number, part in enumerate(new):
+            start = context.image_entries(number // 2) + done
+            past[number][:, :, start : start + count] = part[:, :, :count]
+        done += count
+        return np.asarray(logits[0, count - 1])
+
+    ids = [int(i) for i in case.tensor("text_ids")]
+    for start in range(0, len(ids), CHUNK):
+        some = ids[start : start + CHUNK]
+        embedded = run["embedding"](np.asarray([some + [0] * (CHUNK - len(some))], np.int64))[0][0, : len(some)]
+        np.testing.assert_array_equal(embedded, table[some])
+        last = decode(embedded.astype(np.float16).astype(np.float32), CHUNK)
+    logits, tokens = [last], []
+    for _ in case.tokens:
+        tokens.append(int(logits[-1].argmax()))
+        logits.append(decode(table[tokens[-1:]], 1))
+    return np.stack(logits), tokens, positions[0, context.prefix :] - context.prefix
+
+
+def _check(case: Case, run: Mapping[str, Run]) -> None:
+    logits, tokens, kept = _answer(case, run)
+    if case.pruned:
+        np.testing.assert_array_equal(kept, case.tensor("indices").numpy())
+    assert tokens == list(case.tokens)
+    np.testing.assert_allclose(logits, case.logits, rtol=0.0, atol=LOGITS_ATOL)
+
+
+def _in_torch(module: Callable[..., object]) -> Run:
+    def run(*inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        with torch.no_grad():
+            out = module(*map(torch.from_numpy, inputs))
+        return tuple(np.asarray(x) for x in (out if isinstance(out, tuple) else (out,)))
+
+    return run
+
+
+every_case = pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.name}-{'pruned' if case.pruned else 'unpruned'}"
+)
+
+
+@every_case
+def test_eager(case: Case) -> None:
+    _check(case, {name: _in_torch(module) for name, module in _modules(case).items()})
+
+
+@every_case
+def test_exported(case: Case) -> None:
+    run = {}
+    for name, module in _modules(case).items():
+        with torch.no_grad():
+            program = torch.export.export(module, module.example_inputs(), strict=False)
+        run[name] = _in_torch(program.module())
+    _check(case, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ["executorch", "onnxruntime"])
+@every_case
+def test_engine(case: Case, engine: Engine, tmp_path: Path) -> None:
+    if engine == "executorch":
+        from export.backends.executorch import lower
+    else:
+        from export.backends.onnx import lower
+    from runtime.engines import ENGINES
+
+    run = {}
+    for name, module in _modules(case).items():
+        lowered = lower(module, module.example_inputs(), tmp_path, name, precision="fp32", quant_vision=None)
+        graph = GraphInfo(
+            name=name,
+            file=lowered.file,
+            extra_files=lowered.extra_files,
+            engine=engine,
+            inputs=module.input_infos(),
+            outputs=module.output_infos(),
+        )
+        loaded = ENGINES[engine](graph, tmp_path / lowered.file, tuple(tmp_path / f for f in lowered.extra_files), 2)
+        run[name] = _in_engine(loaded)
+    _check(case, run)
+
+
+def _in_engine(loaded: LoadedGraph) -> Run:
+    return lambda *inputs: tuple(loaded.run(list(inputs)))
