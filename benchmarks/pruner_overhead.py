@@ -68,17 +68,30 @@ def main() -> None:
             )
             del encoder
             events[graph] = _events(Path(name) / f"{graph}.pte", photo, runs)
-    linear = [i for i, (name, _) in enumerate(events["pruned"]) if name.startswith("Fully Connected")]
-    before = linear[-1] + 1
-    if [name for name, _ in events["twin"][:before]] != [name for name, _ in events["pruned"][:before]]:
-        raise SystemExit("the twin and the pruned graph differ before their last linear layer: not split")
-    # The projector has two linear layers; at the decoder two layers of seven follow them. What the twin still does
-    # after its last linear layer is no part of the pruner, and no part of the tower either.
-    tower = linear[-2 if options.prune_at == "projector" else -2 - 2 * 7]
-    pruner = len(events["twin"])
+    linear, twins_linear = (
+        [i for i, (name, _) in enumerate(events[graph]) if name.startswith("Fully Connected")]
+        for graph in ("pruned", "twin")
+    )
+    # The projector has two linear layers; at the decoder two layers of seven follow them.
+    projector = linear[-2 if options.prune_at == "projector" else -2 - 2 * 7]
+    # Up to the last linear layer the pruned graph does what the twin does; what it does besides is the pruner's, and so
+    # is what comes after, but for as many operators as the twin has there.
+    theirs = iter(name for name, _ in events["twin"][: twins_linear[-1] + 1])
+    wanted = next(theirs)
+    pruner = []
+    for i, (name, _) in enumerate(events["pruned"][: linear[-1] + 1]):
+        if name == wanted:
+            wanted = next(theirs, "")
+        else:
+            pruner.append(i)
+    if wanted or len(pruner) > 8:
+        raise SystemExit(f"the twin is not the beginning of the pruned graph: {len(pruner)} operators differ")
+    tail = len(events["twin"]) - twins_linear[-1] - 1
+    pruner += range(linear[-1] + 1 + tail, len(events["pruned"]))
+    tower = [i for i in range(projector) if i not in pruner]
     runs_ms = list(zip(*(times for _, times in events["pruned"]), strict=True))
-    tower_ms = [sum(run[:tower]) for run in runs_ms]
-    pruner_ms = [sum(run[pruner:]) for run in runs_ms]
+    tower_ms = [sum(run[i] for i in tower) for run in runs_ms]
+    pruner_ms = [sum(run[i] for i in pruner) for run in runs_ms]
     ratios = [100.0 * part / whole for part, whole in zip(pruner_ms, tower_ms, strict=True)]
     result = {
         "command": "python " + " ".join(["benchmarks/pruner_overhead.py", *sys.argv[1:]]),
@@ -86,7 +99,7 @@ def main() -> None:
         "threads": options.threads,
         "graph": f"llava-1.5-7b vision_encoder, {options.prune_at}, tower {options.quant_vision or 'fp32'}, rest fp32",
         "keep": options.keep,
-        "operators": {"tower": tower, "pruner": len(events["pruned"]) - pruner, "whole": len(events["pruned"])},
+        "operators": {"tower": len(tower), "pruner": len(pruner), "whole": len(events["pruned"])},
         "median_ms": {
             "tower": round(statistics.median(tower_ms), 1),
             "pruner": round(statistics.median(pruner_ms), 2),
