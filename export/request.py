@@ -136,7 +136,8 @@ def plan(request: Request) -> Plan:
         raise NotYetError(f"target={target.name}: not yet ({target.not_yet}); targets that work today: {ready}")
     backends = {backend.name: backend for backend in target.backends}
     backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
-    precision = _known(f"{backend.name} precision", request.precision or backend.precisions[0], backend.precisions)
+    default_precision = "fp32" if request.quant_vision else entry.precision or backend.precisions[0]
+    precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
     quant_vision = request.quant_vision
     if quant_vision is not None:
         if not backend.quant_vision:
@@ -145,6 +146,11 @@ def plan(request: Request) -> Plan:
                 f"leave --quant-vision out, or take a backend that has it: {_backends_with_quantisation(target)}"
             )
         quant_vision = _known(f"{backend.name} quant_vision", quant_vision, backend.quant_vision)
+        if precision != "fp32":
+            raise RequestError(
+                f"precision={precision} does not go with quant_vision={quant_vision}: {backend.name} quantises only "
+                "what comes in fp32, and computes the rest in fp32; leave --precision or --quant-vision out"
+            )
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
     _check_only(request.only)
     tokens = entry.geometry.image_tokens
@@ -157,7 +163,7 @@ def plan(request: Request) -> Plan:
     photo_path = _photo_path(request.image)
 
     choices = [
-        precision if precision != backend.precisions[0] else "",
+        precision if precision != default_precision else "",
         quant_vision or "",
         placement if placement != PLACEMENTS[0] else "",
         "random" if request.weights == "random" else "",

@@ -80,6 +80,7 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ({"target": "androd"}, "unknown target 'androd', did you mean 'android'?; allowed: android, ios"),
         ({"backend": "onx"}, "unknown android backend 'onx', did you mean 'onnx'?; allowed: xnnpack, onnx"),
         ({"precision": "fp8"}, "unknown xnnpack precision 'fp8'"),
+        ({"quant_vision": "8da8w", "precision": "fp16"}, "precision=fp16 does not go with quant_vision=8da8w"),
         ({"quant_vision": "4da4w"}, "unknown xnnpack quant_vision '4da4w'"),
         ({"prune_at": "tower"}, "unknown prune_at 'tower'; allowed: decoder, projector"),
         ({"only": "visoin"}, "unknown part only='visoin', did you mean 'vision'?; allowed: vision"),
@@ -145,6 +146,16 @@ def test_only_the_precision_that_is_not_the_default_is_named(tmp_path: Path) -> 
     names = {plan(request(tmp_path, precision=precision)).bundle.path.name for precision in ("fp32", "fp16")}
     names.add(plan(request(tmp_path)).bundle.path.name)
     assert len(names) == 2
+
+
+def test_default_precision_is_the_backends_but_for_small_models_and_quantised_towers(tmp_path: Path) -> None:
+    def precision(**changes: str) -> str:
+        return plan(request(tmp_path, weights="random", **changes)).precision
+
+    assert precision(model="llava-1.5-7b") == "fp16"
+    assert precision(model="llava-1.5-7b", quant_vision="8da8w") == "fp32"
+    assert precision(model="llava-1.5-7b", backend="onnx") == "fp32"
+    assert precision(model="pocket") == "fp32"
 
 
 def test_twin_is_planned_beside_the_bundle(tmp_path: Path) -> None:

@@ -382,6 +382,15 @@ def test_pair_is_measured_in_turns(bundles: Callable[[Engine], Path], monkeypatc
     assert pair.ratio.p10 <= pair.ratio.median <= pair.ratio.p90
 
 
+def test_slow_graph_is_run_less_often(bundles: Callable[[Engine], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.latency._time_ms", lambda session, inputs: 25_000.0)
+    bundle = read_bundle(bundles("onnxruntime"))
+    with open_session(bundle, VISION, threads=1) as session:
+        assert measure(session, _inputs(bundle.path)).runs == 3
+        pair = measure_pair(session, _inputs(bundle.path), session, _inputs(bundle.path))
+    assert pair.bundle.runs == pair.twin.runs == 2
+
+
 def test_ratio_sees_a_slower_graph(bundles: Callable[[Engine], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.errors import CheckpointError
 
@@ -420,6 +420,8 @@ class ModelEntry:
     # Length of the stand-in prefix where no tokenizer is at hand: that of the real template with its system prompt.
     prefix_tokens: int = 35
     system_prompt: str | None = None
+    # Taken instead of a backend's default where that would say more about the weights than about the export.
+    precision: Literal["fp32", "fp16"] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.prefix_tokens < 1:
