@@ -27,7 +27,6 @@ from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models.llava import ModelEntry
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo, TensorInfo
-from runtime.engines import LoadedGraph
 
 pytestmark = pytest.mark.golden
 
@@ -94,6 +93,9 @@ class Case:
     keep: int
     tokens: tuple[int, ...]
     pruned: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}-{'pruned' if self.pruned else 'unpruned'}"
 
     def tensor(self, what: str) -> torch.Tensor:
         return _tensors()[f"{self.name}.{what}"]
@@ -217,9 +219,7 @@ def _in_torch(module: Callable[..., object]) -> Run:
     return run
 
 
-every_case = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case.name}-{'pruned' if case.pruned else 'unpruned'}"
-)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @every_case
@@ -237,32 +237,58 @@ def test_exported(case: Case) -> None:
     _check(case, run)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("engine", ["executorch", "onnxruntime"])
-@every_case
-def test_engine(case: Case, engine: Engine, tmp_path: Path) -> None:
+def _lowered(module: Graph, engine: Engine, folder: Path, name: str) -> Run:
     if engine == "executorch":
         from export.backends.executorch import lower
     else:
         from export.backends.onnx import lower
     from runtime.engines import ENGINES
 
-    run = {}
-    for name, module in _modules(case).items():
-        lowered = lower(module, module.example_inputs(), tmp_path, name, precision="fp32", quant_vision=None)
-        graph = GraphInfo(
-            name=name,
-            file=lowered.file,
-            extra_files=lowered.extra_files,
-            engine=engine,
-            inputs=module.input_infos(),
-            outputs=module.output_infos(),
-        )
-        loaded = ENGINES[engine](graph, tmp_path / lowered.file, tuple(tmp_path / f for f in lowered.extra_files), 2)
-        run[name] = _in_engine(loaded)
-    _check(case, run)
-
-
-def _in_engine(loaded: LoadedGraph) -> Run:
+    written = lower(module, module.example_inputs(), folder, name, precision="fp32", quant_vision=None)
+    graph = GraphInfo(
+        name=name,
+        file=written.file,
+        extra_files=written.extra_files,
+        engine=engine,
+        inputs=module.input_infos(),
+        outputs=module.output_infos(),
+    )
+    loaded = ENGINES[engine](graph, folder / written.file, tuple(folder / file for file in written.extra_files), 2)
     return lambda *inputs: tuple(loaded.run(list(inputs)))
+
+
+@pytest.fixture(scope="session")
+def text_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case, Engine], dict[str, Run]]:
+    """The graphs behind the vision graph, in an engine: made once for all cases that keep as many tokens."""
+    made: dict[tuple[int, Engine], dict[str, Run]] = {}
+
+    def make(case: Case, engine: Engine) -> dict[str, Run]:
+        if (case.keep, engine) not in made:
+            folder = tmp_path_factory.mktemp(f"{engine}{case.keep}")
+            made[case.keep, engine] = {
+                name: _lowered(module, engine, folder, name)
+                for name, module in _modules(case).items()
+                if name != "vision"
+            }
+        return made[case.keep, engine]
+
+    return make
+
+
+def _engine_cases() -> list[object]:
+    """Each case in each engine; those that share graphs run in one process."""
+    return [
+        pytest.param(case, engine, marks=pytest.mark.xdist_group(f"{engine}{case.keep}"), id=f"{engine}-{case}")
+        for engine in ("executorch", "onnxruntime")
+        for case in CASES
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("case", "engine"), _engine_cases())
+def test_engine(
+    case: Case, engine: Engine, text_graphs: Callable[[Case, Engine], dict[str, Run]], tmp_path: Path
+) -> None:
+    vision = _lowered(_modules(case)["vision"], engine, tmp_path, "vision")
+    _check(case, {"vision": vision, **text_graphs(case, engine)})
