@@ -34,7 +34,7 @@ DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/as
 # Peak memory of an export: the libraries, plus the weights held about three times over while a graph is serialised and
 # again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json).
 BASE_RAM_BYTES = 1200 * 2**20
-RAM_PER_GRAPH_BYTE = 3.0
+RAM_PER_GRAPH_BYTE = 3.1
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 

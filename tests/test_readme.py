@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,4 +59,41 @@ def test_bounds_are_those_of_the_code(readme: str) -> None:
             f"{bound.least_overlap:.0%}",
         ]
         for bound in BOUNDS.values()
+    ]
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """The rows below the heading of the one table of a part of the README."""
+    part = text.split(f"### {title}\n", 1)[1].split("\n#", 1)[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")][1:]
+
+
+def results(root: Path, pattern: str) -> list[dict[str, Any]]:
+    found = sorted((root / "benchmarks" / "results").glob(pattern))
+    assert found
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def test_cost_of_pruning_is_the_measured_one(readme: str, root: Path) -> None:
+    assert table(readme, "What pruning costs") == [
+        [
+            result["graph"].removeprefix("llava-1.5-7b vision_encoder, "),
+            f"{result['median_ms']['tower']:.1f}",
+            f"{result['median_ms']['pruner']:.2f}",
+            f"{result['overhead_percent_of_tower']['median']:.2f}%",
+        ]
+        for result in results(root, "pruner_overhead-*.json")
+    ]
+
+
+def test_precisions_are_the_measured_ones(readme: str, root: Path) -> None:
+    assert table(readme, "Precision") == [
+        [
+            result["command"].split()[-1],
+            f"{int(result['graph'].split()[-2]) / 1e9:.2f}",
+            f"{result['peak_rss_kib'] / 2**20:.2f}",
+            f"{result['parity']['worst_rel']:g}",
+            f"{result['parity']['kept_overlap']:.0%}",
+        ]
+        for result in results(root, "export_memory-llava-1.5-7b-*.json")
     ]
