@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from export.models.preprocessor import read_object
 from runtime.errors import CheckpointError
+from runtime.prompt import QUESTION
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
     from export.models.llava import LlavaGeometry, ModelEntry
     from runtime.bundle import PromptInfo
-
-QUESTION = "{question}"
-"""Stands for the user's text in `PromptInfo.suffix_text`."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 

@@ -1,0 +1,236 @@
+"""Answers about a photo: the image is prefilled when it arrives, and a question costs only its own tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from runtime.bundle import GraphInfo
+from runtime.errors import BundleError, OutputError, RequestError
+
+VISION, PREFILL, EMBEDDING, CHUNK, TOKEN = (
+    "vision_encoder",
+    "image_prefill",
+    "token_embedding",
+    "text_prefill",
+    "text_decoder",
+)
+
+
+class RunningGraph(Protocol):
+    """An open graph, such as a `runtime.session.Session`."""
+
+    graph: GraphInfo
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs the graph once: named arrays in, named arrays out."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the `top_p` likeliest, by a seeded draw."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise RequestError(f"temperature={self.temperature} must lie in 0..100; 0 is greedy")
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p={self.top_p} must lie above 0 and at most at 1; 1 leaves nothing out")
+        if self.seed < 0:
+            raise RequestError(f"seed={self.seed} must be at least 0")
+
+    def choose(self, logits: np.ndarray, chance: np.random.Generator) -> int:
+        """One token for logits (V,); the first one on ties."""
+        if self.temperature == 0.0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / self.temperature
+        weights = np.exp(scaled - scaled.max())
+        order = np.argsort(-weights, kind="stable")
+        shares = weights[order] / weights.sum()
+        # The likeliest tokens up to and including the one that reaches top_p.
+        kept = int(np.searchsorted(np.cumsum(shares), self.top_p * (1.0 - 1e-12))) + 1
+        shares = shares[:kept] / shares[:kept].sum()
+        return int(order[chance.choice(len(shares), p=shares)])
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a photo leaves in the KV cache: `key_i` and `value_i` (1, Hkv, entries, d) of every layer i.
+
+    `bundle` names what made it; the cache of one bundle means nothing to another. `image_ready_ms` is the time from
+    pixel values to this.
+    """
+
+    bundle: str
+    caches: Mapping[str, np.ndarray] = field(repr=False)
+    image_ready_ms: float
+
+    def save(self, path: Path) -> None:
+        """Writes it as safetensors. Raises OutputError."""
+        from safetensors.numpy import save
+
+        metadata = {"bundle": self.bundle, "image_ready_ms": repr(self.image_ready_ms)}
+        try:
+            path.write_bytes(save(dict(self.caches), metadata=metadata))
+        except OSError as err:
+            raise OutputError(f"{path} cannot be written: {err.strerror or err}") from err
+
+    @classmethod
+    def load(cls, path: Path) -> Prefill:
+        """Reads what `save` wrote. Raises BundleError."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                caches = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return cls(metadata["bundle"], caches, float(metadata["image_ready_ms"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as err:
+            raise BundleError(f"{path} is not a saved prefill ({err}); prefill the photo again") from err
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token, `ms` after the question (the first) or after the token before it."""
+
+    id: int
+    ms: float
+
+
+class Answers:
+    """Answers questions about photos with the open graphs of one bundle.
+
+    One object answers one question at a time: it keeps the cache that it writes into, and is not thread-safe. Two
+    objects over the same graphs have caches of their own.
+
+    `bundle` identifies the bundle, `first_text` is the position of the first text token (the length of prompt prefix
+    and unpruned image), `end_ids` are the tokens that end an answer.
+
+    Raises BundleError when the graphs do not belong together.
+    """
+
+    def __init__(
+        self, graphs: Mapping[str, RunningGraph], *, bundle: str, first_text: int, end_ids: Sequence[int] = ()
+    ) -> None:
+        missing = [name for name in (VISION, PREFILL, EMBEDDING, CHUNK, TOKEN) if name not in graphs]
+        if missing:
+            raise BundleError(f"{bundle} has no {', '.join(missing)}; export it whole, without --only")
+        self._graphs = graphs
+        self.bundle = bundle
+        self.first_text = first_text
+        self.end_ids = frozenset(end_ids)
+        shapes = {info.name: info for info in graphs[CHUNK].graph.inputs}
+        if {info.name: info for info in graphs[TOKEN].graph.inputs if info.name.startswith("past_")} != {
+            name: info for name, info in shapes.items() if name.startswith("past_")
+        }:
+            raise BundleError(f"{bundle}: {CHUNK} and {TOKEN} have different caches; they come from different exports")
+        made = {
+            info.name: info
+            for name in (VISION, PREFILL)
+            for info in graphs[name].graph.outputs
+            if info.name.startswith(("key_", "value_"))
+        }
+        if {f"past_{name}" for name in made} != {name for name in shapes if name.startswith("past_")}:
+            raise BundleError(f"{bundle}: {VISION} and {PREFILL} do not fill the cache of {CHUNK}; export again")
+        self._image_entries = {name: info.shape[2] for name, info in made.items()}
+        rooms = {shapes[f"past_{name}"].shape[2] - entries for name, entries in self._image_entries.items()}
+        if len(rooms) != 1 or min(rooms) < 1:
+            raise BundleError(f"{bundle}: the layers have room for different numbers of text tokens, {sorted(rooms)}")
+        self.room = rooms.pop()
+        self.chunk = shapes["inputs_embeds"].shape[1]
+        self._past = {
+            f"past_{name}": np.zeros(shapes[f"past_{name}"].shape, shapes[f"past_{name}"].numpy_dtype) for name in made
+        }
+        self._seen: Prefill | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, image and text, filled or not."""
+        return sum(array.nbytes for array in self._past.values())
+
+    def see(self, pixel_values: np.ndarray) -> Prefill:
+        """Prefills a photo: pixel_values (1, 3, H, W) float32."""
+        start = time.perf_counter()
+        seen = self._graphs[VISION].run({"pixel_values": pixel_values})
+        later = self._graphs[PREFILL].run({name: seen[name] for name in ("hidden", "positions")})
+        caches = {name: ({**seen, **later})[name] for name in self._image_entries}
+        return Prefill(self.bundle, caches, (time.perf_counter() - start) * 1e3)
+
+    def answer(
+        self,
+        photo: Prefill,
+        question: Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+    ) -> Iterator[Token]:
+        """Streams the tokens of an answer, without the one that ends it.
+
+        `question` are the ids behind the image, the template's own included. Everything is refused before anything
+        runs: RequestError for an empty question, or one that leaves no room for the answer; BundleError for the
+        prefill of another bundle.
+        """
+        if photo.bundle != self.bundle:
+            raise BundleError(f"the photo was prefilled by {photo.bundle}, not by {self.bundle}; prefill it again")
+        if {name: array.shape[2] for name, array in photo.caches.items()} != self._image_entries:
+            raise BundleError(f"the prefill does not fit the cache of {self.bundle}; prefill the photo again")
+        if not question:
+            raise RequestError("the question is empty; ask something")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        # The last token is handed out without being decoded.
+        if len(question) + max_new_tokens - 1 > self.room:
+            raise RequestError(
+                f"a question of {len(question)} tokens and max_new_tokens={max_new_tokens} need "
+                f"{len(question) + max_new_tokens - 1} entries of the text cache, which has {self.room}; "
+                "ask shorter, or for fewer tokens"
+            )
+        return self._stream(photo, list(question), max_new_tokens, sampling or Sampling())
+
+    def _stream(self, photo: Prefill, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[Token]:
+        start = time.perf_counter()
+        chance = np.random.default_rng(sampling.seed)
+        if self._seen is not photo:
+            for name, part in photo.caches.items():
+                self._past[f"past_{name}"][:, :, : part.shape[2]] = part
+            self._seen = photo
+        done, logits = 0, np.zeros(0)
+        while done < len(ids):
+            some = ids[done : done + self.chunk]
+            logits = self._decode(some, done)
+            done += len(some)
+        for number in range(max_new_tokens):
+            token = sampling.choose(logits, chance)
+            if token in self.end_ids:
+                return
+            now = time.perf_counter()
+            yield Token(token, (now - start) * 1e3)
+            start = time.perf_counter()
+            if number + 1 < max_new_tokens:
+                logits = self._decode([token], done)
+                done += 1
+
+    def _decode(self, ids: list[int], done: int) -> np.ndarray:
+        """Logits (V,) after `ids`, whose keys and values go into the cache behind the `done` tokens before them."""
+        graph = self._graphs[TOKEN if len(ids) == 1 else CHUNK]
+        size = next(info for info in graph.graph.inputs if info.name == "inputs_embeds").shape[1]
+        width = self._graphs[EMBEDDING].graph.inputs[0].shape[1]
+        # Padding takes the last position there is; what it computes is dropped.
+        positions = np.minimum(self.first_text + done + np.arange(size), self.first_text + self.room - 1)
+        padded = np.zeros((1, width), np.int64)
+        padded[0, : len(ids)] = ids
+        embeds = self._graphs[EMBEDDING].run({"ids": padded})["inputs_embeds"][:, :size]
+        out = graph.run({"inputs_embeds": embeds, "positions": positions[None].astype(np.int64), **self._past})
+        for name, entries in self._image_entries.items():
+            at = entries + done
+            self._past[f"past_{name}"][:, :, at : at + len(ids)] = out[name][:, :, : len(ids)]
+        return np.asarray(out["logits"][0, len(ids) - 1])

@@ -1,0 +1,236 @@
+"""Answers equal transformers' own generation; a photo's prefill is made once, kept and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.checkpoints import FolderCheckpoint
+from export.graphs.decoder import Context, build_image_prefill, build_text_decoder, build_token_embedding
+from export.graphs.graph import Graph
+from export.graphs.vision import build_vision_encoder
+from export.models.llava import prompt_info
+from pruning import PruneSpec
+from runtime.bundle import GraphInfo
+from runtime.errors import BundleError, OutputError, RequestError
+from runtime.generation import CHUNK, EMBEDDING, PREFILL, TOKEN, VISION, Answers, Prefill, RunningGraph, Sampling
+from tests.tiny_llava import TINY, write_tiny
+
+ROOM = 24
+QUESTION = [9, 17, 33, 8, 21, 40, 11]
+SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+
+
+class InTorch:
+    """A graph that runs where it was built, behind the interface of an open one."""
+
+    def __init__(self, name: str, module: Graph) -> None:
+        self.graph = GraphInfo(
+            name=name, file="x", engine="executorch", inputs=module.input_infos(), outputs=module.output_infos()
+        )
+        self.module = module
+        self.runs = 0
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.runs += 1
+        assert set(inputs) == {info.name for info in self.graph.inputs}
+        for info in self.graph.inputs:
+            assert inputs[info.name].shape == info.shape
+            assert inputs[info.name].dtype == info.numpy_dtype
+        with torch.no_grad():
+            out = self.module(*(torch.from_numpy(inputs[info.name]) for info in self.graph.inputs))
+        arrays = [np.asarray(x) for x in (out if isinstance(out, tuple) else (out,))]
+        return {info.name: array for info, array in zip(self.graph.outputs, arrays, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def graphs(folder: Path, spec: PruneSpec | None, *, chunk: int = 4, room: int = ROOM) -> dict[str, InTorch]:
+    checkpoint = FolderCheckpoint(folder, TINY)
+    prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
+    context = Context(TINY.geometry, prefix=prefix, keep=spec.keep if spec else 16, layer=2, text=room)
+    modules = {
+        VISION: build_vision_encoder(checkpoint, TINY, spec, placement="decoder"),
+        PREFILL: build_image_prefill(checkpoint, context),
+        EMBEDDING: build_token_embedding(checkpoint, tokens=chunk),
+        CHUNK: build_text_decoder(checkpoint, context, tokens=chunk),
+        TOKEN: build_text_decoder(checkpoint, context, tokens=1),
+    }
+    return {name: InTorch(name, module) for name, module in modules.items()}
+
+
+def answers(running: Mapping[str, RunningGraph], *, name: str = "tiny", end_ids: Sequence[int] = ()) -> Answers:
+    return Answers(running, bundle=name, first_text=TINY.prefix_tokens + 16, end_ids=end_ids)
+
+
+def pixels(seed: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((1, 3, 58, 58), dtype=np.float32)
+
+
+def ids(session: Answers, photo: Prefill, question: Sequence[int] = QUESTION, **options: Any) -> list[int]:
+    return [token.id for token in session.answer(photo, question, **{"max_new_tokens": 8, **options})]
+
+
+def test_unpruned_answer_is_transformers_own(folder: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    prefix = prompt_info(FolderCheckpoint(folder, TINY), TINY).prefix_ids
+    prompt = torch.tensor([[*prefix, *[TINY.geometry.image_token_id] * 16, *QUESTION]])
+    with torch.no_grad():
+        expected = whole.generate(
+            input_ids=prompt,
+            pixel_values=torch.from_numpy(pixels()),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+        )[0, prompt.shape[1] :].tolist()
+    session = answers(graphs(folder, None))
+    assert ids(session, session.see(pixels())) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 16])
+def test_chunks_change_nothing(folder: Path, chunk: int) -> None:
+    """A question in pieces, with or without padding, is the question."""
+    one, other = answers(graphs(folder, SPEC)), answers(graphs(folder, SPEC, chunk=chunk))
+    assert ids(one, one.see(pixels())) == ids(other, other.see(pixels()))
+
+
+def test_questions_share_the_photo_and_not_each_other(folder: Path) -> None:
+    running = graphs(folder, SPEC)
+    session = answers(running)
+    photo = session.see(pixels())
+    first, second = ids(session, photo), ids(session, photo, QUESTION[::-1])
+    assert first != second
+    assert ids(session, photo) == first
+    assert running[VISION].runs == running[PREFILL].runs == 1
+    other = session.see(pixels(5))
+    assert ids(session, other) == ids(answers(graphs(folder, SPEC)), other)
+    assert ids(session, photo) == first
+
+
+def test_cache_is_as_large_as_on_paper(folder: Path) -> None:
+    session = answers(graphs(folder, SPEC))
+    text = TINY.geometry.text
+    full, kept = TINY.prefix_tokens + 16 + ROOM, TINY.prefix_tokens + 6 + ROOM
+    assert session.cache_bytes == 2 * 4 * text.kv_heads * text.head_dim * (2 * full + (text.layers - 2) * kept)
+
+
+def test_prefill_outlives_the_session(folder: Path, tmp_path: Path) -> None:
+    session = answers(graphs(folder, SPEC))
+    photo = session.see(pixels())
+    photo.save(tmp_path / "photo.safetensors")
+    again = Prefill.load(tmp_path / "photo.safetensors")
+    assert (again.bundle, again.image_ready_ms) == (photo.bundle, photo.image_ready_ms)
+    running = graphs(folder, SPEC)
+    assert ids(answers(running), again) == ids(session, photo)
+    assert running[VISION].runs == 0
+
+
+def test_prefill_of_another_bundle_is_refused(folder: Path) -> None:
+    photo = answers(graphs(folder, SPEC), name="theirs").see(pixels())
+    with pytest.raises(BundleError, match="prefilled by theirs, not by tiny"):
+        answers(graphs(folder, SPEC)).answer(photo, QUESTION)
+    claimed = Prefill("tiny", answers(graphs(folder, None)).see(pixels()).caches, 1.0)
+    with pytest.raises(BundleError, match="does not fit the cache"):
+        answers(graphs(folder, SPEC)).answer(claimed, QUESTION)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_file_that_is_no_prefill(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "photo").write_bytes(content)
+    with pytest.raises(BundleError, match="is not a saved prefill"):
+        Prefill.load(tmp_path / "photo")
+    with pytest.raises(BundleError, match="is not a saved prefill"):
+        Prefill.load(tmp_path / "none")
+
+
+def test_prefill_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    photo = answers(graphs(folder, SPEC)).see(pixels())
+    with pytest.raises(OutputError, match="cannot be written"):
+        photo.save(tmp_path / "none" / "photo")
+
+
+def test_what_has_no_room_is_refused_before_anything_runs(folder: Path) -> None:
+    running = graphs(folder, SPEC)
+    session = answers(running)
+    photo = session.see(pixels())
+    with pytest.raises(RequestError, match="need 25 entries of the text cache, which has 24"):
+        session.answer(photo, QUESTION, max_new_tokens=19)
+    with pytest.raises(RequestError, match="the question is empty"):
+        session.answer(photo, [])
+    with pytest.raises(RequestError, match="max_new_tokens=0"):
+        session.answer(photo, QUESTION, max_new_tokens=0)
+    assert running[EMBEDDING].runs == 0
+    assert len(ids(session, photo, max_new_tokens=18)) == 18
+
+
+def test_answer_ends_at_an_end_token(folder: Path) -> None:
+    session = answers(graphs(folder, SPEC))
+    photo = session.see(pixels())
+    whole = ids(session, photo)
+    end = whole[3]
+    assert ids(answers(graphs(folder, SPEC), end_ids=[end]), photo) == whole[: whole.index(end)]
+
+
+def test_graphs_of_different_exports_are_refused(folder: Path) -> None:
+    ours, theirs = graphs(folder, SPEC), graphs(folder, SPEC, room=ROOM + 1)
+    with pytest.raises(BundleError, match="have different caches"):
+        answers({**ours, TOKEN: theirs[TOKEN]})
+    shorter = graphs(folder, PruneSpec(grid=(4, 4), keep=5, pivots=2, token_batch=3))
+    with pytest.raises(BundleError, match="different numbers of text tokens"):
+        answers({**ours, PREFILL: shorter[PREFILL]})
+    with pytest.raises(BundleError, match="tiny has no image_prefill, text_decoder"):
+        answers({name: graph for name, graph in ours.items() if name not in (PREFILL, TOKEN)})
+
+
+def test_sampling_is_repeatable_and_greedy_at_zero(folder: Path) -> None:
+    session = answers(graphs(folder, SPEC))
+    photo = session.see(pixels())
+    warm = [ids(session, photo, sampling=Sampling(temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+    assert ids(session, photo, sampling=Sampling(temperature=2.0, top_p=1e-9)) == ids(session, photo)
+
+
+@settings(max_examples=50, deadline=None)
+@given(top_p=st.floats(0.05, 1.0), temperature=st.floats(0.1, 5.0), seed=st.integers(0, 1000))
+def test_sampling_keeps_to_the_likeliest(top_p: float, temperature: float, seed: int) -> None:
+    logits = np.random.default_rng(seed).standard_normal(30).astype(np.float32)
+    weights = np.exp(logits.astype(np.float64) / temperature)
+    shares = np.sort(weights / weights.sum())[::-1]
+    allowed = int((np.cumsum(shares) < top_p - 1e-9).sum()) + 1
+    chance = np.random.default_rng(seed)
+    drawn = {Sampling(temperature=temperature, top_p=top_p).choose(logits, chance) for _ in range(40)}
+    assert drawn <= set(np.argsort(-logits)[:allowed].tolist())
+
+
+def test_sampling_follows_the_shares() -> None:
+    logits = np.log(np.asarray([0.5, 0.3, 0.2], np.float32))
+    chance = np.random.default_rng(0)
+    drawn = [Sampling(temperature=1.0).choose(logits, chance) for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.5, 0.3, 0.2], atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_sampling_that_means_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Sampling(**options)
