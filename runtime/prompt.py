@@ -31,10 +31,10 @@ class Tokenizer:
         if prompt.suffix_text is None or QUESTION not in prompt.suffix_text:
             raise BundleError(f"{path.parent} has no chat template: its checkpoint had none; it cannot be asked")
         image = prompt.special_ids.get("image")
-        self._image = None if image is None else self._tokenizer.id_to_token(image)
-        if image is None or self._image is None:
+        token = None if image is None else self._tokenizer.id_to_token(image)
+        if image is None or token is None:
             raise BundleError(f"{path} has no image token {image}; it belongs to another model")
-        self._image_id, self._suffix = image, prompt.suffix_text
+        self._image_id, self._image, self._suffix = image, str(token), prompt.suffix_text
         added = self._tokenizer.get_added_tokens_decoder().values()
         self._special = sorted({token.content for token in added if token.special} | {self._image}, key=len)
 
