@@ -34,10 +34,10 @@ test: $(STAMP)
 
 # A converter keeps one core busy: these run side by side. Files stay whole, because their tests share exports.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow and not golden" -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -m "slow and not golden and not full" -n auto --dist loadfile
 
 test-golden: $(STAMP)
-	$(BIN)/python -m pytest -q -m golden -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -m "golden and not full" -n auto --dist loadgroup
 
 # export.py shares its module name with the package export/, so mypy reads it as a script of its own.
 lint: $(STAMP)

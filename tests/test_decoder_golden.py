@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from export.checkpoints import RandomCheckpoint
@@ -39,29 +40,43 @@ ROOM = 64
 Engine = Literal["executorch", "onnxruntime"]
 Run = Callable[..., tuple[np.ndarray, ...]]
 
-CONFIG = {
-    "model_type": "llava",
-    "image_token_index": 511,
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 336,
-        "patch_size": 14,
-    },
-    "text_config": {
-        "model_type": "llama",
-        "hidden_size": 320,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 5,
-        "vocab_size": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    },
-}
+HEAD_DIM = 64
+
+
+def _config() -> dict[str, Any]:
+    """The decoder as its weights describe it, behind a vision tower that nobody asks for anything."""
+    with safe_open(FOLDER / "decoder-weights.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    first = "model.layers.0."
+    vocab, hidden = shapes["model.embed_tokens.weight"]
+    return {
+        "model_type": "llava",
+        "image_token_index": vocab - 1,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": shapes[f"{first}mlp.gate_proj.weight"][0],
+            "num_hidden_layers": len([name for name in shapes if name.endswith(".input_layernorm.weight")]),
+            "num_attention_heads": shapes[f"{first}self_attn.q_proj.weight"][0] // HEAD_DIM,
+            "num_key_value_heads": shapes[f"{first}self_attn.k_proj.weight"][0] // HEAD_DIM,
+            "head_dim": HEAD_DIM,
+            "vocab_size": vocab,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+    }
+
+
+CONFIG = _config()
 ENTRY = ModelEntry(name="golden", summary="the vectors' decoder", hub_id=None, config=CONFIG, prefix_tokens=35)
 
 
@@ -135,7 +150,11 @@ class _FromFeatures(Graph):
         self.encoder = encoder
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
-        return (TensorInfo(name="features", shape=(1, 576, 320), dtype="float32"),)
+        return (
+            TensorInfo(
+                name="features", shape=(1, ENTRY.geometry.image_tokens, ENTRY.geometry.text.hidden), dtype="float32"
+            ),
+        )
 
     def output_infos(self) -> tuple[TensorInfo, ...]:
         return self.encoder.output_infos()

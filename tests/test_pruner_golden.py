@@ -189,10 +189,18 @@ def _graph(program: Program, engine: str, file: str) -> GraphInfo:
     )
 
 
+def _engine_run(program: Program, engine: str) -> object:
+    """Lowering takes time in proportion to the steps; many small batches need hundreds, and those are run by hand."""
+    long = engine == "executorch" and TokenPruner(program.spec).steps > 100
+    return pytest.param(program, engine, id=f"{engine}-{program}", marks=[pytest.mark.full] if long else [])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("engine", ["executorch", "onnxruntime"])
-@every_program
+@pytest.mark.parametrize(
+    ("program", "engine"),
+    [_engine_run(program, engine) for program in PROGRAMS for engine in ("executorch", "onnxruntime")],
+)
 def test_engine(program: Program, engine: str, tmp_path: Path) -> None:
     """Lowered once, then every case that fits the graph; one partition with nothing outside."""
     if engine == "executorch":
