@@ -17,7 +17,7 @@ from export.graphs.decoder import Context, build_image_prefill, build_text_decod
 from export.graphs.graph import Graph
 from export.graphs.vision import build_vision_encoder
 from export.models.llava import prompt_info
-from pruning import PruneSpec
+from pruning import PruneSpec, reference
 from runtime.bundle import GraphInfo
 from runtime.errors import BundleError, OutputError, RequestError
 from runtime.generation import CHUNK, EMBEDDING, PREFILL, TOKEN, VISION, Answers, Prefill, RunningGraph, Sampling
@@ -96,6 +96,48 @@ def test_unpruned_answer_is_transformers_own(folder: Path) -> None:
             eos_token_id=None,
         )[0, prompt.shape[1] :].tolist()
     session = answers(graphs(folder, None))
+    assert ids(session, session.see(pixels())) == expected
+
+
+def test_pruned_answer_is_that_of_transformers_layers_around_the_papers_loop(folder: Path) -> None:
+    """All tokens in one sequence, no cache, nothing of ours but the loop: 8 greedy tokens, each from scratch."""
+    from transformers import DynamicCache, LlavaForConditionalGeneration
+
+    whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    decoder: Any = whole.model.language_model
+    prefix = prompt_info(FolderCheckpoint(folder, TINY), TINY).prefix_ids
+    first, last = len(prefix), len(prefix) + 16
+
+    def run(layers: Sequence[Any], hidden: torch.Tensor, at: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        count = hidden.shape[1]
+        mask = torch.full((count, count), -1e9).triu(1)[None, None]
+        for layer in layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=at[None],
+                position_embeddings=decoder.rotary_emb(hidden, at[None]),
+                past_key_values=cache,
+            )
+        return hidden
+
+    @torch.no_grad()
+    def next_token(text: list[int]) -> int:
+        embedded = [decoder.embed_tokens(torch.tensor([ids])) for ids in (list(prefix), text)]
+        features = whole.model.get_image_features(torch.from_numpy(pixels())).pooler_output[0][None]
+        at = torch.arange(last + len(text))
+        cache: Any = DynamicCache(config=whole.config.text_config)
+        hidden = run(decoder.layers[:2], torch.cat([embedded[0], features, embedded[1]], 1), at, cache)
+        keys = cache.layers[1].keys[:, :, first:last].permute(0, 2, 1, 3).flatten(2)
+        tokens, kept = reference.prune(keys, hidden[:, first:last], SPEC)
+        hidden = torch.cat([hidden[:, :first], tokens, hidden[:, last:]], 1)
+        at = torch.cat([at[:first], kept[0] + first, at[last:]])
+        return int(whole.lm_head(decoder.norm(run(decoder.layers[2:], hidden, at))[0, -1]).argmax())
+
+    expected: list[int] = []
+    for _ in range(8):
+        expected.append(next_token([*QUESTION, *expected]))
+    session = answers(graphs(folder, SPEC))
     assert ids(session, session.see(pixels())) == expected
 
 
