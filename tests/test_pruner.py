@@ -497,3 +497,23 @@ def test_constants_are_not_saved() -> None:
     module = TokenPruner(PruneSpec(grid=(4, 4), keep=6))
     assert module.state_dict() == {}
     assert list(module.parameters()) == []
+
+
+@pytest.mark.parametrize("width", [17, 257, 300, 4096])
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 128, 256])
+def test_channels_of_largest_variance_come_together(width: int, channels: int) -> None:
+    """Whatever the widths are multiples of: the products of the brought-together channels are those of the chosen."""
+    if channels >= width:
+        channels = width - 1
+    spec = PruneSpec(grid=(6, 6), keep=10, channels=channels)
+    chance = torch.Generator().manual_seed(width + channels)
+    hidden = torch.randn(2, 36, width, generator=chance) * torch.rand(width, generator=chance) * 3.0
+    pruner = TokenPruner(spec)
+    place = pruner._channel_places(hidden)
+    compact = pruner._compact(hidden, place)
+    assert compact.shape[2] < channels + 16
+    for image, places, brought in zip(hidden, place, compact, strict=True):
+        chosen = torch.nonzero(places[0] < width).flatten()
+        assert chosen.tolist() == image.var(0).topk(channels).indices.sort().values.tolist()
+        assert places[0, chosen].tolist() == list(range(channels))
+        torch.testing.assert_close(brought @ brought.T, image[:, chosen] @ image[:, chosen].T, rtol=1e-4, atol=1e-3)
