@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from export.models.preprocessor import clip_preprocessor
 from runtime.bundle import (
     MANIFEST,
     BundleWriter,
@@ -378,19 +379,7 @@ def test_wrong_type_is_found_before_it_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-CLIP = {
-    "crop_size": {"height": 336, "width": 336},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 0.00392156862745098,
-    "size": {"shortest_edge": 336},
-}
+CLIP = clip_preprocessor(336)
 
 
 def test_image_info_from_preprocessor_config() -> None:

@@ -5,31 +5,19 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import runtime.image
+from export.models.preprocessor import clip_preprocessor
 from runtime.bundle import ImageInfo
 from runtime.errors import ImageError
 from runtime.image import MAX_PIXELS, load_photo, preprocess, view
 from runtime.latency import peak_rss_bytes
 
-CLIP: dict[str, Any] = {
-    "crop_size": {"height": 336, "width": 336},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 0.00392156862745098,
-    "size": {"shortest_edge": 336},
-}
+CLIP = clip_preprocessor(336)
 INFO = ImageInfo.from_preprocessor(CLIP)
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
