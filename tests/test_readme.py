@@ -92,6 +92,7 @@ def test_precisions_are_the_measured_ones(readme: str, root: Path) -> None:
             result["command"].split()[-1],
             f"{int(result['graph'].split()[-2]) / 1e9:.2f}",
             f"{result['peak_rss_kib'] / 2**20:.2f}",
+            f"{result['engine_median_s']:.1f}",
             f"{result['parity']['worst_rel']:g}",
             f"{result['parity']['kept_overlap']:.0%}",
         ]
