@@ -218,10 +218,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _show(bundle: Bundle, verdict: Verdict, *, next_command: str) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from runtime.report import terminal_table
 
-    Console().print(terminal_table(bundle, verdict, next_command=next_command))
+    console = Console()
+    console.print(terminal_table(bundle, verdict))
+    # On one line, however long: it is there to be copied.
+    console.print(Text.assemble("next: ", (next_command, "bold cyan")), soft_wrap=True)
 
 
 def _command(*words: str) -> str:

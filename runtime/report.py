@@ -58,9 +58,8 @@ def write_reports(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
         (out_dir / name).write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
-def terminal_table(bundle: Bundle, verdict: Verdict, *, next_command: str) -> RenderableType:
-    """The last screen of a run: verdict, the numbers that matter, and the next command to type."""
-    from rich.console import Group
+def terminal_table(bundle: Bundle, verdict: Verdict) -> RenderableType:
+    """The last screen of a run: verdict and the numbers that matter."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -78,7 +77,7 @@ def terminal_table(bundle: Bundle, verdict: Verdict, *, next_command: str) -> Re
         remedy = f"; {step.remedy}" if step.remedy else ""
         colour = "red" if step.status == "failed" else "yellow"
         table.add_row(Text(step.name), Text(f"{step.status}: {step.detail}{remedy}", style=colour))
-    return Group(table, Text.assemble("next: ", (next_command, "bold cyan")))
+    return table
 
 
 def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -264,3 +265,13 @@ def test_forecast_of_memory_covers_what_was_measured(root: Path, tmp_path: Path)
         ).needs
         peak_bytes = result["peak_rss_kib"] * 1024
         assert peak_bytes <= needs.ram_bytes <= 1.5 * peak_bytes, file.name
+
+
+def test_next_command_is_one_line_to_copy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """However narrow the terminal, and with no markup read from a path."""
+    monkeypatch.setattr("runtime.report.terminal_table", lambda bundle, verdict: "table")
+    monkeypatch.setenv("COLUMNS", "40")
+    command = "pruneport verify bundles/[red]a-bundle-with-a-long-name-in-a-narrow-terminal"
+    nothing: Any = None
+    cli._show(nothing, nothing, next_command=command)
+    assert capsys.readouterr().out == f"table\nnext: {command}\n"
