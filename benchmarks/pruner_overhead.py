@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import sys
@@ -45,6 +44,7 @@ def main() -> None:
     from export.graphs.vision import build_vision_encoder
     from export.models import MODELS
     from pruning import PruneSpec
+    from runtime.latency import device_name
 
     entry = MODELS["llava-1.5-7b"]
     checkpoint = open_checkpoint(entry, weights="random", seed=0)
@@ -95,7 +95,7 @@ def main() -> None:
     ratios = [100.0 * part / whole for part, whole in zip(pruner_ms, tower_ms, strict=True)]
     result = {
         "command": "python " + " ".join(["benchmarks/pruner_overhead.py", *sys.argv[1:]]),
-        "machine": f"desktop CPU, {platform.machine()}, {_processor()}; not a phone",
+        "machine": f"{device_name()}; not a phone",
         "threads": options.threads,
         "graph": f"llava-1.5-7b vision_encoder, {options.prune_at}, tower {options.quant_vision or 'fp32'}, rest fp32",
         "keep": options.keep,
@@ -136,13 +136,6 @@ def _events(program: Path, inputs: tuple[Any, ...], runs: int) -> list[tuple[str
         for event in block.events
         if event.is_delegated_op and event.perf_data is not None
     ]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

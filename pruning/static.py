@@ -233,9 +233,8 @@ class TokenPruner(nn.Module):
         ones = self._add_up(similarity, count)
         columns = pivots.transpose(1, 2)
         selected = is_pivot = torch.bmm(columns, self._add_up(pivots, used))  # (B, N, 1)
-        similarity = (
-            similarity + 1.0
-        )  # never negative, like nearness: an empty column looks up zeros and does not count
+        # Never negative, like nearness: an empty column looks up zeros and does not count.
+        similarity = similarity + 1.0
         looked_up = self._look_up(similarity, columns).view(batch, 2 * count, used, 1)
         closest = functional.max_pool2d(looked_up, (used, 1), stride=(used, 1))  # (B, 2N, 1, 1)
         size = self.spec.token_batch

@@ -162,7 +162,8 @@ class Answers:
         start = time.perf_counter()
         seen = self._graphs[VISION].run({"pixel_values": pixel_values})
         later = self._graphs[PREFILL].run({name: seen[name] for name in ("hidden", "positions")})
-        caches = {name: ({**seen, **later})[name] for name in self._image_entries}
+        made = {**seen, **later}
+        caches = {name: made[name] for name in self._image_entries}
         return Prefill(self.bundle, caches, (time.perf_counter() - start) * 1e3)
 
     def answer(
@@ -222,7 +223,7 @@ class Answers:
     def _decode(self, ids: list[int], done: int) -> np.ndarray:
         """Logits (V,) after `ids`, whose keys and values go into the cache behind the `done` tokens before them."""
         graph = self._graphs[TOKEN if len(ids) == 1 else CHUNK]
-        size = next(info for info in graph.graph.inputs if info.name == "inputs_embeds").shape[1]
+        size = 1 if len(ids) == 1 else self.chunk
         width = self._graphs[EMBEDDING].graph.inputs[0].shape[1]
         # Padding takes the last position there is; what it computes is dropped.
         positions = np.minimum(self.first_text + done + np.arange(size), self.first_text + self.room - 1)

@@ -26,6 +26,7 @@ from export.graphs.decoder import (
 from export.graphs.graph import Graph
 from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models.llava import ModelEntry
+from export.targets import ONNX, XNNPACK
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo, TensorInfo
 
@@ -257,10 +258,7 @@ def test_exported(case: Case) -> None:
 
 
 def _lowered(module: Graph, engine: Engine, folder: Path, name: str) -> Run:
-    if engine == "executorch":
-        from export.backends.executorch import lower
-    else:
-        from export.backends.onnx import lower
+    lower = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine].load()
     from runtime.engines import ENGINES
 
     written = lower(module, module.example_inputs(), folder, name, precision="fp32", quant_vision=None)

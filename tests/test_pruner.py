@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,17 +43,10 @@ STATIC_OPERATORS = {
     "transpose",
     "view",
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What tracing itself adds: a check of dtypes that lowering drops, and a constant once per image.
 FROM_TRACING = {"_assert_tensor_metadata", "expand"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, and lose minutes to them where other work holds the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _normal(count: int, width: int, seed: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,24 +13,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from export.targets import ONNX, XNNPACK
 from pruning import PruneSpec, TokenPruner, reference
 from runtime.bundle import GraphInfo, TensorInfo
 
-pytestmark = pytest.mark.golden
+pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("one_thread")]
 
 FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "golden")
 TOKENS_ATOL = 1e-4  # promised by the vectors
 HALF_OVERLAP = 0.98
 HALF_SCALE = 1.37  # the features are stored in fp16: a cast rounds only what was moved off that lattice
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Some thousand small operators: threads gain little, and lose minutes where other work holds the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +194,7 @@ def _engine_run(program: Program, engine: str) -> object:
 )
 def test_engine(program: Program, engine: str, tmp_path: Path) -> None:
     """Lowered once, then every case that fits the graph; one partition with nothing outside."""
-    if engine == "executorch":
-        from export.backends.executorch import lower
-    else:
-        from export.backends.onnx import lower
+    lower = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine].load()
     from runtime.engines import ENGINES
 
     count = program.spec.tokens
