@@ -43,7 +43,7 @@ test-golden: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy pruneport export pruning runtime benchmarks tests
+	$(BIN)/mypy pruneport export pruning runtime optimum benchmarks tests
 	$(BIN)/mypy --follow-imports=silent -c "$$(cat export.py)"
 
 clean:

@@ -31,6 +31,9 @@ exit codes: 0 checked and equal, 1 the engine's outputs differ from the desktop'
 used, 3 a step could not be checked on this machine, 130 interrupted"""
 
 
+OPTIMUM_PROG = "optimum-cli export pruneport"
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are RequestErrors, so that there is one place that prints and exits."""
 
@@ -38,22 +41,23 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}; see {self.prog} --help")
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser and, by name, those of its verbs."""
+def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser and, by name, those of its verbs; with `optimum`, `export` is `optimum-cli export pruneport`."""
     parser = _Parser(
-        prog="pruneport",
+        prog=OPTIMUM_PROG if optimum else "pruneport",
         description="Exports vision-language models whose image tokens are pruned inside the graph, and checks them.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    return parser, {"export": _add_export(verbs), "verify": _add_verify(verbs)}
+    return parser, {"export": _add_export(verbs, optimum=optimum), "verify": _add_verify(verbs)}
 
 
-def _add_export(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) -> _Parser:
     verb = verbs.add_parser(
         "export",
+        prog=OPTIMUM_PROG if optimum else None,
         help="make a bundle from a checkpoint, check it in its engine, report",
         description="Makes a bundle from a checkpoint, checks it in its engine and reports.",
         epilog=EXIT_CODES,
@@ -79,7 +83,10 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     source.add_argument("--seed", default="0", metavar="N", help="seed of random weights (default 0)")
     source.add_argument("--image", metavar="PHOTO", help="photo to check with (default: a sample of scikit-learn)")
     run = verb.add_argument_group("how to run")
-    run.add_argument("--output-dir", default="bundles", metavar="DIR", help="where bundles go (default bundles)")
+    if optimum:  # whose exporters all take the folder last
+        run.add_argument("output_dir", metavar="OUT", help="where bundles go")
+    else:
+        run.add_argument("--output-dir", default="bundles", metavar="DIR", help="where bundles go (default bundles)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made and what it needs, then stop")
     _add_verbosity(run)
     return verb
@@ -103,9 +110,9 @@ def _add_verbosity(group: argparse._ActionsContainer) -> None:
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], *, optimum: bool = False) -> argparse.Namespace:
     """Parses the arguments; a mistake in them is a RequestError that names the nearest flag or verb."""
-    parser, verbs = build_parser()
+    parser, verbs = build_parser(optimum=optimum)
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise RequestError(f"unknown verb {argv[0]!r}{nearest(argv[0], verbs)}; verbs are: {', '.join(verbs)}")
     chosen = verbs[argv[0]] if argv and argv[0] in verbs else parser
@@ -121,10 +128,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str], *, version: str) -> int:
-    """Runs one command line; returns the exit code, prints at most one message for an error."""
+def main(argv: Sequence[str], *, version: str, optimum: bool = False) -> int:
+    """Runs one command line; returns the exit code, prints at most one message for an error.
+
+    With `optimum` it is `export` and what follows `optimum-cli export pruneport`, where the folder is no flag but OUT.
+    """
     try:
-        args = parse(argv)
+        args = parse(argv, optimum=optimum)
         if args.version:
             print(f"pruneport {version}")
             return PASSED

@@ -179,12 +179,12 @@ def plan(request: Request) -> Plan:
     twin = bundle_plan(tokens) if request.twin else None
     for path in (bundle.path, *([twin.path] if twin else [])):
         if path.exists() or path.is_symlink():
-            raise OutputError(f"{path} exists and is not overwritten; move it away or choose another --output-dir")
+            raise OutputError(f"{path} exists and is not overwritten; move it away or choose another output folder")
     needs = _needs(entry, placement, precision, bundles=2 if twin else 1, folder=folder)
     if needs.disk_bytes > needs.disk_free_bytes:
         raise OutputError(
             f"{folder} has {_gib(needs.disk_free_bytes)} free, the export needs about {_gib(needs.disk_bytes)}; "
-            "free some space or choose another --output-dir"
+            "free some space or choose another output folder"
         )
     from runtime.image import load_photo
 
@@ -336,9 +336,9 @@ def _nearest_folder(folder: Path) -> Path:
     while not at.exists():
         at = at.parent
     if not at.is_dir():
-        raise OutputError(f"{at} is a file, so no bundle can be put under it; choose another --output-dir")
+        raise OutputError(f"{at} is a file, so no bundle can be put under it; choose another output folder")
     if not os.access(at, os.W_OK | os.X_OK):
-        raise OutputError(f"{at} cannot be written to; choose another --output-dir")
+        raise OutputError(f"{at} cannot be written to; choose another output folder")
     return at
 
 

@@ -467,7 +467,7 @@ class BundleWriter:
     def __enter__(self) -> Self:
         if self.target_dir.exists() or self.target_dir.is_symlink():
             raise OutputError(
-                f"{self.target_dir} already exists and is never overwritten; remove it or choose another --output-dir"
+                f"{self.target_dir} already exists and is never overwritten; remove it or choose another output folder"
             )
         try:
             missing = [p for p in (self.target_dir.parent, *self.target_dir.parent.parents) if not p.exists()]
@@ -538,7 +538,7 @@ class BundleWriter:
     def _output_error(self, err: OSError) -> OutputError:
         return OutputError(
             f"{self.target_dir} cannot be written: {err.strerror or err}; nothing was left behind; "
-            "free some space or choose another --output-dir"
+            "free some space or choose another output folder"
         )
 
 

@@ -282,7 +282,7 @@ def read_only_folder(tmp_path: Path) -> Iterator[Path]:
 
 def test_read_only_output(read_only_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(read_only_folder / "out", "--model", "pocket") == 2
-    assert f"{read_only_folder} cannot be written to; choose another --output-dir" in one_message(capsys)
+    assert f"{read_only_folder} cannot be written to; choose another output folder" in one_message(capsys)
 
 
 def test_refused_mkdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

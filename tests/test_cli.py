@@ -244,7 +244,7 @@ def test_every_error_ends_with_its_exit_code(
 
     for kind in every(PruneportError):
 
-        def fail(argv: object, kind: type[PruneportError] = kind) -> None:
+        def fail(argv: object, optimum: bool, kind: type[PruneportError] = kind) -> None:
             raise kind("what, got, allowed, next step")
 
         monkeypatch.setattr(cli, "parse", fail)

@@ -156,7 +156,7 @@ def test_help_answers_within_half_a_second(root: Path) -> None:
 def test_wheel_nests_the_rooms(wheel: Path, root: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {name.split("/")[0] for name in names} == {"pruneport", "pruneport-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"pruneport", "optimum", "pruneport-0.1.0.dist-info"}
     expected = {
         file.relative_to(root).as_posix() if room == "pruneport" else f"pruneport/{file.relative_to(root).as_posix()}"
         for room in ROOMS
