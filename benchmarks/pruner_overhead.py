@@ -39,10 +39,11 @@ def main() -> None:
     import torch
     from executorch.extension.pybindings import portable_lib
 
-    from export.backends.executorch import lower
+    from export.backends.executorch import FILE, lower
     from export.checkpoints import open_checkpoint
     from export.graphs.vision import build_vision_encoder
     from export.models import MODELS
+    from export.quantize import quantize
     from pruning import PruneSpec
     from runtime.latency import device_name
 
@@ -58,14 +59,10 @@ def main() -> None:
             encoder = build_vision_encoder(
                 checkpoint, entry, spec, placement=options.prune_at, layer=2, precision="fp32"
             )
-            lower(
-                encoder,
-                encoder.example_inputs(),
-                Path(name),
-                graph,
-                precision="fp32",
-                quant_vision=options.quant_vision,
-            )
+            if options.quant_vision:
+                quantize(encoder, options.quant_vision)
+            lower({graph: encoder}, Path(name))
+            (Path(name) / FILE).rename(Path(name) / f"{graph}.pte")
             del encoder
             events[graph] = _events(Path(name) / f"{graph}.pte", photo, runs)
     linear, twins_linear = (
@@ -125,7 +122,7 @@ def _events(program: Path, inputs: tuple[Any, ...], runs: int) -> list[tuple[str
     dump = str(program.with_suffix(".etdp"))
     module = portable_lib._load_for_executorch(str(program), enable_etdump=True)
     for _ in range(2 + runs):
-        module.forward(inputs)
+        module.run_method(program.stem, inputs)
     module.write_etdump_result_to_file(dump)
     del module
     with warnings.catch_warnings():

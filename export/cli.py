@@ -70,13 +70,15 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument("--backend", metavar="B", help="xnnpack (default for android) or onnx")
     what.add_argument("--precision", metavar="P", help="fp32 or fp16")
     what.add_argument("--quant-vision", metavar="Q", help="8da8w: 8-bit dynamic vision tower")
+    what.add_argument("--quant-text", metavar="Q", help="8da4w, 8da4w-g64, 8da4w-g32, 8da8w or none: text graphs")
+    what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
         "--prune-at",
         default="decoder",
         metavar="WHERE",
         help="decoder (default, as in the paper) or projector (image embeddings for ready-made runtimes)",
     )
-    what.add_argument("--only", metavar="PART", help="vision: only the vision graph")
+    what.add_argument("--only", metavar="PART", help="vision: the vision graph alone, without the text graphs")
     what.add_argument("--twin", action="store_true", help="export the unpruned twin too and compare both")
     source = verb.add_argument_group("what to export it from")
     source.add_argument("--weights", metavar="DIR|random", help="checkpoint folder, or `random` for seeded weights")
@@ -162,6 +164,8 @@ def _export(args: argparse.Namespace, version: str) -> int:
         backend=args.backend,
         precision=args.precision,
         quant_vision=args.quant_vision,
+        quant_text=args.quant_text,
+        text_tokens=args.text_tokens,
         prune_at=args.prune_at,
         only=args.only,
         weights=args.weights,

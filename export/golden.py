@@ -1,12 +1,14 @@
-"""Golden outputs of the vision subgraph, made on the desktop by transformers' own modules and the paper's loop.
+"""Golden outputs of every graph, made on the desktop by transformers' own modules and the paper's loop.
 
 Nothing here touches export.graphs: what the exported graph is compared with must not share its mistakes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
     from pruning import PruneSpec
 
 _GRAPH = "vision_encoder"
+# Greedy tokens of the sample answer.
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleText:
+    """What the text graphs are checked on behind the image: a fixed text, its last id decoded alone; and a question."""
+
+    ids: tuple[int, ...]
+    question: tuple[int, ...]
 
 
 def golden_device() -> str:
@@ -40,14 +52,18 @@ def make_golden(
     placement: str,
     layer: int = 2,
     pixel_values: NDArray[np.float32],
+    text: SampleText | None = None,
     device: str = "cpu",
 ) -> dict[str, NDArray[Any]]:
-    """Inputs and outputs of the vision subgraph in float32, by the names the bundle stores them under.
+    """Inputs and outputs of the graphs in float32, by the names the bundle stores them under.
 
     `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
-    near each choice was to going the other way, and `pivots`. Modules are filled and dropped one layer at a time, so
-    that memory holds one layer and not the model. ExportError for a placement or image that does not fit.
+    near each choice was to going the other way, and `pivots`. With `text` (decoder placement only) the same for the
+    text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
+    `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
+    Modules are filled and dropped one layer at a time, so that memory holds one layer and not the model, but for the
+    answer. ExportError for a placement or image that does not fit.
     """
     import torch
 
@@ -59,14 +75,16 @@ def make_golden(
         config = _eager_config(checkpoint)
         features, tower_keys = _run_tower(config.vision_config, checkpoint, pixels)
         image = _run_projector(config, checkpoint, features)
+        golden = {f"{_GRAPH}.in.pixel_values": pixels}
         if placement == "projector":
             outputs, kept = _at_projector(tower_keys, image, spec)
         elif placement == "decoder":
-            prefix_ids = prompt_info(checkpoint, entry).prefix_ids
-            outputs, kept = _in_decoder(config.text_config, checkpoint, prefix_ids, image, spec, layer)
+            decoder = _Decoder(config.text_config, checkpoint, layer, image.device)
+            outputs, kept = decoder.see(prompt_info(checkpoint, entry).prefix_ids, image, spec)
+            if text is not None:
+                golden |= decoder.read(outputs, text)
         else:
             raise ExportError(f"placement {placement!r} is not known; allowed: decoder, projector")
-    golden = {f"{_GRAPH}.in.pixel_values": pixels}
     if kept:
         outputs["filled"] = torch.zeros(1, 1)  # the paper's loop runs until it has enough: nothing to fill up
     golden |= {f"{_GRAPH}.out.{name}": tensor for name, tensor in outputs.items()}
@@ -138,46 +156,161 @@ def _at_projector(keys: Tensor, image: Tensor, spec: PruneSpec | None) -> tuple[
     return {"image_features": tokens, "kept_indices": indices}, kept
 
 
-def _in_decoder(
-    config: Any,
-    checkpoint: Checkpoint,
-    prefix_ids: Sequence[int],
-    image: Tensor,
-    spec: PruneSpec | None,
-    layers: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs prefix and image together through the first decoder layers, as transformers does, then prunes."""
-    import torch
-    from transformers import DynamicCache
-    from transformers.masking_utils import create_causal_mask
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+class _Decoder:
+    """transformers' decoder layers: once over prefix and image, then over texts behind what that left in the cache."""
 
-    prefix = checkpoint.rows("language_model.embed_tokens.weight", prefix_ids).float().to(image.device)
-    hidden = torch.cat([prefix[None], image], dim=1)
-    first, length = len(prefix_ids), hidden.shape[1]
-    positions = torch.arange(length, device=image.device)[None]
-    cache: Any = DynamicCache(config=config)
-    mask = create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=positions
-    )
-    rotary = LlamaRotaryEmbedding(config).to(image.device)(hidden, position_ids=positions)
-    outputs: dict[str, Tensor] = {}
-    keys = hidden
-    for index in range(layers):
-        with torch.device("meta"):
-            layer = LlamaDecoderLayer(config, index)
-        _filled(layer, checkpoint, f"language_model.layers.{index}", image.device)
-        hidden = layer(
-            hidden, attention_mask=mask, position_ids=positions, past_key_values=cache, position_embeddings=rotary
+    def __init__(self, config: Any, checkpoint: Checkpoint, cut: int, device: torch.device) -> None:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self._config, self._checkpoint, self._cut, self._device = config, checkpoint, cut, device
+        self._rotary = LlamaRotaryEmbedding(config).to(device)
+        self._held: dict[int, nn.Module] | None = None
+        self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
+        self._length = 0
+
+    def see(
+        self, prefix_ids: Sequence[int], image: Tensor, spec: PruneSpec | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Runs prefix and image together through the layers before the cut, as transformers does, then prunes."""
+        import torch
+
+        hidden = torch.cat([self._embedded(prefix_ids), image], dim=1)
+        first, self._length = len(prefix_ids), hidden.shape[1]
+        positions = torch.arange(self._length, device=self._device)[None]
+        outputs = {}
+        for index in range(self._cut):
+            hidden = self._run(index, hidden, positions)
+            outputs[f"key_{index}"], outputs[f"value_{index}"] = self._past[index]
+        keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, self._length - first, -1)
+        tokens, indices, kept = _pruned(keys, hidden[:, first:], spec)
+        states = {
+            "hidden": torch.cat([hidden[:, :first], tokens], dim=1),
+            "positions": torch.cat([positions[:, :first], indices + first], dim=1),
+        }
+        return states | outputs, kept
+
+    def read(self, image: Mapping[str, Tensor], text: SampleText) -> dict[str, Tensor]:
+        """Golden tensors of the text graphs, after `see` gave `image`: each layer over the image, then the text."""
+        import torch
+
+        golden = {"token_embedding.in.ids": torch.tensor([text.ids[:-1]])}
+        embedded = self._embedded(text.ids)
+        golden["token_embedding.out.inputs_embeds"] = embedded[:, :-1]
+        golden["text_decoder.in.inputs_embeds"] = embedded[:, -1:]
+        positions = torch.arange(self._length, self._length + len(text.ids), device=self._device)[None]
+        golden["text_prefill.in.positions"] = positions[:, :-1]
+        golden["text_decoder.in.positions"] = positions[:, -1:]
+        if self._fits():
+            self._held = {}
+        seen, hidden = image["hidden"], embedded
+        for index in range(self._config.num_hidden_layers):
+            if index >= self._cut:
+                seen = self._run(index, seen, image["positions"])
+                golden[f"image_prefill.out.key_{index}"], golden[f"image_prefill.out.value_{index}"] = self._past[index]
+            before = self._past[index]
+            hidden = self._run(index, hidden, positions, behind=before)
+            for what, all_entries, known in zip(("key", "value"), self._past[index], before, strict=True):
+                new = all_entries[:, :, known.shape[2] :]
+                golden[f"text_prefill.out.{what}_{index}"] = new[:, :, :-1]
+                golden[f"text_decoder.out.{what}_{index}"] = new[:, :, -1:]
+            self._past[index] = before
+        logits = self._logits(hidden)
+        golden["text_prefill.out.logits"], golden["text_decoder.out.logits"] = logits[:, :-1], logits[:, -1:]
+        return golden | (self._answer(text.question) if self._held is not None else {})
+
+    def _answer(self, question: Sequence[int]) -> dict[str, Tensor]:
+        import torch
+
+        ids: list[int] = []
+        margins: list[float] = []
+        start, tokens = self._length, list(question)
+        while len(ids) < ANSWER_TOKENS:
+            hidden = self._embedded(tokens)
+            positions = torch.arange(start, start + len(tokens), device=self._device)[None]
+            for index in range(self._config.num_hidden_layers):
+                hidden = self._run(index, hidden, positions, behind=self._past[index])
+            (first, second), (token, _) = (x.tolist() for x in self._logits(hidden[:, -1:])[0, 0].topk(2))
+            ids.append(token)
+            margins.append(first - second)
+            start, tokens = start + len(tokens), [token]
+        return {
+            "answer.question": torch.tensor(list(question)),
+            "answer.ids": torch.tensor(ids),
+            "answer.margin": torch.tensor(margins),
+        }
+
+    def _fits(self) -> bool:
+        """Whether all layers may stay in memory together, beside the graph that is lowered afterwards."""
+        import psutil
+
+        shapes = self._checkpoint.geometry.tensor_shapes()
+        size = sum(4 * math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.layers."))
+        return bool(size < 0.3 * psutil.virtual_memory().available)
+
+    def _embedded(self, ids: Sequence[int]) -> Tensor:
+        """(1, T, D)"""
+        return self._checkpoint.rows("language_model.embed_tokens.weight", ids).float().to(self._device)[None]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(1, T, D) -> (1, T, V)"""
+        import torch
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        head = self._checkpoint.tensor("lm_head.weight").float().to(self._device)
+        normed = _filled(norm, self._checkpoint, "language_model.norm", self._device)(hidden)
+        return torch.nn.functional.linear(normed, head)
+
+    def _run(
+        self, index: int, hidden: Tensor, positions: Tensor, *, behind: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """hidden (1, T, D) through one layer, causally and behind a cache; its new cache is left in `_past`."""
+        import torch
+
+        tokens, past = hidden.shape[1], 0 if behind is None else behind[0].shape[2]
+        ahead = torch.full((tokens, tokens), torch.finfo(torch.float32).min, device=self._device).triu(1)
+        mask = torch.cat([torch.zeros(tokens, past, device=self._device), ahead], dim=1)[None, None]
+        cache = _Cache(behind)
+        out: Tensor = self._layer(index)(
+            hidden,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            position_embeddings=self._rotary(hidden, position_ids=positions),
         )
-        outputs[f"key_{index}"], outputs[f"value_{index}"] = cache.layers[index].keys, cache.layers[index].values
-        keys = outputs[f"key_{index}"][0, :, first:].transpose(0, 1).reshape(1, length - first, -1)
-    tokens, indices, kept = _pruned(keys, hidden[:, first:], spec)
-    states = {
-        "hidden": torch.cat([hidden[:, :first], tokens], dim=1),
-        "positions": torch.cat([positions[:, :first], indices + first], dim=1),
-    }
-    return states | outputs, kept
+        assert cache.entries is not None
+        self._past[index] = cache.entries
+        return out
+
+    def _layer(self, index: int) -> nn.Module:
+        import torch
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        if self._held is not None and index in self._held:
+            return self._held[index]
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(self._config, index)
+        _filled(layer, self._checkpoint, f"language_model.layers.{index}", self._device)
+        if self._held is not None:
+            self._held[index] = layer
+        return layer
+
+
+class _Cache:
+    """What transformers' attention asks of a cache, for one layer."""
+
+    def __init__(self, entries: tuple[Tensor, Tensor] | None) -> None:
+        self.entries = entries
+
+    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last."""
+        import torch
+
+        if self.entries is not None:
+            key = torch.cat([self.entries[0], key], dim=2)
+            value = torch.cat([self.entries[1], value], dim=2)
+        self.entries = key, value
+        return self.entries
 
 
 def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

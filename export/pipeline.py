@@ -13,18 +13,20 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from runtime.errors import ExportError
+from runtime.generation import TOKEN_EMBEDDING, VISION_ENCODER
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from export.checkpoints import Checkpoint
+    from export.golden import SampleText
+    from export.graphs.graph import Graph
     from export.progress import Progress
     from export.request import BundlePlan, Plan
-    from runtime.bundle import Bundle, BundleWriter, GraphInfo, Manifest, PruneInfo
+    from runtime.bundle import Bundle, BundleWriter, GraphInfo, Manifest, PruneInfo, TextInfo
     from runtime.harness import Verdict
 
-VISION_GRAPH = "vision_encoder"
 GOLDEN_FILE = "golden.safetensors"
 # Files of the checkpoint that a phone needs as they are.
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
@@ -100,7 +102,7 @@ class _Making:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
             device = self._write_golden(bundle, writer.path)
             stage.note(f"made on {device}")
-        graph = self._lower(bundle, writer.path)
+        graphs = self._lower(bundle, writer.path)
         with self.progress.stage(_label("write the bundle", bundle)):
             for name in CARRIED_FILES:
                 if checkpoint.folder is not None and (checkpoint.folder / name).is_file():
@@ -117,9 +119,10 @@ class _Making:
                         backend=plan.backend.name,
                         precision=plan.precision,
                         quant_vision=plan.quant_vision,
+                        quant_text=plan.quant_text,
                     ),
                     prune=_prune_info(plan, bundle),
-                    graphs=(graph,),
+                    graphs=graphs,
                     image=image,
                     prompt=prompt_info(checkpoint, plan.entry),
                     golden=GoldenInfo(
@@ -129,6 +132,7 @@ class _Making:
                         photo=plan.photo_path.name,
                     ),
                     tools={"pruneport": self.version, **_tool_versions()},
+                    text=self._text_info(),
                 )
             )
 
@@ -148,6 +152,7 @@ class _Making:
                 placement=self.plan.placement,
                 layer=self.plan.layer,
                 pixel_values=self._desktop_pixels(),
+                text=self._sample_text(),
                 device=device,
             )
         except SpecError as error:
@@ -176,52 +181,97 @@ class _Making:
         prepared = processor(self.plan.photo, input_data_format="channels_last", return_tensors="np")
         return np.asarray(prepared["pixel_values"], dtype=np.float32)
 
-    def _lower(self, bundle: BundlePlan, folder: Path) -> GraphInfo:
-        """Builds the vision graph and has the backend write it; the module is gone when this returns."""
-        from export.graphs.vision import build_vision_encoder
+    def _text_info(self) -> TextInfo | None:
+        if self.plan.text_tokens is None:
+            return None
+        from export.graphs.decoder import PROMPT_CHUNK
+        from export.models.llava import prompt_info
+        from runtime.bundle import TextInfo
+
+        prompt = prompt_info(self.checkpoint, self.plan.entry)
+        return TextInfo(
+            tokens=self.plan.text_tokens,
+            chunk=PROMPT_CHUNK,
+            first_position=len(prompt.prefix_ids) + self.plan.entry.geometry.image_tokens,
+            end_ids=(prompt.special_ids["eos"],) if "eos" in prompt.special_ids else (),
+        )
+
+    def _sample_text(self) -> SampleText | None:
+        if self.plan.text_tokens is None:
+            return None
+        from export.graphs.decoder import PROMPT_CHUNK
+        from export.models.prompt import sample_text
+
+        return sample_text(self.checkpoint.folder, self.checkpoint.geometry, self.plan.entry, tokens=PROMPT_CHUNK + 1)
+
+    def _lower(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
+        """Builds the graphs and has the backend write them; the modules are gone when this returns."""
         from runtime.bundle import GraphInfo
 
         plan = self.plan
-        with self.progress.stage(_label("build the vision graph", bundle)):
-            encoder = build_vision_encoder(
-                self.checkpoint,
-                plan.entry,
-                bundle.spec,
-                placement=plan.placement,
-                layer=plan.layer,
-                precision=plan.precision,
+        with self.progress.stage(_label("build the graphs", bundle)):
+            graphs = self._build(bundle)
+        with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            lowered = plan.backend.load()(graphs, folder)
+            for name in graphs:
+                for coverage in lowered[name].coverage:
+                    parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
+                    outside = f"{coverage.outside_nodes or 'nothing'} outside"
+                    stage.note(f"{name}: {coverage.delegate} {coverage.nodes} nodes in {parts}, {outside}")
+                # Looking a row up in a table is nothing that a delegate would be faster at.
+                if name != TOKEN_EMBEDDING and not any(coverage.nodes for coverage in lowered[name].coverage):
+                    raise ExportError(
+                        f"backend {plan.backend.name} took no node of {name}: the phone would run it without any "
+                        "acceleration; run again with -v to see why, or choose another --backend"
+                    )
+        return tuple(
+            GraphInfo(
+                name=name,
+                file=lowered[name].file,
+                extra_files=lowered[name].extra_files,
+                engine=plan.backend.engine,
+                inputs=graph.input_infos(),
+                outputs=graph.output_infos(),
+                coverage=lowered[name].coverage,
             )
+            for name, graph in graphs.items()
+        )
+
+    def _build(self, bundle: BundlePlan) -> dict[str, Graph]:
+        """The vision graph and, where they are wanted, the text graphs, in the order in which a phone runs them."""
+        from export.graphs.decoder import Context, build_text_graphs
+        from export.graphs.vision import build_vision_encoder
+        from export.quantize import quantize
+
+        plan = self.plan
+        encoder = build_vision_encoder(
+            self.checkpoint,
+            plan.entry,
+            bundle.spec,
+            placement=plan.placement,
+            layer=plan.layer,
+            precision=plan.vision_precision,
+        )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
         if handed_on != keep:
-            raise ExportError(f"{VISION_GRAPH} hands on {handed_on} image tokens instead of {keep}; please report this")
-        with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            lowered = plan.backend.load()(
-                encoder,
-                encoder.example_inputs(),
-                folder,
-                VISION_GRAPH,
-                precision=plan.precision,
-                quant_vision=plan.quant_vision,
+            raise ExportError(
+                f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
             )
-            for coverage in lowered.coverage:
-                parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
-                outside = f"{coverage.outside_nodes or 'nothing'} outside"
-                stage.note(f"{coverage.delegate}: {coverage.nodes} nodes in {parts}, {outside}")
-            if not any(coverage.nodes for coverage in lowered.coverage):
-                raise ExportError(
-                    f"backend {plan.backend.name} took no node of {VISION_GRAPH}: the phone would run it without any "
-                    "acceleration; run again with -v to see why, or choose another --backend"
-                )
-        return GraphInfo(
-            name=VISION_GRAPH,
-            file=lowered.file,
-            extra_files=lowered.extra_files,
-            engine=plan.backend.engine,
-            inputs=encoder.input_infos(),
-            outputs=encoder.output_infos(),
-            coverage=lowered.coverage,
-        )
+        if plan.quant_vision:
+            quantize(encoder, plan.quant_vision)
+        if plan.text_tokens is None:
+            return {VISION_ENCODER: encoder}
+        geometry = self.checkpoint.geometry
+        context = Context(geometry, prefix=encoder.prefix_length, keep=keep, layer=plan.layer, text=plan.text_tokens)
+        if context.positions > geometry.text.max_positions:
+            raise ExportError(
+                f"prompt and image take {context.first_text} positions and text_tokens={plan.text_tokens} the rest of "
+                f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
+                "give fewer --text-tokens"
+            )
+        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=plan.quant_text)
+        return {VISION_ENCODER: encoder, **text}
 
 
 def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress) -> Verdict:

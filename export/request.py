@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pruning import PruneSpec
 
 Word = TypeVar("Word", bound=str)
+NONE = "none"
 Placement = Literal["decoder", "projector"]
 PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
 
@@ -38,7 +39,11 @@ RAM_PER_GRAPH_BYTE = 3.1
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 
-PARTS_NOT_YET = ("decoder", "text", "prefill", "embedding")
+PARTS = ("vision",)
+
+# Room for text in the KV cache. The least is what the check needs: a prompt chunk, or a question and its answer.
+DEFAULT_TEXT_TOKENS = 512
+LEAST_TEXT_TOKENS = 192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,8 @@ class Request:
     backend: str | None = None
     precision: str | None = None
     quant_vision: str | None = None
+    quant_text: str | None = None
+    text_tokens: str = str(DEFAULT_TEXT_TOKENS)
     prune_at: str = "decoder"
     only: str | None = None
     weights: str | None = None
@@ -84,13 +91,18 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`."""
+    """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`.
+
+    `text_tokens` is the room for text in the KV cache, None where no text graphs are made.
+    """
 
     entry: ModelEntry
     target: Target
     backend: Backend
     precision: Precision
     quant_vision: str | None
+    quant_text: str | None
+    text_tokens: int | None
     placement: Placement
     weights: str | None
     seed: int
@@ -104,6 +116,11 @@ class Plan:
     def layer(self) -> int:
         """The first decoder layer that sees fewer tokens; 0 where pruning happens before the decoder."""
         return DECODER_LAYER if self.placement == "decoder" else 0
+
+    @property
+    def vision_precision(self) -> Precision:
+        """What the vision graph computes in; a quantised one dequantises to fp32."""
+        return "fp32" if self.quant_vision else self.precision
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -136,23 +153,27 @@ def plan(request: Request) -> Plan:
         raise NotYetError(f"target={target.name}: not yet ({target.not_yet}); targets that work today: {ready}")
     backends = {backend.name: backend for backend in target.backends}
     backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
-    default_precision = "fp32" if request.quant_vision else entry.precision or backend.precisions[0]
-    precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
-    quant_vision = request.quant_vision
-    if quant_vision is not None:
-        if not backend.quant_vision:
-            raise NotYetError(
-                f"quant_vision={quant_vision}: not yet on backend {backend.name}; "
-                f"leave --quant-vision out, or take a backend that has it: {_backends_with_quantisation(target)}"
-            )
-        quant_vision = _known(f"{backend.name} quant_vision", quant_vision, backend.quant_vision)
-        if precision != "fp32":
-            raise RequestError(
-                f"precision={precision} does not go with quant_vision={quant_vision}: {backend.name} quantises only "
-                "what comes in fp32, and computes the rest in fp32; leave --precision or --quant-vision out"
-            )
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
-    _check_only(request.only)
+    if request.only is not None:
+        _known("part", request.only, PARTS)
+    whole = placement == "decoder" and request.only is None
+    quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
+    default_quant_text = entry.quant_text or next(iter(backend.quant_text), NONE)
+    quant_text = None
+    if whole:
+        wanted = request.quant_text or default_quant_text
+        quant_text = _quantisation("quant_text", wanted, backend.quant_text, backend, target)
+    elif request.quant_text is not None:
+        raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
+    all_quantised = bool(quant_vision) and (not whole or bool(quant_text))
+    default_precision = "fp32" if all_quantised else entry.precision or backend.precisions[0]
+    precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
+    if all_quantised and precision != "fp32":
+        raise RequestError(
+            f"precision={precision} does not go with quant_vision={quant_vision}: {backend.name} quantises only "
+            "what comes in fp32, and computes the rest in fp32; leave --precision or --quant-vision out"
+        )
+    text_tokens = _text_tokens(request.text_tokens, entry) if whole else None
     tokens = entry.geometry.image_tokens
     keep = _keep(request.keep, tokens, entry.name)
     seed = _whole_number("seed", request.seed, 0, 2**32 - 1)
@@ -165,7 +186,10 @@ def plan(request: Request) -> Plan:
     choices = [
         precision if precision != default_precision else "",
         quant_vision or "",
+        f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
+        f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
         placement if placement != PLACEMENTS[0] else "",
+        request.only or "",
         "random" if request.weights == "random" else "",
     ]
     folder = Path(request.output_dir)
@@ -194,6 +218,8 @@ def plan(request: Request) -> Plan:
         backend=backend,
         precision=precision,
         quant_vision=quant_vision,
+        quant_text=quant_text,
+        text_tokens=text_tokens,
         placement=placement,
         weights=request.weights,
         seed=seed,
@@ -212,6 +238,10 @@ def describe(plan: Plan) -> str:
     where = f"before decoder layer {plan.layer}" if plan.placement == "decoder" else "after the projector"
     kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
     precision = plan.precision + (f", vision {plan.quant_vision}" if plan.quant_vision else "")
+    text = "none"
+    if plan.text_tokens is not None:
+        precision += f", text {plan.quant_text}" if plan.quant_text else ""
+        text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
     if plan.weights == "random":
         weights = f"random, seed {plan.seed} (true geometry, meaningless answers)"
     else:
@@ -224,7 +254,8 @@ def describe(plan: Plan) -> str:
         f"{plan.entry.name}: {plan.entry.summary}",
         f"  makes    {plan.bundle.path}",
         *([f"           {plan.twin.path} (unpruned twin)"] if plan.twin else []),
-        f"  graph    vision_encoder, {kept}; text graphs: not yet",
+        f"  vision   vision_encoder, {kept}",
+        f"  text     {text}",
         f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}",
         f"  weights  {weights}",
         f"  photo    {plan.photo_path.name}, {width} x {height}",
@@ -243,17 +274,26 @@ def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     return names[names.index(word)]
 
 
-def _backends_with_quantisation(target: Target) -> str:
-    names = [backend.name for backend in target.backends if backend.quant_vision]
-    return ", ".join(names) or "none yet"
+def _quantisation(
+    what: str, word: str | None, schemes: tuple[str, ...], backend: Backend, target: Target
+) -> str | None:
+    """The scheme that `word` names, None for none."""
+    if word is None or word == NONE:
+        return None
+    if not schemes:
+        others = [other.name for other in target.backends if getattr(other, what)]
+        flag = what.replace("_", "-")
+        raise NotYetError(
+            f"{what}={word}: not yet on backend {backend.name}; "
+            f"leave --{flag} out, or take a backend that has it: {', '.join(others) or 'none yet'}"
+        )
+    return _known(f"{backend.name} {what}", word, (*schemes, NONE))
 
 
-def _check_only(only: str | None) -> None:
-    if only is None or only == "vision":
-        return
-    if only in PARTS_NOT_YET:
-        raise NotYetError(f"only={only}: not yet; the part that is made today is: vision")
-    raise RequestError(f"unknown part only={only!r}{nearest(only, ['vision'])}; allowed: vision")
+def _text_tokens(text: str, entry: ModelEntry) -> int:
+    most = entry.geometry.text.max_positions - entry.geometry.image_tokens - entry.prefix_tokens
+    why = f" ({entry.name} knows {entry.geometry.text.max_positions} positions, image and prompt included)"
+    return _whole_number("text_tokens", text, min(LEAST_TEXT_TOKENS, most), most, why)
 
 
 def _whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
-    import torch
-
+    from export.graphs.graph import Graph
     from runtime.bundle import DelegateCoverage
 
 Precision = Literal["fp32", "fp16"]
@@ -30,32 +29,27 @@ class LoweredGraph:
 
 
 class Lower(Protocol):
-    """Traces `module` with static shapes, lowers it and writes `graph_name` into `out_dir`."""
+    """Traces graphs with static shapes, lowers them and writes them into `out_dir`, weights that they share only once.
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        example_inputs: tuple[torch.Tensor, ...],
-        out_dir: Path,
-        graph_name: str,
-        *,
-        precision: Precision,
-        quant_vision: str | None,
-    ) -> LoweredGraph: ...
+    They come in the wanted precision and quantised.
+    """
+
+    def __call__(self, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]: ...
 
 
 @dataclass(frozen=True)
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
-    A graph with 8-bit layers computes the rest in fp32, whatever the default. `packages` are the modules without which
-    nothing can be exported for it.
+    So is the first scheme for the text graphs; the vision graph is quantised on request. A quantised graph computes the
+    rest in fp32, whatever the precision. `packages` are the modules without which nothing can be exported for it.
     """
 
     name: str
     engine: Literal["executorch", "onnxruntime"]
     precisions: tuple[Precision, ...]
     quant_vision: tuple[str, ...]
+    quant_text: tuple[str, ...]
     pruner_form: str
     packages: tuple[str, ...]
     load: Callable[[], Lower]
@@ -96,6 +90,7 @@ XNNPACK = Backend(
     # fp16 halves the file and the memory of an export (README, "Precision"), and phones since ARMv8.2 compute in it.
     precisions=("fp16", "fp32"),
     quant_vision=("8da8w",),
+    quant_text=("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"),
     pruner_form="default",
     packages=("torch", "transformers", "executorch", "torchao"),
     load=_executorch,
@@ -105,6 +100,7 @@ ONNX = Backend(
     engine="onnxruntime",
     precisions=("fp32", "fp16"),
     quant_vision=(),
+    quant_text=(),
     pruner_form="default",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,

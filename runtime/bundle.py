@@ -251,6 +251,18 @@ class PromptInfo(_Record, frozen=True):
     special_ids: dict[str, TokenId] = {}
 
 
+class TextInfo(_Record, frozen=True):
+    """How text goes through the text graphs: `chunk` tokens at a time or one, with room for `tokens` in the KV cache.
+
+    The first of them stands at `first_position`, behind the unpruned image; `end_ids` end an answer.
+    """
+
+    tokens: PositiveCount
+    chunk: PositiveCount
+    first_position: PositiveCount
+    end_ids: tuple[TokenId, ...] = ()
+
+
 class GoldenInfo(_Record, frozen=True):
     """The desktop's inputs and outputs, and what made them: device, torch version, photo."""
 
@@ -264,12 +276,16 @@ class GoldenInfo(_Record, frozen=True):
 
 
 class TargetInfo(_Record, frozen=True):
-    """What the graphs were lowered for; `quant_vision` names the 8-bit scheme of the vision tower, if any."""
+    """What the graphs were lowered for; `precision` is that of graphs without a quantisation scheme.
+
+    A quantised graph computes in fp32 what is not quantised.
+    """
 
     name: Name
     backend: Name
     precision: Literal["fp32", "fp16"]
     quant_vision: Name | None = None
+    quant_text: Name | None = None
 
 
 class FileInfo(_Record, frozen=True):
@@ -298,6 +314,7 @@ class Manifest(_Record, frozen=True):
     prompt: PromptInfo
     golden: GoldenInfo
     tools: dict[str, str]
+    text: TextInfo | None = None
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION
 
@@ -341,6 +358,13 @@ class Bundle:
     def size_bytes(self) -> int:
         """Bytes of all listed files together."""
         return sum(info.size_bytes for info in self.manifest.files.values())
+
+    @property
+    def identity(self) -> str:
+        """Name and what the graphs' files hash to: two exports of one name differ in it."""
+        files = sorted({file for graph in self.manifest.graphs for file in graph.files})
+        listed = "".join(f"{file} {self.manifest.files[file].sha256}\n" for file in files)
+        return f"{self.manifest.name} {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
     def graph(self, name: str) -> GraphInfo:
         """The graph of that name; BundleError names those there are."""

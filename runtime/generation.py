@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from runtime.bundle import GraphInfo
+from runtime.bundle import Bundle, GraphInfo
 from runtime.errors import BundleError, OutputError, RequestError
+from runtime.session import Session, open_session
 
-VISION, PREFILL, EMBEDDING, CHUNK, TOKEN = (
-    "vision_encoder",
-    "image_prefill",
-    "token_embedding",
-    "text_prefill",
-    "text_decoder",
-)
+VISION_ENCODER = "vision_encoder"
+IMAGE_PREFILL = "image_prefill"
+TOKEN_EMBEDDING = "token_embedding"
+TEXT_PREFILL = "text_prefill"
+TEXT_DECODER = "text_decoder"
+GRAPHS = (VISION_ENCODER, IMAGE_PREFILL, TOKEN_EMBEDDING, TEXT_PREFILL, TEXT_DECODER)
 
 
 class RunningGraph(Protocol):
@@ -106,11 +107,39 @@ class Token:
     ms: float
 
 
+@contextmanager
+def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[str, Session]]:
+    """All graphs of a bundle, open in their engine. Raises what `open_session` raises."""
+    with ExitStack() as stack:
+        yield {
+            graph.name: stack.enter_context(open_session(bundle, graph.name, threads=threads))
+            for graph in bundle.manifest.graphs
+        }
+
+
+def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers:
+    """A session over the open graphs of a bundle; several of them share the graphs, and so the weights."""
+    text = bundle.manifest.text
+    if text is None:
+        raise BundleError(
+            f"{bundle.manifest.name} has no text graphs and cannot answer; export it with --prune-at decoder and "
+            "without --only"
+        )
+    answers = Answers(graphs, bundle=bundle.identity, first_text=text.first_position, end_ids=text.end_ids)
+    if (answers.room, answers.chunk) != (text.tokens, text.chunk):
+        raise BundleError(
+            f"the manifest of {bundle.manifest.name} says {text.tokens} text tokens in chunks of {text.chunk}, its "
+            f"graphs have room for {answers.room} in chunks of {answers.chunk}; export again"
+        )
+    return answers
+
+
 class Answers:
     """Answers questions about photos with the open graphs of one bundle.
 
-    One object answers one question at a time: it keeps the cache that it writes into, and is not thread-safe. Two
-    objects over the same graphs have caches of their own.
+    One object answers one question at a time: it keeps the cache that it writes into. An answer that is still
+    streaming when the next question is asked ends with a RequestError. Objects over the same graphs have caches of
+    their own and may be used from different threads; one object may not.
 
     `bundle` identifies the bundle, `first_text` is the position of the first text token (the length of prompt prefix
     and unpruned image), `end_ids` are the tokens that end an answer.
@@ -121,26 +150,30 @@ class Answers:
     def __init__(
         self, graphs: Mapping[str, RunningGraph], *, bundle: str, first_text: int, end_ids: Sequence[int] = ()
     ) -> None:
-        missing = [name for name in (VISION, PREFILL, EMBEDDING, CHUNK, TOKEN) if name not in graphs]
+        missing = [name for name in GRAPHS if name not in graphs]
         if missing:
             raise BundleError(f"{bundle} has no {', '.join(missing)}; export it whole, without --only")
         self._graphs = graphs
         self.bundle = bundle
         self.first_text = first_text
         self.end_ids = frozenset(end_ids)
-        shapes = {info.name: info for info in graphs[CHUNK].graph.inputs}
-        if {info.name: info for info in graphs[TOKEN].graph.inputs if info.name.startswith("past_")} != {
+        shapes = {info.name: info for info in graphs[TEXT_PREFILL].graph.inputs}
+        if {info.name: info for info in graphs[TEXT_DECODER].graph.inputs if info.name.startswith("past_")} != {
             name: info for name, info in shapes.items() if name.startswith("past_")
         }:
-            raise BundleError(f"{bundle}: {CHUNK} and {TOKEN} have different caches; they come from different exports")
+            raise BundleError(
+                f"{bundle}: {TEXT_PREFILL} and {TEXT_DECODER} have different caches; they come from different exports"
+            )
         made = {
             info.name: info
-            for name in (VISION, PREFILL)
+            for name in (VISION_ENCODER, IMAGE_PREFILL)
             for info in graphs[name].graph.outputs
             if info.name.startswith(("key_", "value_"))
         }
         if {f"past_{name}" for name in made} != {name for name in shapes if name.startswith("past_")}:
-            raise BundleError(f"{bundle}: {VISION} and {PREFILL} do not fill the cache of {CHUNK}; export again")
+            raise BundleError(
+                f"{bundle}: {VISION_ENCODER} and {IMAGE_PREFILL} do not fill the cache of {TEXT_PREFILL}; export again"
+            )
         self._image_entries = {name: info.shape[2] for name, info in made.items()}
         rooms = {shapes[f"past_{name}"].shape[2] - entries for name, entries in self._image_entries.items()}
         if len(rooms) != 1 or min(rooms) < 1:
@@ -151,6 +184,7 @@ class Answers:
             f"past_{name}": np.zeros(shapes[f"past_{name}"].shape, shapes[f"past_{name}"].numpy_dtype) for name in made
         }
         self._seen: Prefill | None = None
+        self._asked = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -158,13 +192,22 @@ class Answers:
         return sum(array.nbytes for array in self._past.values())
 
     def see(self, pixel_values: np.ndarray) -> Prefill:
-        """Prefills a photo: pixel_values (1, 3, H, W) float32."""
+        """Prefills a photo, pixel_values (1, 3, H, W) float32, and makes the cache ready for a question about it."""
         start = time.perf_counter()
-        seen = self._graphs[VISION].run({"pixel_values": pixel_values})
-        later = self._graphs[PREFILL].run({name: seen[name] for name in ("hidden", "positions")})
+        self._asked += 1  # an answer that is still streaming loses its cache here
+        seen = self._graphs[VISION_ENCODER].run({"pixel_values": pixel_values})
+        later = self._graphs[IMAGE_PREFILL].run({name: seen[name] for name in ("hidden", "positions")})
         made = {**seen, **later}
         caches = {name: made[name] for name in self._image_entries}
-        return Prefill(self.bundle, caches, (time.perf_counter() - start) * 1e3)
+        self._take(caches)
+        photo = Prefill(self.bundle, caches, (time.perf_counter() - start) * 1e3)
+        self._seen = photo
+        return photo
+
+    def _take(self, caches: Mapping[str, np.ndarray]) -> None:
+        """Writes the image's part of the cache."""
+        for name, part in caches.items():
+            self._past[f"past_{name}"][:, :, : part.shape[2]] = part
 
     def answer(
         self,
@@ -173,8 +216,9 @@ class Answers:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
+        past_end: bool = False,
     ) -> Iterator[Token]:
-        """Streams the tokens of an answer, without the one that ends it.
+        """Streams the tokens of an answer, without the one that ends it (or, `past_end`, as if there were none).
 
         `question` are the ids behind the image, the template's own included. Everything is refused before anything
         runs: RequestError for an empty question, or one that leaves no room for the answer; BundleError for the
@@ -195,14 +239,18 @@ class Answers:
                 f"{len(question) + max_new_tokens - 1} entries of the text cache, which has {self.room}; "
                 "ask shorter, or for fewer tokens"
             )
-        return self._stream(photo, list(question), max_new_tokens, sampling or Sampling())
+        end_ids = frozenset[int]() if past_end else self.end_ids
+        return self._stream(photo, list(question), max_new_tokens, sampling or Sampling(), end_ids)
 
-    def _stream(self, photo: Prefill, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[Token]:
+    def _stream(
+        self, photo: Prefill, ids: list[int], max_new_tokens: int, sampling: Sampling, end_ids: frozenset[int]
+    ) -> Iterator[Token]:
         start = time.perf_counter()
+        self._asked += 1
+        asked = self._asked
         chance = np.random.default_rng(sampling.seed)
         if self._seen is not photo:
-            for name, part in photo.caches.items():
-                self._past[f"past_{name}"][:, :, : part.shape[2]] = part
+            self._take(photo.caches)
             self._seen = photo
         done, logits = 0, np.zeros(0)
         while done < len(ids):
@@ -211,10 +259,14 @@ class Answers:
             done += len(some)
         for number in range(max_new_tokens):
             token = sampling.choose(logits, chance)
-            if token in self.end_ids:
+            if token in end_ids:
                 return
             now = time.perf_counter()
             yield Token(token, (now - start) * 1e3)
+            if asked != self._asked:
+                raise RequestError(
+                    "another photo or question has taken the cache of this session meanwhile; ask this one again"
+                )
             start = time.perf_counter()
             if number + 1 < max_new_tokens:
                 logits = self._decode([token], done)
@@ -222,14 +274,14 @@ class Answers:
 
     def _decode(self, ids: list[int], done: int) -> np.ndarray:
         """Logits (V,) after `ids`, whose keys and values go into the cache behind the `done` tokens before them."""
-        graph = self._graphs[TOKEN if len(ids) == 1 else CHUNK]
+        graph = self._graphs[TEXT_DECODER if len(ids) == 1 else TEXT_PREFILL]
         size = 1 if len(ids) == 1 else self.chunk
-        width = self._graphs[EMBEDDING].graph.inputs[0].shape[1]
+        width = self._graphs[TOKEN_EMBEDDING].graph.inputs[0].shape[1]
         # Padding takes the last position there is; what it computes is dropped.
         positions = np.minimum(self.first_text + done + np.arange(size), self.first_text + self.room - 1)
         padded = np.zeros((1, width), np.int64)
         padded[0, : len(ids)] = ids
-        embeds = self._graphs[EMBEDDING].run({"ids": padded})["inputs_embeds"][:, :size]
+        embeds = self._graphs[TOKEN_EMBEDDING].run({"ids": padded})["inputs_embeds"][:, :size]
         out = graph.run({"inputs_embeds": embeds, "positions": positions[None].astype(np.int64), **self._past})
         for name, entries in self._image_entries.items():
             at = entries + done

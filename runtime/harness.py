@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +13,29 @@ import numpy as np
 
 from runtime.bundle import REPORT_FILES, SCHEMA_VERSION, Bundle, GraphInfo, read_bundle
 from runtime.errors import BundleError, EngineError, EngineMissingError, ImageError, OutputError
+from runtime.generation import (
+    IMAGE_PREFILL,
+    TEXT_DECODER,
+    TEXT_PREFILL,
+    TOKEN_EMBEDDING,
+    VISION_ENCODER,
+    Answers,
+    open_graphs,
+    start_answers,
+)
 from runtime.image import preprocess
-from runtime.latency import Latency, Ratio, device_name, measure, measure_pair
-from runtime.parity import Bound, GraphParity, bound_for, graph_parity
+from runtime.latency import (
+    AnswerLatency,
+    AnswerRatio,
+    AnswerTimer,
+    Latency,
+    Ratio,
+    device_name,
+    measure,
+    measure_answers,
+    measure_pair,
+)
+from runtime.parity import AnswerParity, GraphParity, bound_for, compare_answer, graph_parity
 from runtime.report import plural, write_reports
 from runtime.session import Session, open_session
 
@@ -22,6 +43,13 @@ Status = Literal["passed", "failed", "not checked"]
 Progress = Callable[[str], None]
 
 _PIXELS = "pixel_values"
+# Inputs that are what another graph gives.
+_FED_BY = {
+    f"{IMAGE_PREFILL}.hidden": f"{VISION_ENCODER}.out.hidden",
+    f"{IMAGE_PREFILL}.positions": f"{VISION_ENCODER}.out.positions",
+    f"{TEXT_PREFILL}.inputs_embeds": f"{TOKEN_EMBEDDING}.out.inputs_embeds",
+}
+_TIMED_TOKENS = 16
 # Pillow's resize may round one grey level apart between builds; a wrong crop or channel order is dozens off.
 _MOST_GREY_LEVELS = 1.0
 
@@ -57,6 +85,14 @@ class GraphLatency(_Record, frozen=True):
     ratio: Ratio | None = None
 
 
+class TimedAnswers(_Record, frozen=True):
+    """Whole answers, and the twin's from the same minutes."""
+
+    bundle: AnswerLatency
+    twin: AnswerLatency | None = None
+    ratio: AnswerRatio | None = None
+
+
 class Twin(_Record, frozen=True):
     """What the report says about the unpruned twin, besides its times; sizes in bytes."""
 
@@ -71,11 +107,12 @@ class Verdict(_Record, frozen=True):
 
     bundle: str
     device: str
-    bound: Bound
     steps: tuple[Step, ...]
     graphs: tuple[GraphParity, ...] = ()
+    answer: AnswerParity | None = None
     placements: tuple[GraphPlacement, ...] = ()
     latency: tuple[GraphLatency, ...] = ()
+    answers: TimedAnswers | None = None
     twin: Twin | None = None
 
     @property
@@ -99,9 +136,9 @@ class ParityFile(_Record, frozen=True):
     bundle: str
     device: str
     golden_device: str
-    bound: Bound
     steps: tuple[Step, ...]
     graphs: tuple[GraphParity, ...]
+    answer: AnswerParity | None
     placements: tuple[GraphPlacement, ...]
 
 
@@ -112,6 +149,7 @@ class LatencyFile(_Record, frozen=True):
     bundle: str
     device: str
     graphs: tuple[GraphLatency, ...]
+    answers: TimedAnswers | None
     twin: Twin | None
 
 
@@ -164,13 +202,14 @@ class _Check:
 
     def __init__(self, bundle: Bundle, *, threads: int | None, progress: Progress | None) -> None:
         self.bundle = bundle
-        self.bound = bound_for(bundle.manifest.target)
         self.threads = threads
         self.say = progress or (lambda message: None)
         self.steps: list[Step] = []
         self.graphs: list[GraphParity] = []
         self.placements: list[GraphPlacement] = []
         self.latency: list[GraphLatency] = []
+        self.answer: AnswerParity | None = None
+        self.answers: TimedAnswers | None = None
         self.twin: Twin | None = None
         self._timing: tuple[Bundle | None, int, int] | None = None
 
@@ -188,14 +227,17 @@ class _Check:
         self._check_preprocessing(golden)
         for graph in self.bundle.manifest.graphs:
             self._check_graph(graph, golden)
+        if self.bundle.manifest.text is not None:
+            self._check_answer(golden)
         return Verdict(
             bundle=self.bundle.manifest.name,
             device=device_name(),
-            bound=self.bound,
             steps=tuple(self.steps),
             graphs=tuple(self.graphs),
+            answer=self.answer,
             placements=tuple(self.placements),
             latency=tuple(self.latency),
+            answers=self.answers,
             twin=self.twin,
         )
 
@@ -233,12 +275,11 @@ class _Check:
 
     def _check_graph(self, graph: GraphInfo, golden: dict[str, np.ndarray]) -> None:
         name = f"parity of {graph.name}"
-        keys = {info.name: f"{graph.name}.in.{info.name}" for info in graph.inputs}
-        absent = [key for key in keys.values() if key not in golden]
-        if absent:
-            self._not_checked(name, f"the golden lacks {', '.join(absent)}", "export again")
+        try:
+            inputs = golden_inputs(graph, golden)
+        except KeyError as err:
+            self._not_checked(name, f"the golden lacks {err.args[0]}", "export again")
             return
-        inputs = {input_name: golden[key] for input_name, key in keys.items()}
         self.say(f"running {graph.name} in {graph.engine}")
         try:
             with open_session(self.bundle, graph.name, threads=self.threads) as session:
@@ -253,6 +294,93 @@ class _Check:
         except EngineError as err:
             self._failed(name, str(err))
 
+    def _check_answer(self, golden: dict[str, np.ndarray]) -> None:
+        """The sample question end to end, as a phone asks it; and how long that takes."""
+        name = "answer"
+        pixels = golden.get(f"{VISION_ENCODER}.in.{_PIXELS}")
+        if pixels is None:
+            self._not_checked(name, "the golden holds no pixel_values", "export again")
+            return
+        self.say("answering the sample question")
+        try:
+            with ExitStack() as stack:
+                graphs = stack.enter_context(open_graphs(self.bundle, threads=self.threads))
+                answers = start_answers(self.bundle, graphs)
+                self._check_cache(answers)
+                if "answer.ids" in golden:
+                    self._compare_answer(answers, pixels, golden)
+                else:
+                    remedy = "export on a machine whose memory holds the decoder in float32 three times"
+                    self._not_checked(name, "the desktop could not hold the decoder to answer with", remedy)
+                question = golden.get("answer.question", golden[f"{TOKEN_EMBEDDING}.in.ids"][0, :16])
+                if self._timing is not None:
+                    self._time_answers(stack, graphs, answers, pixels, question.tolist())
+        except EngineMissingError as err:
+            what, _, remedy = str(err).rpartition("; ")
+            self._not_checked(name, what, remedy)
+        except EngineError as err:
+            self._failed(name, str(err))
+
+    def _check_cache(self, answers: Answers) -> None:
+        """The bytes that the KV cache takes, against the sum on paper."""
+        manifest = self.bundle.manifest
+        prune, text = manifest.prune, manifest.text
+        assert text is not None
+        decoder = self.bundle.graph(TEXT_DECODER)
+        _, heads, _, width = next(info for info in decoder.inputs if info.name == "past_key_0").shape
+        number = next(info for info in decoder.inputs if info.name == "past_key_0").numpy_dtype.itemsize
+        layers = sum(info.name.startswith("past_key_") for info in decoder.inputs)
+        prefix = text.first_position - prune.image_tokens
+        seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
+        entries = prune.layer * seen[0] + (layers - prune.layer) * seen[1]
+        paper = 2 * entries * heads * width * number
+        rows = f"{prune.layer} x {seen[0]} + {layers - prune.layer} x {seen[1]}"
+        on_paper = f"2 x ({rows}) entries x {heads} heads x {width} x {number} bytes = {paper}"
+        detail = f"{answers.cache_bytes} bytes; on paper {on_paper}"
+        (self._passed if answers.cache_bytes == paper else self._failed)("KV cache", detail)
+
+    def _compare_answer(self, answers: Answers, pixels: np.ndarray, golden: dict[str, np.ndarray]) -> None:
+        expected = golden["answer.ids"]
+        photo = answers.see(pixels)
+        question = golden["answer.question"].tolist()
+        tokens = answers.answer(photo, question, max_new_tokens=len(expected), past_end=True)
+        got = np.asarray([token.id for token in tokens])
+        bounds = [bound_for(self.bundle.manifest.target, graph.name) for graph in self.bundle.manifest.graphs]
+        exact = all(bound.least_overlap >= 1 for bound in bounds)
+        self.answer = compare_answer(expected, got, margin=golden["answer.margin"], exact=exact)
+        detail = f"{self.answer.same} of {len(expected)} greedy tokens as on the desktop"
+        where = self.answer.first_divergence
+        if where is not None:
+            detail += f", the first different one at {where.step} (the desktop's logit led by {where.margin:.1e})"
+            if self.answer.passed:
+                detail += "; reported, not judged"
+        (self._passed if self.answer.passed else self._failed)("answer", detail)
+
+    def _time_answers(
+        self,
+        stack: ExitStack,
+        graphs: dict[str, Session],
+        answers: Answers,
+        pixels: np.ndarray,
+        question: list[int],
+    ) -> None:
+        assert self._timing is not None
+        twin, _, runs = self._timing
+        self.say("timing answers" + (" in turns with the twin" if twin else ""))
+        timers = [AnswerTimer(answers, pixels, question, new_tokens=_TIMED_TOKENS)]
+        other = None
+        if twin is not None and not _why_no_twin(self.bundle, twin, TEXT_DECODER):
+            other = stack.enter_context(open_graphs(twin, threads=self.threads))
+            timers.append(AnswerTimer(start_answers(twin, other), pixels, question, new_tokens=_TIMED_TOKENS))
+        measure_answers(timers, runs=min(runs, 5))
+        shown = next(iter(graphs.values()))
+        ours, *theirs = [timer.latency(threads=shown.threads, engine=shown.engine) for timer in timers]
+        self.answers = TimedAnswers(
+            bundle=ours,
+            twin=theirs[0] if theirs else None,
+            ratio=timers[0].ratio(timers[1]) if theirs else None,
+        )
+
     def _compare(self, session: Session, inputs: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> None:
         graph, prune = session.graph, self.bundle.manifest.prune
         result = graph_parity(self.bundle.manifest, graph, golden, session.run(inputs), engine=session.engine)
@@ -261,7 +389,7 @@ class _Check:
         worst = max((tensor.rel for tensor in result.tensors if tensor.rel is not None), default=0.0)
         detail = f"{plural(len(result.tensors), 'output')} against the {self.bundle.manifest.golden.device} golden"
         if bad:
-            self._failed(f"parity of {graph.name}", f"{', '.join(bad)} outside the bound of {self.bound.precision}")
+            self._failed(f"parity of {graph.name}", f"{', '.join(bad)} outside the bound of {result.bound.precision}")
         else:
             self._passed(f"parity of {graph.name}", f"{detail}, worst relative error {worst:.1e}")
         kept = result.kept
@@ -281,6 +409,9 @@ class _Check:
             )
         )
         name = f"delegates of {graph.name}"
+        if graph.name == TOKEN_EMBEDDING and not placement.delegates:
+            self._passed(name, "none, and none is needed: it looks rows up in a table")
+            return
         promised = sum(coverage.partitions for coverage in graph.coverage)
         calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
         if graph.engine == "onnxruntime":
@@ -307,23 +438,57 @@ class _Check:
             if reason:
                 self._not_checked("twin", reason, "export the twin (--keep all) with the same settings")
             return
-        # The twin runs on the same photo: only then do the two times compare.
+        # Each on its own inputs: behind the cut the twin's are longer.
         try:
             with open_session(twin, graph, threads=session.threads) as other:
-                pair = measure_pair(session, inputs, other, inputs, warmup=warmup, runs=runs)
-                handed_on = sum(info.size_bytes for info in other.graph.outputs)
+                pair = measure_pair(
+                    session, inputs, other, golden_inputs(other.graph, twin.golden()), warmup=warmup, runs=runs
+                )
         except EngineError as err:
             self.latency.append(GraphLatency(graph=graph, bundle=measure(session, inputs, warmup=warmup, runs=runs)))
             self._failed("twin", str(err))
             return
         self.latency.append(GraphLatency(graph=graph, bundle=pair.bundle, twin=pair.twin, ratio=pair.ratio))
-        self.twin = Twin(
-            name=twin.manifest.name,
-            image_tokens=twin.manifest.prune.keep,
-            size_bytes=twin.size_bytes,
-            handed_on_bytes=handed_on,
-        )
+        self.twin = _twin(twin)
         self._passed("twin", f"{graph} takes {pair.ratio.median:.3f} of its twin's time, {runs} turns")
+
+
+def _twin(twin: Bundle) -> Twin:
+    prune = twin.manifest.prune
+    handed_on = next((graph for graph in twin.manifest.graphs if graph.name == VISION_ENCODER), None)
+    return Twin(
+        name=twin.manifest.name,
+        image_tokens=prune.keep,
+        size_bytes=twin.size_bytes,
+        handed_on_bytes=sum(info.size_bytes for info in handed_on.outputs) if handed_on else 0,
+    )
+
+
+def golden_inputs(graph: GraphInfo, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The golden's inputs of a graph, in the dtypes that it takes; KeyError names a tensor that is not there.
+
+    An input that is another graph's output is stored once, as that; a cache is made of what the graphs before left.
+    """
+    inputs = {}
+    for info in graph.inputs:
+        name = info.name
+        if name.startswith("past_"):
+            array = np.zeros(info.shape, info.numpy_dtype)
+            part = name.removeprefix("past_")
+            image = f"{VISION_ENCODER}.out.{part}"
+            filled = [image if image in golden else f"{IMAGE_PREFILL}.out.{part}"]
+            if graph.name == TEXT_DECODER:
+                filled.append(f"{TEXT_PREFILL}.out.{part}")
+            start = 0
+            for key in filled:
+                end = start + golden[key].shape[2]
+                array[:, :, start:end] = golden[key]
+                start = end
+        else:
+            key = f"{graph.name}.in.{name}"
+            array = golden[key if key in golden else _FED_BY.get(f"{graph.name}.{name}", key)]
+        inputs[name] = array.astype(info.numpy_dtype, copy=False)
+    return inputs
 
 
 def _why_not_kept(result: GraphParity, keep: int) -> str:
@@ -368,9 +533,9 @@ def _parity_file(bundle: Bundle, verdict: Verdict) -> ParityFile:
         bundle=verdict.bundle,
         device=verdict.device,
         golden_device=bundle.manifest.golden.device,
-        bound=verdict.bound,
         steps=verdict.steps,
         graphs=verdict.graphs,
+        answer=verdict.answer,
         placements=verdict.placements,
     )
 
@@ -381,6 +546,7 @@ def _latency_file(verdict: Verdict) -> LatencyFile:
         bundle=verdict.bundle,
         device=verdict.device,
         graphs=verdict.latency,
+        answers=verdict.answers,
         twin=verdict.twin,
     )
 

@@ -7,12 +7,14 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import numpy as np
 
+from runtime.generation import Answers
 from runtime.session import Session
 
 # A graph that takes seconds needs fewer runs: after this long, and at least so many runs, a measurement ends.
@@ -50,6 +52,49 @@ class Ratio(_Record, frozen=True):
     median: float
     p10: float
     p90: float
+
+
+class Spread(_Record, frozen=True):
+    """Milliseconds over several runs."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @classmethod
+    def of(cls, times_ms: list[float]) -> Self:
+        """The spread of measured times."""
+        p10, median, p90 = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
+        return cls(median_ms=median, p10_ms=p10, p90_ms=p90)
+
+
+class AnswerLatency(_Record, frozen=True):
+    """Whole answers over `runs` runs.
+
+    image_ready   pixel values to the image's whole KV cache, before any question
+    ttft          question (token ids) to first token, the image being ready
+    token         one further token
+    kv_cache_bytes   the whole KV cache, image and text, filled or not
+    """
+
+    image_ready: Spread
+    ttft: Spread
+    token: Spread
+    question_tokens: int
+    new_tokens: int
+    kv_cache_bytes: int
+    runs: int
+    threads: int
+    device: str
+    engine: str
+
+
+class AnswerRatio(_Record, frozen=True):
+    """Pruned over twin, from neighbouring runs; below 1 the pruned bundle is faster."""
+
+    image_ready: Ratio
+    ttft: Ratio
+    token: Ratio
 
 
 class PairLatency(_Record, frozen=True):
@@ -110,12 +155,10 @@ def measure_pair(
             times_ms.append(_time_ms(session, inputs))
             twin_times_ms.append(_time_ms(twin, twin_inputs))
     peak = peak_rss_bytes()
-    ratios = np.asarray(times_ms) / np.asarray(twin_times_ms)
-    p10, median, p90 = (float(value) for value in np.percentile(ratios, (10, 50, 90)))
     return PairLatency(
         bundle=_latency(session, times_ms, peak),
         twin=_latency(twin, twin_times_ms, peak),
-        ratio=Ratio(median=median, p10=p10, p90=p90),
+        ratio=_ratio(np.asarray(times_ms) / np.asarray(twin_times_ms)),
     )
 
 
@@ -127,6 +170,81 @@ def _more(times_ms: list[float], runs: int) -> bool:
 def _check_counts(*, warmup: int, runs: int) -> None:
     if warmup < 0 or runs < 1:
         raise ValueError(f"warmup={warmup} must be at least 0 and runs={runs} at least 1")
+
+
+class AnswerTimer:
+    """Measures answers of one bundle, one run at a time, so that two bundles can take turns."""
+
+    def __init__(self, answers: Answers, pixel_values: np.ndarray, question: Sequence[int], *, new_tokens: int) -> None:
+        self._answers, self._pixels, self._question = answers, pixel_values, list(question)
+        self._new_tokens = new_tokens
+        self._ready_ms: list[float] = []
+        self._first_ms: list[float] = []
+        self._token_ms: list[float] = []
+
+    @property
+    def total_ms(self) -> float:
+        """All time measured so far."""
+        return sum(self._ready_ms) + sum(self._first_ms) + sum(self._token_ms)
+
+    def run(self) -> None:
+        """Sees the photo, asks the question, takes all tokens."""
+        photo = self._answers.see(self._pixels)
+        first, *rest = self._answers.answer(photo, self._question, max_new_tokens=self._new_tokens, past_end=True)
+        self._ready_ms.append(photo.image_ready_ms)
+        self._first_ms.append(first.ms)
+        self._token_ms += [token.ms for token in rest]
+
+    def forget(self) -> None:
+        """Drops what was measured: it was the warm-up."""
+        self._ready_ms.clear()
+        self._first_ms.clear()
+        self._token_ms.clear()
+
+    def latency(self, *, threads: int, engine: str) -> AnswerLatency:
+        """What was measured."""
+        return AnswerLatency(
+            image_ready=Spread.of(self._ready_ms),
+            ttft=Spread.of(self._first_ms),
+            token=Spread.of(self._token_ms),
+            question_tokens=len(self._question),
+            new_tokens=self._new_tokens,
+            kv_cache_bytes=self._answers.cache_bytes,
+            runs=len(self._ready_ms),
+            threads=threads,
+            device=device_name(),
+            engine=engine,
+        )
+
+    def ratio(self, twin: AnswerTimer) -> AnswerRatio:
+        """Medians of this over the twin's, from runs in turns."""
+        ready = np.asarray(self._ready_ms) / np.asarray(twin._ready_ms)
+        first = np.asarray(self._first_ms) / np.asarray(twin._first_ms)
+        return AnswerRatio(
+            image_ready=_ratio(ready),
+            ttft=_ratio(first),
+            token=_ratio(np.asarray(self._token_ms) / np.asarray(twin._token_ms)),
+        )
+
+
+def measure_answers(timers: Sequence[AnswerTimer], *, warmup: int = 1, runs: int = 5) -> None:
+    """Runs all timers in turns, swapping the order; fewer times where that takes over a minute, but at least twice."""
+    _check_counts(warmup=warmup, runs=runs)
+    for _ in range(warmup):
+        for timer in timers:
+            timer.run()
+    for timer in timers:
+        timer.forget()
+    for run in range(runs):
+        for timer in timers if run % 2 == 0 else reversed(timers):
+            timer.run()
+        if run and sum(timer.total_ms for timer in timers) > BUDGET_MS:
+            break
+
+
+def _ratio(ratios: np.ndarray) -> Ratio:
+    p10, median, p90 = (float(value) for value in np.percentile(ratios, (10, 50, 90)))
+    return Ratio(median=median, p10=p10, p90=p90)
 
 
 def _time_ms(session: Session, inputs: Mapping[str, np.ndarray]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from runtime.generation import VISION_ENCODER
 from runtime.image import view
 from runtime.session import default_threads
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from runtime.bundle import Bundle
+    from runtime.bundle import Bundle, DelegateCoverage, TextInfo
     from runtime.harness import Verdict
-    from runtime.parity import KeptParity
+    from runtime.latency import AnswerLatency
+    from runtime.parity import Bound, KeptParity, TextParity
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PHOTO_EDGE = 672  # pixels of the longer edge in the report: sharp on dense screens, some 100 kB as JPEG
@@ -92,20 +94,37 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         rows.append(
             (
                 "parity",
-                f"{good} of {len(tensors)} outputs within bounds, worst rel {worst:.1e} ({verdict.bound.precision})",
+                f"{good} of {len(tensors)} outputs within bounds, worst rel {worst:.1e} "
+                f"({', '.join(bound.precision for bound in _bounds(verdict))})",
             )
         )
     for graph in verdict.graphs:
         if graph.kept is not None and prune.pruned:
             rows.append(("kept tokens", _kept_words(graph.kept)))
+    if verdict.answer is not None:
+        text = f"{verdict.answer.same} of {verdict.answer.expected_count} greedy tokens as on the desktop"
+        for read in (graph.text for graph in verdict.graphs if graph.text is not None):
+            perplexities = _number(read.got_perplexity, ".4g"), _number(read.expected_perplexity, ".4g")
+            text += f"; perplexity {perplexities[0]}, desktop {perplexities[1]}"
+        rows.append(("answer", text))
     for entry in verdict.latency:
+        # What the others take is in the report; here it is in the answer's times.
+        if verdict.answers is not None and entry.graph != VISION_ENCODER:
+            continue
         text = f"{_ms(entry.bundle.median_ms)} median of {entry.bundle.runs}, {plural(entry.bundle.threads, 'thread')}"
         if entry.twin is not None and entry.ratio is not None:
             text += f"; twin {_ms(entry.twin.median_ms)}; pruned/twin {entry.ratio.median:.3f}"
         rows.append((entry.graph, text))
+    rows += [(name, text) for name, text, *_ in _answer_rows(verdict)]
+    taken: dict[str, list[DelegateCoverage]] = {}
     for coverage in (coverage for graph_info in manifest.graphs for coverage in graph_info.coverage):
-        taken = f"{plural(coverage.nodes, 'node')} in {plural(coverage.partitions, 'partition')}"
-        rows.append(("delegates", f"{coverage.delegate} {taken}, {coverage.outside_nodes} outside"))
+        taken.setdefault(coverage.delegate, []).append(coverage)
+    for delegate, parts in taken.items():
+        text = (
+            f"{plural(sum(c.nodes for c in parts), 'node')} in {plural(sum(c.partitions for c in parts), 'partition')}"
+        )
+        graphs = f" of {len(parts)} graphs" if len(parts) > 1 else ""
+        rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
     if verdict.latency:
         rows.append(("measured on", verdict.device))
@@ -125,11 +144,12 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "summary": _summary(bundle, verdict),
         "steps": [(step.status, step.name, step.detail, step.remedy) for step in verdict.steps],
         "picture": _picture(bundle, verdict, golden),
-        "bound": verdict.bound,
+        "bounds": _bounds(verdict),
         "parity": [
-            (graph.graph, graph.engine, _parity_table(graph.tensors), _kept_lines(graph.kept))
+            (graph.graph, graph.engine, _parity_table(graph.tensors), _kept_lines(graph.kept) + _text_lines(graph.text))
             for graph in verdict.graphs
         ],
+        "answers": _answer_table(verdict),
         "latency": _latency_table(verdict),
         "device": verdict.device,
         "twin": _twin_table(bundle, verdict),
@@ -145,6 +165,74 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _bounds(verdict: Verdict) -> list[Bound]:
+    """The bounds that were applied, each once."""
+    return list({graph.bound.precision: graph.bound for graph in verdict.graphs}.values())
+
+
+def _answer_rows(verdict: Verdict) -> list[tuple[str, str, str, str, str]]:
+    """What an answer takes: name, all of it in words, then this bundle's, the twin's and their ratio."""
+    timed = verdict.answers
+    if timed is None:
+        return []
+    ours, theirs, ratio = timed.bundle, timed.twin, timed.ratio
+    rows = []
+
+    def row(name: str, of: Callable[[AnswerLatency], str], words: str, share: float | None) -> None:
+        text = of(ours) + words
+        if theirs is not None and share is not None:
+            text += f"; twin {of(theirs)}; pruned/twin {share:.3f}"
+        rows.append((name, text, of(ours), of(theirs) if theirs else "", "" if share is None else f"{share:.3f}"))
+
+    row(
+        "image ready",
+        lambda times: _ms(times.image_ready.median_ms),
+        " after the photo",
+        ratio.image_ready.median if ratio else None,
+    )
+    row(
+        "TTFT",
+        lambda times: _ms(times.ttft.median_ms),
+        f" after a question of {ours.question_tokens} tokens",
+        ratio.ttft.median if ratio else None,
+    )
+    row(
+        "decode",
+        lambda times: f"{_ms(times.token.median_ms)} a token, {1e3 / times.token.median_ms:.1f} tokens/s",
+        "",
+        ratio.token.median if ratio else None,
+    )
+    share = None if theirs is None else ours.kv_cache_bytes / theirs.kv_cache_bytes
+    row("KV cache", lambda times: _size(times.kv_cache_bytes), "", share)
+    return rows
+
+
+def _answer_table(verdict: Verdict) -> Table | None:
+    rows = _answer_rows(verdict)
+    if verdict.answers is None or not rows:
+        return None
+    if verdict.answers.twin is None:
+        return Table(
+            columns=("", "median"),
+            rows=tuple((name, ours) for name, _, ours, *_ in rows),
+            numeric=frozenset(("median",)),
+        )
+    return Table(
+        columns=("", "pruned", "unpruned twin", "time or size, pruned / twin"),
+        rows=tuple((name, ours, theirs, share) for name, _, ours, theirs, share in rows),
+        numeric=frozenset(("pruned", "unpruned twin", "time or size, pruned / twin")),
+    )
+
+
+def _text_lines(text: TextParity | None) -> list[str]:
+    if text is None:
+        return []
+    return [
+        f"Perplexity over {text.tokens} tokens of a fixed text: {_number(text.got_perplexity, '.6g')}, on the desktop "
+        f"{_number(text.expected_perplexity, '.6g')}; the likeliest next token is the same for {text.same_top1:.1%}."
+    ]
+
+
 def _status(verdict: Verdict) -> str:
     if verdict.failed_steps:
         return "failed"
@@ -153,7 +241,8 @@ def _status(verdict: Verdict) -> str:
 
 def _subtitle(bundle: Bundle) -> str:
     manifest = bundle.manifest
-    quant = f", vision {manifest.target.quant_vision}" if manifest.target.quant_vision else ""
+    schemes = (("vision", manifest.target.quant_vision), ("text", manifest.target.quant_text))
+    quant = "".join(f", {part} {scheme}" for part, scheme in schemes if scheme)
     where = f"pruned at the {manifest.prune.placement}" if manifest.prune.pruned else "unpruned twin"
     return (
         f"{manifest.model} for {manifest.target.name} ({manifest.target.backend}, {manifest.target.precision}{quant}), "
@@ -259,8 +348,9 @@ def _twin_table(bundle: Bundle, verdict: Verdict) -> Table | None:
         return None
     manifest = bundle.manifest
     timed = [entry for entry in verdict.latency if entry.twin is not None and entry.ratio is not None]
-    names = {entry.graph for entry in timed}
-    handed_on = sum(info.size_bytes for graph in manifest.graphs if graph.name in names for info in graph.outputs)
+    handed_on = sum(
+        info.size_bytes for graph in manifest.graphs if graph.name == VISION_ENCODER for info in graph.outputs
+    )
     rows = [
         ("image tokens handed on", *_pair(manifest.prune.keep, twin.image_tokens, str)),
         ("bytes handed on", *_pair(handed_on, twin.handed_on_bytes, _size)),
@@ -340,11 +430,16 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
         ("desktop outputs", f"made on {golden.device} with torch {golden.torch} from {golden.photo}"),
         ("pruner", pruner if prune.pruned else f"none; {prune.image_tokens} image tokens pass through"),
         ("prompt", f"{len(manifest.prompt.prefix_ids)} tokens before the image"),
+        *([("text", _text_words(manifest.text))] if manifest.text is not None else []),
         ("checked on", f"{verdict.device}, {plural(default_threads(), 'thread')} by default"),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("bundle schema", str(manifest.schema_version)),
     ]
     return Table(columns=("", ""), rows=tuple(rows))
+
+
+def _text_words(text: TextInfo) -> str:
+    return f"room for {text.tokens} tokens from position {text.first_position} on, in chunks of {text.chunk} or singly"
 
 
 @dataclass(frozen=True)

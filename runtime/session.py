@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -29,6 +30,7 @@ class Session:
         self.graph = graph
         self.load_ms = load_ms
         self._loaded = loaded
+        self._lock = threading.Lock()
 
     @property
     def engine(self) -> str:
@@ -41,8 +43,12 @@ class Session:
         return self._loaded.threads
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs the graph once. Raises EngineError when an input or output is not what the manifest says."""
-        outputs = self._loaded.run(self.check_inputs(inputs))
+        """Runs the graph once, one caller at a time: a graph has one place for what it computes.
+
+        Raises EngineError when an input or output is not what the manifest says.
+        """
+        with self._lock:
+            outputs = self._loaded.run(self.check_inputs(inputs))
         if len(outputs) != len(self.graph.outputs):
             raise EngineError(f"{self.graph.name} gave {len(outputs)} outputs, not {len(self.graph.outputs)}")
         for info, array in zip(self.graph.outputs, outputs, strict=True):

@@ -526,6 +526,7 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "prune",
         "schema_version",
         "target",
+        "text",
         "tools",
         "weights",
     ]

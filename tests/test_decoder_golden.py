@@ -19,14 +19,12 @@ from safetensors.torch import load_file
 from export.checkpoints import RandomCheckpoint
 from export.graphs.decoder import (
     Context,
-    build_image_prefill,
-    build_text_decoder,
-    build_token_embedding,
+    build_text_graphs,
 )
 from export.graphs.graph import Graph
 from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models.llava import ModelEntry
-from export.targets import ONNX, XNNPACK
+from export.targets import ONNX, XNNPACK, LoweredGraph
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo, TensorInfo
 
@@ -171,13 +169,7 @@ def _modules(case: Case) -> Mapping[str, Graph]:
     context = _context(case)
     prefix_ids = [int(i) for i in case.tensor("prefix_ids")]
     encoder = build_vision_encoder(checkpoint, ENTRY, spec, placement="decoder", layer=LAYER, prefix_ids=prefix_ids)
-    return {
-        "vision": _FromFeatures(encoder),
-        "embedding": build_token_embedding(checkpoint, tokens=CHUNK),
-        "prefill": build_image_prefill(checkpoint, context),
-        "chunk": build_text_decoder(checkpoint, context, tokens=CHUNK),
-        "token": build_text_decoder(checkpoint, context, tokens=1),
-    }
+    return {"vision": _FromFeatures(encoder), **build_text_graphs(checkpoint, context, chunk=CHUNK)}
 
 
 def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], np.ndarray]:
@@ -185,7 +177,7 @@ def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], 
     context = _context(case)
     features = case.tensor("image_embeds").float()[None].numpy()
     hidden, positions, *caches = run["vision"](features)[: 2 + 2 * LAYER]
-    caches += run["prefill"](hidden, positions)
+    caches += run["image_prefill"](hidden, positions)
     past = []
     for index in range(context.layers):
         for part in caches[2 * index : 2 * index + 2]:
@@ -202,7 +194,7 @@ def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], 
         padded = np.zeros((1, chunk, embeds.shape[1]), np.float32)
         padded[0, :count] = embeds
         at = np.minimum(context.first_text + done + np.arange(chunk), context.positions - 1)[None].astype(np.int64)
-        logits, *new = run["chunk" if chunk > 1 else "token"](padded, at, *past)
+        logits, *new = run["text_prefill" if chunk > 1 else "text_decoder"](padded, at, *past)
         for number, part in enumerate(new):
             start = context.image_entries(number // 2) + done
             past[number][:, :, start : start + count] = part[:, :, :count]
@@ -212,7 +204,7 @@ def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], 
     ids = [int(i) for i in case.tensor("text_ids")]
     for start in range(0, len(ids), CHUNK):
         some = ids[start : start + CHUNK]
-        embedded = run["embedding"](np.asarray([some + [0] * (CHUNK - len(some))], np.int64))[0][0, : len(some)]
+        embedded = run["token_embedding"](np.asarray([some + [0] * (CHUNK - len(some))], np.int64))[0][0, : len(some)]
         np.testing.assert_array_equal(embedded, table[some])
         last = decode(embedded.astype(np.float16).astype(np.float32), CHUNK)
     logits, tokens = [last], []
@@ -257,21 +249,23 @@ def test_exported(case: Case) -> None:
     _check(case, run)
 
 
-def _lowered(module: Graph, engine: Engine, folder: Path, name: str) -> Run:
+def _lowered(modules: Mapping[str, Graph], engine: Engine, folder: Path) -> dict[str, Run]:
     lower = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine].load()
     from runtime.engines import ENGINES
 
-    written = lower(module, module.example_inputs(), folder, name, precision="fp32", quant_vision=None)
-    graph = GraphInfo(
-        name=name,
-        file=written.file,
-        extra_files=written.extra_files,
-        engine=engine,
-        inputs=module.input_infos(),
-        outputs=module.output_infos(),
-    )
-    loaded = ENGINES[engine](graph, folder / written.file, tuple(folder / file for file in written.extra_files), 2)
-    return lambda *inputs: tuple(loaded.run(list(inputs)))
+    def opened(name: str, written: LoweredGraph) -> Run:
+        graph = GraphInfo(
+            name=name,
+            file=written.file,
+            extra_files=written.extra_files,
+            engine=engine,
+            inputs=modules[name].input_infos(),
+            outputs=modules[name].output_infos(),
+        )
+        loaded = ENGINES[engine](graph, folder / written.file, tuple(folder / file for file in written.extra_files), 2)
+        return lambda *inputs: tuple(loaded.run(list(inputs)))
+
+    return {name: opened(name, written) for name, written in lower(modules, folder).items()}
 
 
 @pytest.fixture(scope="session")
@@ -281,12 +275,8 @@ def text_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case, Eng
 
     def make(case: Case, engine: Engine) -> dict[str, Run]:
         if (case.keep, engine) not in made:
-            folder = tmp_path_factory.mktemp(f"{engine}{case.keep}")
-            made[case.keep, engine] = {
-                name: _lowered(module, engine, folder, name)
-                for name, module in _modules(case).items()
-                if name != "vision"
-            }
+            text = {name: module for name, module in _modules(case).items() if name != "vision"}
+            made[case.keep, engine] = _lowered(text, engine, tmp_path_factory.mktemp(f"{engine}{case.keep}"))
         return made[case.keep, engine]
 
     return make
@@ -307,5 +297,5 @@ def _engine_cases() -> list[object]:
 def test_engine(
     case: Case, engine: Engine, text_graphs: Callable[[Case, Engine], dict[str, Run]], tmp_path: Path
 ) -> None:
-    vision = _lowered(_modules(case)["vision"], engine, tmp_path, "vision")
-    _check(case, {"vision": vision, **text_graphs(case, engine)})
+    vision = _lowered({"vision": _modules(case)["vision"]}, engine, tmp_path)
+    _check(case, {**vision, **text_graphs(case, engine)})

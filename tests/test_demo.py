@@ -38,7 +38,17 @@ def test_demo_shows_every_stage(demo: Run) -> None:
 
 def test_demo_is_not_noisy(demo: Run) -> None:
     """Only the plan, the stages and their notes: nothing that a library says while all goes well."""
-    plan = ("pocket: ", "  makes ", "           ", "  graph ", "  target ", "  weights ", "  photo ", "  needs ")
+    plan = (
+        "pocket: ",
+        "  makes ",
+        "           ",
+        "  vision ",
+        "  text ",
+        "  target ",
+        "  weights ",
+        "  photo ",
+        "  needs ",
+    )
     strange = [line for line in demo.stderr.splitlines() if not line.startswith(("[", "      ", *plan))]
     assert strange == []
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from runtime.bundle import REPORT_FILES, read_bundle
+from runtime.generation import GRAPHS
 from tests.conftest import CommandLine
 
-ON_DISK = {"vision_encoder.onnx", "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
+GRAPH_FILES = {f"{name}.onnx" for name in GRAPHS} | {"weights.onnx_data"}
+ON_DISK = {*GRAPH_FILES, "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,14 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.checkpoints import FolderCheckpoint
-from export.graphs.decoder import Context, build_image_prefill, build_text_decoder, build_token_embedding
+from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.graphs.vision import build_vision_encoder
 from export.models.llava import prompt_info
 from pruning import PruneSpec, reference
 from runtime.bundle import GraphInfo
 from runtime.errors import BundleError, OutputError, RequestError
-from runtime.generation import CHUNK, EMBEDDING, PREFILL, TOKEN, VISION, Answers, Prefill, RunningGraph, Sampling
+from runtime.generation import (
+    IMAGE_PREFILL,
+    TEXT_DECODER,
+    TOKEN_EMBEDDING,
+    VISION_ENCODER,
+    Answers,
+    Prefill,
+    RunningGraph,
+    Sampling,
+)
 from tests.tiny_llava import TINY, write_tiny
 
 ROOM = 24
@@ -60,11 +69,8 @@ def graphs(folder: Path, spec: PruneSpec | None, *, chunk: int = 4, room: int = 
     prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
     context = Context(TINY.geometry, prefix=prefix, keep=spec.keep if spec else 16, layer=2, text=room)
     modules = {
-        VISION: build_vision_encoder(checkpoint, TINY, spec, placement="decoder"),
-        PREFILL: build_image_prefill(checkpoint, context),
-        EMBEDDING: build_token_embedding(checkpoint, tokens=chunk),
-        CHUNK: build_text_decoder(checkpoint, context, tokens=chunk),
-        TOKEN: build_text_decoder(checkpoint, context, tokens=1),
+        VISION_ENCODER: build_vision_encoder(checkpoint, TINY, spec, placement="decoder"),
+        **build_text_graphs(checkpoint, context, chunk=chunk),
     }
     return {name: InTorch(name, module) for name, module in modules.items()}
 
@@ -155,7 +161,7 @@ def test_questions_share_the_photo_and_not_each_other(folder: Path) -> None:
     first, second = ids(session, photo), ids(session, photo, QUESTION[::-1])
     assert first != second
     assert ids(session, photo) == first
-    assert running[VISION].runs == running[PREFILL].runs == 1
+    assert running[VISION_ENCODER].runs == running[IMAGE_PREFILL].runs == 1
     other = session.see(pixels(5))
     assert ids(session, other) == ids(answers(graphs(folder, SPEC)), other)
     assert ids(session, photo) == first
@@ -176,7 +182,7 @@ def test_prefill_outlives_the_session(folder: Path, tmp_path: Path) -> None:
     assert (again.bundle, again.image_ready_ms) == (photo.bundle, photo.image_ready_ms)
     running = graphs(folder, SPEC)
     assert ids(answers(running), again) == ids(session, photo)
-    assert running[VISION].runs == 0
+    assert running[VISION_ENCODER].runs == 0
 
 
 def test_prefill_of_another_bundle_is_refused(folder: Path) -> None:
@@ -213,7 +219,7 @@ def test_what_has_no_room_is_refused_before_anything_runs(folder: Path) -> None:
         session.answer(photo, [])
     with pytest.raises(RequestError, match="max_new_tokens=0"):
         session.answer(photo, QUESTION, max_new_tokens=0)
-    assert running[EMBEDDING].runs == 0
+    assert running[TOKEN_EMBEDDING].runs == 0
     assert len(ids(session, photo, max_new_tokens=18)) == 18
 
 
@@ -228,12 +234,12 @@ def test_answer_ends_at_an_end_token(folder: Path) -> None:
 def test_graphs_of_different_exports_are_refused(folder: Path) -> None:
     ours, theirs = graphs(folder, SPEC), graphs(folder, SPEC, room=ROOM + 1)
     with pytest.raises(BundleError, match="have different caches"):
-        answers({**ours, TOKEN: theirs[TOKEN]})
+        answers({**ours, TEXT_DECODER: theirs[TEXT_DECODER]})
     shorter = graphs(folder, PruneSpec(grid=(4, 4), keep=5, pivots=2, token_batch=3))
     with pytest.raises(BundleError, match="different numbers of text tokens"):
-        answers({**ours, PREFILL: shorter[PREFILL]})
+        answers({**ours, IMAGE_PREFILL: shorter[IMAGE_PREFILL]})
     with pytest.raises(BundleError, match="tiny has no image_prefill, text_decoder"):
-        answers({name: graph for name, graph in ours.items() if name not in (PREFILL, TOKEN)})
+        answers({name: graph for name, graph in ours.items() if name not in (IMAGE_PREFILL, TEXT_DECODER)})
 
 
 def test_sampling_is_repeatable_and_greedy_at_zero(folder: Path) -> None:

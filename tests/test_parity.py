@@ -147,16 +147,27 @@ def test_every_bound_gives_its_reason_and_judges_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "quant", "expected"), [("fp32", None, "fp32"), ("fp16", None, "fp16"), ("fp32", "8da8w", "8da8w")]
+    ("precision", "vision", "text", "graph", "expected"),
+    [
+        ("fp32", None, None, "vision_encoder", "fp32"),
+        ("fp16", None, None, "text_decoder", "fp16"),
+        ("fp32", "8da8w", None, "vision_encoder", "8da8w"),
+        ("fp16", "8da8w", None, "text_prefill", "fp16"),
+        ("fp16", None, "8da4w-g32", "image_prefill", "8da4w"),
+        ("fp16", None, "8da4w", "vision_encoder", "fp16"),
+        ("fp16", None, "8da4w", "token_embedding", "fp16"),
+    ],
 )
-def test_the_coarsest_arithmetic_decides(precision: Literal["fp32", "fp16"], quant: str | None, expected: str) -> None:
-    target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=quant)
-    assert bound_for(target).precision == expected
+def test_the_coarsest_arithmetic_decides(
+    precision: Literal["fp32", "fp16"], vision: str | None, text: str | None, graph: str, expected: str
+) -> None:
+    target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision, quant_text=text)
+    assert bound_for(target, graph).precision == expected
 
 
 def test_a_scheme_without_a_bound_is_refused() -> None:
     with pytest.raises(BundleError, match="no parity bound is stated for '2da2w'"):
-        bound_for(TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w"))
+        bound_for(TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w"), "vision_encoder")
 
 
 # Kept tokens

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +19,12 @@ import pytest
 
 import export.checkpoints
 import export.golden
+import export.graphs.decoder
 import export.graphs.vision
 import export.models.llava
 import runtime.harness
 from export import cli, pipeline
+from export.models.pocket import POCKET
 from export.pipeline import stage_count
 from export.progress import Progress
 from export.request import Request, plan
@@ -30,7 +32,6 @@ from export.targets import TARGETS, XNNPACK, LoweredGraph
 from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
 from runtime.errors import ExportError, OutputError
 from runtime.harness import Step, Verdict
-from runtime.parity import BOUNDS
 
 WORDS = ["--model", "pocket", "--keep", "64", "--target", "android"]
 
@@ -39,6 +40,7 @@ class FakeCheckpoint:
     """Weights that nobody reads."""
 
     folder: Path | None = None
+    geometry = POCKET.geometry
 
     def identity(self) -> WeightsInfo:
         return WeightsInfo(source="checkpoint", id="fake", sha256="0" * 64)
@@ -65,16 +67,17 @@ def fake_golden(checkpoint: object, entry: object, spec: Any, **rest: object) ->
     return {} if spec is None else {"kept_indices": np.arange(spec.keep)}
 
 
-def fake_lower(module: object, example_inputs: object, out_dir: Path, graph_name: str, **rest: object) -> LoweredGraph:
-    (out_dir / f"{graph_name}.pte").write_bytes(b"program")
-    return LoweredGraph(f"{graph_name}.pte", (), (DelegateCoverage(delegate="XNNPACK", partitions=1, nodes=9),))
+def fake_lower(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
+    (out_dir / "model.pte").write_bytes(b"program")
+    taken = DelegateCoverage(delegate="XNNPACK", partitions=1, nodes=9)
+    return {name: LoweredGraph("model.pte", (), (taken,)) for name in graphs}
 
 
 def fake_check(path: Path, **rest: object) -> Verdict:
     read_bundle(path)
     (path / "report.md").write_text("checked")
     steps = (Step(name="parity", status="passed", detail="equal"),)
-    return Verdict(bundle=path.name, device="test", bound=BOUNDS["fp32"], steps=steps)
+    return Verdict(bundle=path.name, device="test", steps=steps)
 
 
 @pytest.fixture
@@ -90,6 +93,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         export.graphs.vision, "build_vision_encoder", lambda c, e, spec, **k: FakeEncoder(spec.keep if spec else 576)
     )
+    monkeypatch.setattr(export.graphs.decoder, "build_text_graphs", lambda *a, **k: {"text_decoder": FakeEncoder(1)})
     set_lower(monkeypatch, fake_lower)
     monkeypatch.setattr(runtime.harness, "check_bundle", fake_check)
 
@@ -131,7 +135,7 @@ def test_light_walk_makes_both_bundles(tmp_path: Path, capsys: pytest.CaptureFix
     ]
     bundle = read_bundle(out / "pocket-keep64-android-xnnpack")
     bundle.check_files()
-    assert set(bundle.manifest.files) == {"vision_encoder.pte", "golden.safetensors", "report.md"}
+    assert set(bundle.manifest.files) == {"model.pte", "golden.safetensors", "report.md"}
     assert bundle.manifest.prune.pruned
     assert not read_bundle(out / "pocket-keepall-android-xnnpack").manifest.prune.pruned
 
@@ -190,7 +194,7 @@ def test_ctrl_c_between_the_two_renames_tells_the_truth(
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-@pytest.mark.parametrize("name", ["golden.safetensors", "manifest.json", "vision_encoder.pte"])
+@pytest.mark.parametrize("name", ["golden.safetensors", "manifest.json", "model.pte"])
 def test_failed_write_leaves_nothing(
     code: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,14 +231,16 @@ def test_bundle_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("light")
-def test_delegate_that_took_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def took_nothing(module: object, inputs: object, out_dir: Path, name: str, **rest: object) -> LoweredGraph:
-        lowered = fake_lower(module, inputs, out_dir, name)
-        return replace(lowered, coverage=(DelegateCoverage(delegate="XNNPACK", partitions=0, nodes=0),))
+@pytest.mark.parametrize("graph", ["vision_encoder", "text_decoder"])
+def test_delegate_that_took_nothing_is_an_error(graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def took_nothing(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
+        nothing = (DelegateCoverage(delegate="XNNPACK", partitions=0, nodes=0),)
+        lowered = fake_lower(graphs, out_dir)
+        return {**lowered, graph: replace(lowered[graph], coverage=nothing)}
 
     set_lower(monkeypatch, took_nothing)
     planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
-    with pytest.raises(ExportError, match="backend xnnpack took no node of vision_encoder"):
+    with pytest.raises(ExportError, match=f"backend xnnpack took no node of {graph}"):
         pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
     assert left_behind(tmp_path) == []
 
@@ -264,7 +270,7 @@ def test_exit_code_tells_what_the_check_found(
 ) -> None:
     def check(path: Path, **rest: object) -> Verdict:
         steps = (Step(name="parity", status=status, detail="because", remedy="do this"),)
-        return Verdict(bundle=path.name, device="test", bound=BOUNDS["fp32"], steps=steps)
+        return Verdict(bundle=path.name, device="test", steps=steps)
 
     monkeypatch.setattr(runtime.harness, "check_bundle", check)
     assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tmp_path)], version="0") == code

@@ -8,19 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 from operator import getitem
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from pruning import PruneSpec, TokenPruner, reference
-from runtime.bundle import GraphInfo, TensorInfo
+from tests.pruner_graph import Engine, PrunerGraph, lowered
 
 # Converting takes from half a minute to several, depending on what else the machine does.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-Engine = Literal["executorch", "onnxruntime"]
 
 # Few steps keep the graph small; every stage is in it, the choice of channels included (there are more of them).
 SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
@@ -75,51 +72,14 @@ def _exported(spec: PruneSpec, key_width: int, hidden_width: int) -> torch.expor
         return torch.export.export(TokenPruner(spec).eval(), inputs, strict=False)
 
 
-class _Named(torch.nn.Module):
-    """The pruner with names for what goes in and out."""
-
-    input_names = ("keys", "hidden")
-    output_names = ("tokens", "indices")
-
-    def __init__(self, spec: PruneSpec) -> None:
-        super().__init__()
-        self.pruner = TokenPruner(spec)
-
-    def forward(self, keys: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, indices = self.pruner(keys, hidden)
-        return tokens, indices
-
-
 def _assert_whole_and_exact(
     spec: PruneSpec, engine: Engine, folder: Path, *, key_width: int, hidden_width: int
 ) -> None:
     """Lowered, loaded from disk and run: one partition, nothing outside, and the reference's answers."""
-    if engine == "executorch":
-        from export.backends.executorch import lower
-    else:
-        from export.backends.onnx import lower
-    from runtime.engines import ENGINES
-
-    example = _features(spec, key_width, hidden_width, seed=0)
-    lowered = lower(_Named(spec).eval(), example, folder, "pruner", precision="fp32", quant_vision=None)
-    (coverage,) = lowered.coverage
+    graph = PrunerGraph(TokenPruner(spec), key_width=key_width, hidden_width=hidden_width)
+    coverage, loaded = lowered(graph, engine, folder)
     assert (coverage.partitions, coverage.outside) == (1, ())
     assert coverage.nodes > 100
-    shapes = {
-        "keys": (1, spec.tokens, key_width),
-        "hidden": (1, spec.tokens, hidden_width),
-        "tokens": (1, spec.keep, hidden_width),
-        "indices": (1, spec.keep),
-    }
-    infos = {name: TensorInfo(name=name, shape=shape, dtype="float32") for name, shape in shapes.items()}
-    graph = GraphInfo(
-        name="pruner",
-        file=lowered.file,
-        engine=engine,
-        inputs=(infos["keys"], infos["hidden"]),
-        outputs=(infos["tokens"], infos["indices"]),
-    )
-    loaded = ENGINES[engine](graph, folder / lowered.file, (), 2)
     if engine == "executorch":
         assert loaded.placement().delegates == {"XnnpackBackend": 1}
         assert loaded.placement().outside == {}

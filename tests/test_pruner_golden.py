@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from export.targets import ONNX, XNNPACK
 from pruning import PruneSpec, TokenPruner, reference
-from runtime.bundle import GraphInfo, TensorInfo
+from tests.pruner_graph import Engine, PrunerGraph, lowered
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("one_thread")]
 
@@ -165,22 +164,7 @@ def test_half_precision_features(case: Case) -> None:
     torch.testing.assert_close(tokens, expected_tokens, rtol=2.0**-9, atol=1e-3)
 
 
-def _graph(program: Program, engine: str, file: str) -> GraphInfo:
-    spec = program.spec
-
-    def info(name: str, *shape: int) -> TensorInfo:
-        return TensorInfo(name=name, shape=shape, dtype="float32")
-
-    return GraphInfo(
-        name="pruner",
-        file=file,
-        engine="executorch" if engine == "executorch" else "onnxruntime",
-        inputs=(info("keys", 1, spec.tokens, program.key_width), info("hidden", 1, spec.tokens, program.hidden_width)),
-        outputs=(info("tokens", 1, spec.keep, program.hidden_width), info("indices", 1, spec.keep)),
-    )
-
-
-def _engine_run(program: Program, engine: str) -> object:
+def _engine_run(program: Program, engine: Engine) -> object:
     """Lowering takes time in proportion to the steps; many small batches need hundreds, and those are run by hand."""
     long = engine == "executorch" and TokenPruner(program.spec).steps > 100
     return pytest.param(program, engine, id=f"{engine}-{program}", marks=[pytest.mark.full] if long else [])
@@ -192,34 +176,12 @@ def _engine_run(program: Program, engine: str) -> object:
     ("program", "engine"),
     [_engine_run(program, engine) for program in PROGRAMS for engine in ("executorch", "onnxruntime")],
 )
-def test_engine(program: Program, engine: str, tmp_path: Path) -> None:
+def test_engine(program: Program, engine: Engine, tmp_path: Path) -> None:
     """Lowered once, then every case that fits the graph; one partition with nothing outside."""
-    lower = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine].load()
-    from runtime.engines import ENGINES
-
-    count = program.spec.tokens
-    module = _Named(_eager(program.spec))
-    inputs = torch.zeros(1, count, program.key_width), torch.zeros(1, count, program.hidden_width)
-    lowered = lower(module, inputs, tmp_path, "pruner", precision="fp32", quant_vision=None)
-    (coverage,) = lowered.coverage
+    graph = PrunerGraph(_eager(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
+    coverage, loaded = lowered(graph, engine, tmp_path)
     assert coverage.partitions == 1
     assert coverage.outside == ()
-    loaded = ENGINES[engine](_graph(program, engine, lowered.file), tmp_path / lowered.file, (), 2)
     for case in CASES:
         if _program(case) == program:
             _assert_golden(case, *loaded.run([x.numpy() for x in _features(case.features)]))
-
-
-class _Named(torch.nn.Module):
-    """The pruner with names for what goes in and out."""
-
-    input_names = ("keys", "hidden")
-    output_names = ("tokens", "indices")
-
-    def __init__(self, pruner: TokenPruner) -> None:
-        super().__init__()
-        self.pruner = pruner
-
-    def forward(self, keys: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, indices = self.pruner(keys, hidden)
-        return tokens, indices

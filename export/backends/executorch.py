@@ -5,68 +5,49 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.backends.tracing import trace
-from export.targets import LoweredGraph, Precision
-from runtime.errors import ExportError
+from export.targets import LoweredGraph
 
 if TYPE_CHECKING:
     import torch
 
+    from export.graphs.graph import Graph
     from runtime.bundle import DelegateCoverage
 
 
-def lower(
-    module: torch.nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
-    out_dir: Path,
-    graph_name: str,
-    *,
-    precision: Precision,
-    quant_vision: str | None,
-) -> LoweredGraph:
-    """Writes `graph_name`.pte with everything that XNNPACK takes lowered to it.
+FILE = "model.pte"
 
-    `module` comes in the wanted precision already and is quantised in place. Raises ExportError when a shape is
-    symbolic or the converter refuses the graph.
+
+def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    """Writes one program with a method for each graph, everything that XNNPACK takes lowered to it.
+
+    Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic.
     """
-    del precision
     with warnings.catch_warnings(), _rejections() as reasons:
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
 
-        if quant_vision is not None:
-            _quantize(module, quant_vision)
         edge = to_edge_transform_and_lower(
-            trace(module, example_inputs),
-            partitioner=[XnnpackPartitioner()],
+            {name: trace(graph) for name, graph in graphs.items()},
+            partitioner={name: [XnnpackPartitioner()] for name in graphs},
             transform_passes=get_transform_passes(),
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )
-        coverage = _coverage(edge.exported_program(), reasons)
-        program = edge.to_executorch()
-        file = f"{graph_name}.pte"
-        with open(out_dir / file, "wb") as out:
+        coverage = {name: _coverage(edge.exported_program(name), reasons) for name in graphs}
+        # Inputs are read where the caller has them: copying them in would copy the whole KV cache for every token.
+        planning = MemoryPlanningPass(alloc_graph_input=False)
+        program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+        with open(out_dir / FILE, "wb") as out:
             program.write_to_file(out)
-    return LoweredGraph(file=file, extra_files=(), coverage=(coverage,))
-
-
-def _quantize(module: torch.nn.Module, scheme: str) -> None:
-    """8-bit weights per output channel, activations quantised on the fly, in every linear layer but the pruner's."""
-    import torch
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-    from torchao.quantization.granularity import PerAxis
-
-    if scheme != "8da8w":
-        raise ExportError(f"quant_vision={scheme!r} is not known to this backend; allowed: 8da8w")
-    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
-    quantize_(module, config)
+    return {name: LoweredGraph(file=FILE, extra_files=(), coverage=(taken,)) for name, taken in coverage.items()}
 
 
 @contextmanager

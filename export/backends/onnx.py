@@ -2,62 +2,108 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from export.backends.tracing import trace
-from export.targets import LoweredGraph, Precision
+from export.targets import LoweredGraph
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
-    import torch
-
+    from export.graphs.graph import Graph
     from runtime.bundle import DelegateCoverage
 
 OPSET = 20
-_INLINE_LIMIT_BYTES = 256 * 2**20  # beyond this the weights go into a file of their own; protobuf ends at 2 GiB
+WEIGHTS_FILE = "weights.onnx_data"
+_LEAST_SHARED_BYTES = 1024  # smaller constants stay in the graph: shape inference may want to look at them
+_ALIGNMENT_BYTES = 64
 
 
-def lower(
-    module: torch.nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
-    out_dir: Path,
-    graph_name: str,
-    *,
-    precision: Precision,
-    quant_vision: str | None,
-) -> LoweredGraph:
-    """Writes `graph_name`.onnx, with its weights in `graph_name`.onnx.data when they are large.
+def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    """Writes `<name>.onnx` for each graph; their weights go into one file beside them, each tensor once.
 
-    `module` comes in the wanted precision already. Raises ExportError when a shape is symbolic.
+    Raises ExportError when a shape is symbolic.
     """
+    import onnx_ir
     import torch
 
-    del precision
-    if quant_vision is not None:
-        raise ExportError(f"quant_vision={quant_vision!r} is not offered by this backend; leave --quant-vision out")
-    weights_bytes = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-    external = weights_bytes > _INLINE_LIMIT_BYTES
-    file = f"{graph_name}.onnx"
-    inputs, outputs = getattr(module, "input_names", None), getattr(module, "output_names", None)
-    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
-        made = torch.onnx.export(
-            trace(module, example_inputs),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(inputs) if inputs else None,
-            output_names=list(outputs) if outputs else None,
-            optimize=False,  # folding took minutes on the pruner's graph and made it no faster: ONNX Runtime folds too
-            verbose=False,
-        )
-        if made is None:
-            raise ExportError(f"the ONNX exporter returned nothing for {graph_name}; run again with -v to see why")
-        made.save(str(out_dir / file), external_data=external)
-    extra = tuple(sorted(path.name for path in out_dir.glob(f"{file}.*")))
-    return LoweredGraph(file=file, extra_files=extra, coverage=(_coverage(out_dir / file),))
+    lowered = {}
+    with _Weights(out_dir / WEIGHTS_FILE) as weights:
+        for name, graph in graphs.items():
+            with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+                warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
+                made = torch.onnx.export(
+                    trace(graph),
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=list(graph.input_names),
+                    output_names=list(graph.output_names),
+                    # Folding took minutes on the pruner's graph and made it no faster: ONNX Runtime folds too.
+                    optimize=False,
+                    verbose=False,
+                )
+            if made is None:
+                raise ExportError(f"the ONNX exporter returned nothing for {name}; run again with -v to see why")
+            shared = weights.move_out(made.model)
+            onnx_ir.save(made.model, out_dir / f"{name}.onnx")
+            lowered[name] = (f"{name}.onnx", (WEIGHTS_FILE,) if shared else ())
+            del made
+    return {
+        name: LoweredGraph(file=file, extra_files=extra, coverage=(_coverage(out_dir / file),))
+        for name, (file, extra) in lowered.items()
+    }
+
+
+class _Weights:
+    """A file of tensors that several graphs refer to; what has the same bytes lies there once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[bytes, int] = {}
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if not self._offsets:
+            self.path.unlink()
+
+    def move_out(self, model: Any) -> bool:
+        """Replaces the large initializers of an `onnx_ir` model by references into the file; whether there were any."""
+        import onnx_ir
+
+        moved = False
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor.nbytes < _LEAST_SHARED_BYTES:
+                continue
+            data = tensor.tobytes()
+            key = hashlib.sha256(data).digest()
+            if key not in self._offsets:
+                self._file.write(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
+                self._offsets[key] = self._file.tell()
+                self._file.write(data)
+            value.const_value = onnx_ir.ExternalTensor(
+                self.path.name,
+                self._offsets[key],
+                len(data),
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                base_dir=self.path.parent,
+            )
+            moved = True
+        self._file.flush()
+        return moved
 
 
 def _coverage(file: Path) -> DelegateCoverage:

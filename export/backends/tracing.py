@@ -9,13 +9,15 @@ from runtime.errors import ExportError
 if TYPE_CHECKING:
     import torch
 
+    from export.graphs.graph import Graph
 
-def trace(module: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
-    """`module` as an exported program with static shapes. Raises ExportError when a shape is symbolic."""
+
+def trace(graph: Graph) -> torch.export.ExportedProgram:
+    """`graph` as an exported program with static shapes. Raises ExportError when a shape is symbolic."""
     import torch
 
     with torch.no_grad():
-        program = torch.export.export(module, example_inputs, strict=False)
+        program = torch.export.export(graph, graph.example_inputs(), strict=False)
     for node in program.graph.nodes:
         value = node.meta.get("val")
         shapes = [v.shape for v in (value if isinstance(value, (tuple, list)) else (value,)) if hasattr(v, "shape")]

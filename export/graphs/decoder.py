@@ -13,6 +13,8 @@ from export.graphs.llama import HIDDEN, LlamaLayer, causal_mask, rope_tables
 from export.graphs.norms import RmsNorm
 from export.graphs.vision import PRECISIONS
 from export.graphs.weights import fill
+from export.quantize import quantize
+from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
@@ -237,30 +239,39 @@ def build_token_embedding(checkpoint: Checkpoint, *, tokens: int, precision: str
     return graph.eval().requires_grad_(False)
 
 
-def build_image_prefill(checkpoint: Checkpoint, context: Context, *, precision: str = "fp32") -> ImagePrefill:
-    """The image's prefill from layer `context.layer` on with the checkpoint's weights, ready to be traced."""
-    graph = ImagePrefill(checkpoint.geometry, context)
-    _fill_layers(graph, checkpoint, PRECISIONS[precision])
-    return graph.eval().requires_grad_(False)
+def build_text_graphs(
+    checkpoint: Checkpoint,
+    context: Context,
+    *,
+    precision: str = "fp32",
+    quant: str | None = None,
+    chunk: int = PROMPT_CHUNK,
+) -> dict[str, Graph]:
+    """Everything behind `vision_encoder`, by the names a bundle knows: `image_prefill`, `token_embedding`,
+    `text_prefill` for `chunk` tokens at a time and `text_decoder` for one.
 
-
-def build_text_decoder(
-    checkpoint: Checkpoint, context: Context, *, tokens: int, precision: str = "fp32"
-) -> TextDecoder:
-    """The text decoder for `tokens` tokens at a time with the checkpoint's weights, ready to be traced."""
-    graph = TextDecoder(checkpoint.geometry, context, tokens=tokens)
-    dtype = PRECISIONS[precision]
-    _fill_layers(graph, checkpoint, dtype)
-    fill(graph.norm, checkpoint, "language_model.norm", dtype)
-    fill(graph.lm_head, checkpoint, "lm_head", dtype)
-    return graph.eval().requires_grad_(False)
-
-
-def _fill_layers(graph: _Decoder, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    for index, layer in enumerate(graph.layers):
-        fill(layer, checkpoint, f"language_model.layers.{graph.first + index}", dtype)
-    if dtype == torch.float16:
-        graph.half()
+    They share their layers, so that memory holds each weight once; with `quant` (see export.quantize) each layer is
+    quantised as soon as it is filled, and computes in fp32 around that. Ready to be traced.
+    """
+    dtype = torch.float32 if quant is not None else PRECISIONS[precision]
+    whole = TextDecoder(checkpoint.geometry, context, tokens=chunk)
+    for index, layer in enumerate(whole.layers):
+        fill(layer, checkpoint, f"language_model.layers.{index}", dtype)
+        if quant is not None:
+            quantize(layer, quant)
+    fill(whole.norm, checkpoint, "language_model.norm", dtype)
+    fill(whole.lm_head, checkpoint, "lm_head", dtype)
+    if quant is not None:
+        quantize(whole, quant)  # what is left of it: the output matrix
+    one, image = TextDecoder(checkpoint.geometry, context, tokens=1), ImagePrefill(checkpoint.geometry, context)
+    one.layers, one.norm, one.lm_head = whole.layers, whole.norm, whole.lm_head
+    image.layers = whole.layers[context.layer :]
+    decoders: dict[str, _Decoder] = {IMAGE_PREFILL: image, TEXT_PREFILL: whole, TEXT_DECODER: one}
+    for graph in decoders.values():
+        if dtype == torch.float16:
+            graph.half()
         if isinstance(graph, TextDecoder):
             # Compared with positions, which float16 does not hold exactly.
             graph.entry, graph.first_text = graph.entry.float(), graph.first_text.float()
+        graph.eval().requires_grad_(False)
+    return {**decoders, TOKEN_EMBEDDING: build_token_embedding(checkpoint, tokens=chunk, precision=precision)}

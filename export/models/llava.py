@@ -420,8 +420,9 @@ class ModelEntry:
     # Length of the stand-in prefix where no tokenizer is at hand: that of the real template with its system prompt.
     prefix_tokens: int = 35
     system_prompt: str | None = None
-    # Taken instead of a backend's default where that would say more about the weights than about the export.
+    # Taken instead of a backend's defaults where those would say more about the weights than about the export.
     precision: Literal["fp32", "fp16"] | None = None
+    quant_text: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.prefix_tokens < 1:

@@ -77,6 +77,7 @@ POCKET = ModelEntry(
     config=_CONFIG,
     # Untrained weights leave many choices near ties, which float16 decides otherwise.
     precision="fp32",
+    quant_text="none",
 )
 
 _SYSTEM = "A person and their assistant talk about a picture in a few words."

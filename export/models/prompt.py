@@ -14,6 +14,7 @@ from runtime.prompt import QUESTION
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from export.golden import SampleText
     from export.models.llava import LlavaGeometry, ModelEntry
     from runtime.bundle import PromptInfo
 
@@ -41,6 +42,35 @@ def read_prompt(folder: Path | None, geometry: LlavaGeometry, entry: ModelEntry)
             "save it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return _templated_prompt(folder, geometry, entry)
+
+
+# What the text graphs are checked on; several languages and notations, so that many different tokens occur.
+_TEXT = """A quiet street in the early morning: two bicycles lean against a red brick wall, and a cat sleeps on the
+window sill. Behind the glass someone has put three yellow flowers into a blue jug. The sign over the door says OPEN,
+24 hours, 7 days; below it a smaller one reads "Bitte klingeln". On the left a man in a grey coat unloads boxes from a
+van (licence plate K-AT 2048), while a child with a violin case waits for the bus. It has rained: the pavement
+shines, and in the puddles one sees the sky, 50% cloud, 50% light. What time is it? Perhaps ten past six.
+"""
+_QUESTION = "What is in this picture?"
+
+
+def sample_text(folder: Path | None, geometry: LlavaGeometry, entry: ModelEntry, *, tokens: int) -> SampleText:
+    """A fixed text of `tokens` ids and a question in the chat template; seeded ids where there is no tokenizer."""
+    from export.golden import SampleText
+
+    prompt = read_prompt(folder, geometry, entry)
+    if folder is None or prompt.suffix_text is None:
+        draw = random.Random(f"pruneport text {entry.name}")
+        words = [draw.randrange(3, min(geometry.text.vocab, 30000)) for _ in range(tokens + 16)]
+        words = [word + 1 if word == geometry.image_token_id else word for word in words]
+        return SampleText(ids=tuple(words[:tokens]), question=tuple(words[tokens:]))
+    from runtime.prompt import TOKENIZER_FILE, Tokenizer
+
+    tokenizer = Tokenizer(folder / TOKENIZER_FILE, prompt)
+    text = _TEXT
+    while len(ids := tokenizer.question_ids(text)) < tokens:
+        text += _TEXT
+    return SampleText(ids=tuple(ids[:tokens]), question=tuple(tokenizer.question_ids(_QUESTION)))
 
 
 def _seeded_prompt(geometry: LlavaGeometry, entry: ModelEntry) -> PromptInfo:

@@ -1,0 +1,70 @@
+"""Quantisation of linear layers before tracing: the table of schemes and what each does to a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Weights in `bits` with a scale for each output channel, or for each group of `group` inputs of one.
+
+    Activations are quantised to 8 bits on the fly, a scale for each token.
+    """
+
+    bits: Literal[4, 8]
+    group: int | None = None
+
+
+SCHEMES: dict[str, Scheme] = {
+    "8da8w": Scheme(bits=8),
+    "8da4w": Scheme(bits=4, group=128),
+    "8da4w-g64": Scheme(bits=4, group=64),
+    "8da4w-g32": Scheme(bits=4, group=32),
+}
+
+
+def check_widths(scheme: str, widths: dict[str, int]) -> None:
+    """Raises ExportError for layers whose input width (layer name -> width) is no multiple of the scheme's group."""
+    group = SCHEMES[scheme].group
+    odd = [f"{name} ({width})" for name, width in widths.items() if group is not None and width % group]
+    if odd:
+        fits = [
+            name
+            for name, other in SCHEMES.items()
+            if other.group is None or all(width % other.group == 0 for width in widths.values())
+        ]
+        raise ExportError(
+            f"{scheme} groups {group} inputs of a layer, which does not divide the width of {', '.join(odd)}; "
+            f"schemes that fit: {', '.join(fits)}"
+        )
+
+
+def quantize(module: torch.nn.Module, scheme: str) -> None:
+    """Quantises every linear layer of `module` in place.
+
+    Layers that are quantised already, as part of a graph that shares them, are left as they are.
+    """
+    import torch
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    if scheme not in SCHEMES:
+        raise ExportError(f"the quantisation scheme {scheme!r} is not known; allowed: {', '.join(SCHEMES)}")
+    known = SCHEMES[scheme]
+
+    def plain(layer: torch.nn.Module, name: str = "") -> bool:
+        return isinstance(layer, torch.nn.Linear) and type(layer.weight.data) is torch.Tensor
+
+    check_widths(scheme, {name: int(layer.in_features) for name, layer in module.named_modules() if plain(layer)})
+    config = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=getattr(torch, f"int{known.bits}"),
+        weight_granularity=PerAxis(0) if known.group is None else PerGroup(known.group),
+    )
+    quantize_(module, config, filter_fn=plain)

@@ -1,0 +1,58 @@
+"""The pruner alone as a graph that backends take: keys and hidden states in, tokens and indices out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from export.graphs.graph import Graph
+from export.targets import ONNX, XNNPACK
+from pruning import TokenPruner
+from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
+from runtime.engines import ENGINES, LoadedGraph
+
+Engine = Literal["executorch", "onnxruntime"]
+
+
+class PrunerGraph(Graph):
+    """keys (1, N, Dk), hidden (1, N, D) -> tokens (1, keep, D), indices (1, keep) in the dtype of what it computes."""
+
+    def __init__(self, pruner: TokenPruner, *, key_width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.pruner = pruner
+        self.key_width, self.hidden_width = key_width, hidden_width
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        tokens = self.pruner.spec.tokens
+        return (_info("keys", 1, tokens, self.key_width), _info("hidden", 1, tokens, self.hidden_width))
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        keep = self.pruner.spec.keep
+        return (_info("tokens", 1, keep, self.hidden_width), _info("indices", 1, keep))
+
+    def forward(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, indices = self.pruner(keys, hidden)
+        return tokens, indices
+
+
+def _info(name: str, *shape: int) -> TensorInfo:
+    return TensorInfo(name=name, shape=shape, dtype="float32")
+
+
+def lowered(graph: PrunerGraph, engine: Engine, folder: Path) -> tuple[DelegateCoverage, LoadedGraph]:
+    """Lowered into `folder` and opened from there in its engine."""
+    backend = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine]
+    written = backend.load()({"pruner": graph.eval()}, folder)["pruner"]
+    info = GraphInfo(
+        name="pruner",
+        file=written.file,
+        extra_files=written.extra_files,
+        engine=engine,
+        inputs=graph.input_infos(),
+        outputs=graph.output_infos(),
+    )
+    extra = tuple(folder / name for name in written.extra_files)
+    (coverage,) = written.coverage
+    return coverage, ENGINES[engine](info, folder / written.file, extra, 2)
