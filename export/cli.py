@@ -51,7 +51,11 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    return parser, {"export": _add_export(verbs, optimum=optimum), "verify": _add_verify(verbs)}
+    return parser, {
+        "export": _add_export(verbs, optimum=optimum),
+        "verify": _add_verify(verbs),
+        "ask": _add_ask(verbs),
+    }
 
 
 def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) -> _Parser:
@@ -107,6 +111,30 @@ def _add_verify(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
+def _add_ask(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    verb = verbs.add_parser(
+        "ask",
+        help="ask a bundle about a photo, in its engine on this machine",
+        description="Asks a bundle about a photo, in its engine on this machine; several questions share the photo.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verb.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    verb.add_argument("photo", metavar="PHOTO", help="a picture, or a prefill saved before (*.safetensors)")
+    verb.add_argument("question", metavar="QUESTION", nargs="+", help="what to ask")
+    verb.add_argument("--compare", action="store_true", help="ask the unpruned twin that lies beside the bundle, too")
+    verb.add_argument("--max-new-tokens", default="64", metavar="N", help="end the answer there (default 64)")
+    verb.add_argument("--temperature", default="0", metavar="T", help="0 is greedy (default)")
+    verb.add_argument(
+        "--top-p", default="1", metavar="P", help="draw from the likeliest, up to a share of P (default 1)"
+    )
+    verb.add_argument("--seed", default="0", metavar="N", help="seed of the draw (default 0)")
+    verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    verb.add_argument("--save-prefill", metavar="FILE", help="keep what the photo left in the cache (*.safetensors)")
+    _add_verbosity(verb)
+    return verb
+
+
 def _add_verbosity(group: argparse._ActionsContainer) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries say")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
@@ -144,6 +172,8 @@ def main(argv: Sequence[str], *, version: str, optimum: bool = False) -> int:
             return _export(args, version)
         if args.verb == "verify":
             return _verify(args)
+        if args.verb == "ask":
+            return _ask(args)
         build_parser()[0].print_help()
         return PASSED
     except PruneportError as error:
@@ -228,6 +258,37 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         _show(bundle, verdict, next_command=_command("export", "--help"))
     return _exit_code(verdict)
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from export.progress import library_noise
+    from export.request import number, whole_number
+    from runtime.ask import Inquiry, ask
+    from runtime.generation import Sampling
+
+    inquiry = Inquiry(
+        photo=Path(args.photo),
+        questions=tuple(args.question),
+        max_new_tokens=whole_number("max_new_tokens", args.max_new_tokens, 1, 10**6),
+        sampling=Sampling(
+            temperature=number("temperature", args.temperature),
+            top_p=number("top_p", args.top_p),
+            seed=whole_number("seed", args.seed, 0, 2**32 - 1),
+        ),
+        stops=tuple(args.stop),
+        save_prefill=None if args.save_prefill is None else Path(args.save_prefill),
+    )
+
+    def say(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    def tell(line: str) -> None:
+        if not args.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    with library_noise(shown=args.verbose):
+        ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
+    return PASSED
 
 
 def _show(bundle: Bundle, verdict: Verdict, *, next_command: str) -> None:

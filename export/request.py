@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -176,7 +177,7 @@ def plan(request: Request) -> Plan:
     text_tokens = _text_tokens(request.text_tokens, entry) if whole else None
     tokens = entry.geometry.image_tokens
     keep = _keep(request.keep, tokens, entry.name)
-    seed = _whole_number("seed", request.seed, 0, 2**32 - 1)
+    seed = whole_number("seed", request.seed, 0, 2**32 - 1)
     if request.twin and keep == tokens:
         raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
     _check_weights(request.weights)
@@ -293,10 +294,22 @@ def _quantisation(
 def _text_tokens(text: str, entry: ModelEntry) -> int:
     most = entry.geometry.text.max_positions - entry.geometry.image_tokens - entry.prefix_tokens
     why = f" ({entry.name} knows {entry.geometry.text.max_positions} positions, image and prompt included)"
-    return _whole_number("text_tokens", text, min(LEAST_TEXT_TOKENS, most), most, why)
+    return whole_number("text_tokens", text, min(LEAST_TEXT_TOKENS, most), most, why)
 
 
-def _whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:
+def number(what: str, text: str) -> float:
+    """The number that `text` spells; RequestError for anything else. Its range is its user's to check."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise RequestError(f"{what}={text[:20]!r} is not a number")
+    return value
+
+
+def whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:
+    """The whole number in low..high that `text` spells; RequestError for anything else."""
     allowed = f"{low}..{high}{why}"
     if not (text.isascii() and text.lstrip("+-").isdigit() and len(text) < 20):
         raise RequestError(f"{what}={text[:20]!r} is not a whole number; it must lie in {allowed}")
@@ -311,7 +324,7 @@ def _keep(text: str, tokens: int, model: str) -> int:
         return tokens
     if text.isalpha():
         raise RequestError(f"keep={text!r} is neither `all` nor a whole number in 1..{tokens}")
-    return _whole_number("keep", text, 1, tokens, f" (the image tokens of {model})")
+    return whole_number("keep", text, 1, tokens, f" (the image tokens of {model})")
 
 
 def _prune_spec(entry: ModelEntry, keep: int) -> PruneSpec:

@@ -134,6 +134,20 @@ def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers
     return answers
 
 
+def check_room(question_tokens: int, max_new_tokens: int, *, room: int) -> None:
+    """Raises RequestError when question and answer do not fit into `room` entries of the KV cache."""
+    if not question_tokens:
+        raise RequestError("the question is empty; ask something")
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    needed = question_tokens + max_new_tokens - 1  # the last token is handed out without being decoded
+    if needed > room:
+        raise RequestError(
+            f"a question of {question_tokens} tokens and max_new_tokens={max_new_tokens} need {needed} entries of the "
+            f"text cache, which has {room}; ask shorter, for fewer tokens, or export with more --text-tokens"
+        )
+
+
 class Answers:
     """Answers questions about photos with the open graphs of one bundle.
 
@@ -228,17 +242,7 @@ class Answers:
             raise BundleError(f"the photo was prefilled by {photo.bundle}, not by {self.bundle}; prefill it again")
         if {name: array.shape[2] for name, array in photo.caches.items()} != self._image_entries:
             raise BundleError(f"the prefill does not fit the cache of {self.bundle}; prefill the photo again")
-        if not question:
-            raise RequestError("the question is empty; ask something")
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        # The last token is handed out without being decoded.
-        if len(question) + max_new_tokens - 1 > self.room:
-            raise RequestError(
-                f"a question of {len(question)} tokens and max_new_tokens={max_new_tokens} need "
-                f"{len(question) + max_new_tokens - 1} entries of the text cache, which has {self.room}; "
-                "ask shorter, or for fewer tokens"
-            )
+        check_room(len(question), max_new_tokens, room=self.room)
         end_ids = frozenset[int]() if past_end else self.end_ids
         return self._stream(photo, list(question), max_new_tokens, sampling or Sampling(), end_ids)
 
