@@ -59,8 +59,8 @@ def make_golden(
 
     `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
-    near each choice was to going the other way, and `pivots`. With `text` (decoder placement only) the same for the
-    text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
+    near each choice was to going the other way, and `pivots`. With `text`, at the decoder the same for the text graphs,
+    and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
     `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
     Modules are filled and dropped one layer at a time, so that memory holds one layer and not the model, but for the
     answer. ExportError for a placement or image that does not fit.
@@ -76,11 +76,14 @@ def make_golden(
         features, tower_keys = _run_tower(config.vision_config, checkpoint, pixels)
         image = _run_projector(config, checkpoint, features)
         golden = {f"{_GRAPH}.in.pixel_values": pixels}
+        decoder = _Decoder(config.text_config, checkpoint, layer if placement == "decoder" else 0, image.device)
+        prefix_ids = prompt_info(checkpoint, entry).prefix_ids
         if placement == "projector":
             outputs, kept = _at_projector(tower_keys, image, spec)
+            if text is not None:
+                golden |= decoder.answer_behind(prefix_ids, outputs["image_features"], text)
         elif placement == "decoder":
-            decoder = _Decoder(config.text_config, checkpoint, layer, image.device)
-            outputs, kept = decoder.see(prompt_info(checkpoint, entry).prefix_ids, image, spec)
+            outputs, kept = decoder.see(prefix_ids, image, spec)
             if text is not None:
                 golden |= decoder.read(outputs, text)
         else:
@@ -217,6 +220,20 @@ class _Decoder:
         logits = self._logits(hidden)
         golden["text_prefill.out.logits"], golden["text_decoder.out.logits"] = logits[:, :-1], logits[:, -1:]
         return golden | (self._answer(text.question) if self._held is not None else {})
+
+    def answer_behind(self, prefix_ids: Sequence[int], image: Tensor, text: SampleText) -> dict[str, Tensor]:
+        """The answer to the question behind image features (1, keep, D), at contiguous positions."""
+        import torch
+
+        if not self._fits():
+            return {}
+        self._held = {}
+        hidden = torch.cat([self._embedded(prefix_ids), image], dim=1)
+        self._length = hidden.shape[1]
+        positions = torch.arange(self._length, device=self._device)[None]
+        for index in range(self._config.num_hidden_layers):
+            hidden = self._run(index, hidden, positions)
+        return self._answer(text.question)
 
     def _answer(self, question: Sequence[int]) -> dict[str, Tensor]:
         import torch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from runtime.errors import ExportError
 from runtime.generation import TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.ready_made import EMBED_TOKENS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
     from export.golden import SampleText
     from export.graphs.graph import Graph
-    from export.progress import Progress
+    from export.graphs.vision import VisionEncoder
+    from export.progress import Progress, Stage
     from export.request import BundlePlan, Plan
-    from runtime.bundle import Bundle, BundleWriter, GraphInfo, Manifest, PruneInfo, TextInfo
+    from runtime.bundle import Bundle, BundleWriter, DelegateCoverage, GraphInfo, Manifest, PruneInfo, TextInfo
     from runtime.harness import Verdict
 
 GOLDEN_FILE = "golden.safetensors"
@@ -102,10 +104,12 @@ class _Making:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
             device = self._write_golden(bundle, writer.path)
             stage.note(f"made on {device}")
-        graphs = self._lower(bundle, writer.path)
+        ready = plan.placement == "projector" and plan.text_tokens is not None
+        graphs = (self._lower_ready_made if ready else self._lower)(bundle, writer.path)
         with self.progress.stage(_label("write the bundle", bundle)):
             for name in CARRIED_FILES:
-                if checkpoint.folder is not None and (checkpoint.folder / name).is_file():
+                there = checkpoint.folder is not None and (checkpoint.folder / name).is_file()
+                if checkpoint.folder is not None and there and not (writer.path / name).exists():
                     copyfile(checkpoint.folder / name, writer.path / name)
             return writer.write_manifest(
                 Manifest(
@@ -132,7 +136,8 @@ class _Making:
                         photo=plan.photo_path.name,
                     ),
                     tools={"pruneport": self.version, **_tool_versions()},
-                    text=self._text_info(),
+                    text=None if ready else self._text_info(),
+                    ready_for=plan.backend.ready_for if ready else None,
                 )
             )
 
@@ -214,16 +219,7 @@ class _Making:
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
             lowered = plan.backend.load()(graphs, folder)
             for name in graphs:
-                for coverage in lowered[name].coverage:
-                    parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
-                    outside = f"{coverage.outside_nodes or 'nothing'} outside"
-                    stage.note(f"{name}: {coverage.delegate} {coverage.nodes} nodes in {parts}, {outside}")
-                # Looking a row up in a table is nothing that a delegate would be faster at.
-                if name != TOKEN_EMBEDDING and not any(coverage.nodes for coverage in lowered[name].coverage):
-                    raise ExportError(
-                        f"backend {plan.backend.name} took no node of {name}: the phone would run it without any "
-                        "acceleration; run again with -v to see why, or choose another --backend"
-                    )
+                self._check_taken(name, lowered[name].coverage, stage)
         return tuple(
             GraphInfo(
                 name=name,
@@ -237,9 +233,59 @@ class _Making:
             for name, graph in graphs.items()
         )
 
+    def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
+        plan = self.plan
+        assert plan.text_tokens is not None
+        with self.progress.stage(_label("build the graphs", bundle)):
+            encoder = self._vision(bundle)
+        with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            graphs = plan.backend.load_ready_made()(
+                self.checkpoint,
+                plan.entry,
+                encoder,
+                folder,
+                quant_text=plan.quant_text,
+                text_tokens=plan.text_tokens,
+            )
+            for graph in graphs:
+                self._check_taken(graph.name, graph.coverage, stage)
+        return graphs
+
+    def _check_taken(self, name: str, coverages: tuple[DelegateCoverage, ...], stage: Stage) -> None:
+        """Notes who took how much of a graph; ExportError when nobody took anything."""
+        for coverage in coverages:
+            parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
+            outside = f"{coverage.outside_nodes or 'nothing'} outside"
+            stage.note(f"{name}: {coverage.delegate} {coverage.nodes} nodes in {parts}, {outside}")
+        # Looking a row up in a table is nothing that a delegate would be faster at.
+        if name not in (TOKEN_EMBEDDING, EMBED_TOKENS) and not any(coverage.nodes for coverage in coverages):
+            raise ExportError(
+                f"backend {self.plan.backend.name} took no node of {name}: the phone would run it without any "
+                "acceleration; run again with -v to see why, or choose another --backend"
+            )
+
     def _build(self, bundle: BundlePlan) -> dict[str, Graph]:
         """The vision graph and, where they are wanted, the text graphs, in the order in which a phone runs them."""
         from export.graphs.decoder import Context, build_text_graphs
+
+        plan = self.plan
+        encoder = self._vision(bundle)
+        if plan.text_tokens is None:
+            return {VISION_ENCODER: encoder}
+        geometry = self.checkpoint.geometry
+        context = Context(
+            geometry, prefix=encoder.prefix_length, keep=encoder.keep, layer=plan.layer, text=plan.text_tokens
+        )
+        if context.positions > geometry.text.max_positions:
+            raise ExportError(
+                f"prompt and image take {context.first_text} positions and text_tokens={plan.text_tokens} the rest of "
+                f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
+                "give fewer --text-tokens"
+            )
+        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=plan.quant_text)
+        return {VISION_ENCODER: encoder, **text}
+
+    def _vision(self, bundle: BundlePlan) -> VisionEncoder:
         from export.graphs.vision import build_vision_encoder
         from export.quantize import quantize
 
@@ -260,18 +306,7 @@ class _Making:
             )
         if plan.quant_vision:
             quantize(encoder, plan.quant_vision)
-        if plan.text_tokens is None:
-            return {VISION_ENCODER: encoder}
-        geometry = self.checkpoint.geometry
-        context = Context(geometry, prefix=encoder.prefix_length, keep=keep, layer=plan.layer, text=plan.text_tokens)
-        if context.positions > geometry.text.max_positions:
-            raise ExportError(
-                f"prompt and image take {context.first_text} positions and text_tokens={plan.text_tokens} the rest of "
-                f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
-                "give fewer --text-tokens"
-            )
-        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=plan.quant_text)
-        return {VISION_ENCODER: encoder, **text}
+        return encoder
 
 
 def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress) -> Verdict:

@@ -157,13 +157,14 @@ def plan(request: Request) -> Plan:
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
     if request.only is not None:
         _known("part", request.only, PARTS)
-    whole = placement == "decoder" and request.only is None
+    whole = request.only is None
+    schemes = backend.quant_text if placement == "decoder" else backend.ready_quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
-    default_quant_text = entry.quant_text or next(iter(backend.quant_text), NONE)
+    default_quant_text = entry.quant_text or next(iter(schemes), NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
-        quant_text = _quantisation("quant_text", wanted, backend.quant_text, backend, target)
+        quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
     all_quantised = bool(quant_vision) and (not whole or bool(quant_text))
@@ -243,6 +244,8 @@ def describe(plan: Plan) -> str:
     if plan.text_tokens is not None:
         precision += f", text {plan.quant_text}" if plan.quant_text else ""
         text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
+        if plan.placement == "projector":
+            text = f"as {plan.backend.ready_for} expects it; room for {plan.text_tokens} tokens"
     if plan.weights == "random":
         weights = f"random, seed {plan.seed} (true geometry, meaningless answers)"
     else:

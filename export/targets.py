@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from runtime.ready_made import MULTIMODAL_RUNNER, TRANSFORMERS_JS
+
 if TYPE_CHECKING:
+    from export.checkpoints import Checkpoint
     from export.graphs.graph import Graph
-    from runtime.bundle import DelegateCoverage
+    from export.graphs.vision import VisionEncoder
+    from export.models.llava import ModelEntry
+    from runtime.bundle import DelegateCoverage, GraphInfo
 
 Precision = Literal["fp32", "fp16"]
 
@@ -37,12 +42,28 @@ class Lower(Protocol):
     def __call__(self, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]: ...
 
 
+class WriteReadyMade(Protocol):
+    """Writes the graphs of the projector placement as somebody else's runtime expects them, with what else it needs."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        entry: ModelEntry,
+        vision: VisionEncoder,
+        folder: Path,
+        *,
+        quant_text: str | None,
+        text_tokens: int,
+    ) -> tuple[GraphInfo, ...]: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
     So is the first scheme for the text graphs; the vision graph is quantised on request. A quantised graph computes the
-    rest in fp32, whatever the precision. `packages` are the modules without which nothing can be exported for it.
+    rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
+    `ready_quant_text` the schemes it can have there. `packages` are the modules without which nothing can be exported.
     """
 
     name: str
@@ -53,6 +74,9 @@ class Backend:
     pruner_form: str
     packages: tuple[str, ...]
     load: Callable[[], Lower]
+    ready_for: str
+    ready_quant_text: tuple[str, ...]
+    load_ready_made: Callable[[], WriteReadyMade]
 
     def __post_init__(self) -> None:
         if not self.precisions:
@@ -84,6 +108,18 @@ def _onnx() -> Lower:
     return lower
 
 
+def _runner() -> WriteReadyMade:
+    from export.backends.executorch_runner import write_for_runner
+
+    return write_for_runner
+
+
+def _transformers_js() -> WriteReadyMade:
+    from export.backends.transformers_js import write_transformers_js
+
+    return write_transformers_js
+
+
 XNNPACK = Backend(
     name="xnnpack",
     engine="executorch",
@@ -94,6 +130,9 @@ XNNPACK = Backend(
     pruner_form="default",
     packages=("torch", "transformers", "executorch", "torchao"),
     load=_executorch,
+    ready_for=MULTIMODAL_RUNNER,
+    ready_quant_text=("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"),
+    load_ready_made=_runner,
 )
 ONNX = Backend(
     name="onnx",
@@ -104,6 +143,9 @@ ONNX = Backend(
     pruner_form="default",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
+    ready_for=TRANSFORMERS_JS,
+    ready_quant_text=(),
+    load_ready_made=_transformers_js,
 )
 
 TARGETS: dict[str, Target] = {

@@ -32,7 +32,8 @@ class Took:
         speed = f"{1e3 * len(self.token_ms) / sum(self.token_ms):.1f} tokens/s" if self.token_ms else "one token"
         return (
             f"image ready {self.image_ready_ms:.0f} ms, "
-            f"TTFT {self.ttft_ms:.1f} ms after {self.question_tokens} tokens, {speed}, KV cache {self.kv_cache_bytes / 1e6:.1f} MB, peak RSS {self.peak_rss_bytes / 1e6:.0f} MB"
+            f"TTFT {self.ttft_ms:.1f} ms after {self.question_tokens} tokens, {speed}, "
+            f"KV cache {self.kv_cache_bytes / 1e6:.1f} MB, peak RSS {self.peak_rss_bytes / 1e6:.0f} MB"
         )
 
 
@@ -76,6 +77,11 @@ def ask(
     graph is opened. Raises RequestError, BundleError, ImageError, EngineError.
     """
     bundle = read_bundle(path)
+    if bundle.manifest.ready_for is not None:
+        raise BundleError(
+            f"{path} is made for {bundle.manifest.ready_for}: ask it there, as the README shows; "
+            "for `pruneport ask` export with --prune-at decoder"
+        )
     if bundle.manifest.text is None:
         raise BundleError(
             f"{path} has no text graphs and cannot be asked; export it with --prune-at decoder and without --only"

@@ -55,13 +55,19 @@ def _safe_relative(path: str) -> str:
 
 
 class TensorInfo(_Record, frozen=True):
-    """Name, static shape and dtype (a key of DTYPES) of one input or output."""
+    """Name, static shape and dtype (a key of DTYPES) of one input or output.
+
+    `dynamic` lists axes that are at most as long as `shape` says; only graphs for other people's runtimes have any.
+    """
 
     name: Name
     shape: tuple[Dim, ...]
     dtype: str
+    dynamic: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(axis >= len(self.shape) for axis in self.dynamic):
+            raise ValueError(f"dynamic={list(self.dynamic)} of tensor {self.name!r} names an axis beyond {self.shape}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} of tensor {self.name!r} must be one of {', '.join(DTYPES)}")
         if math.prod(self.shape) > _MAX_TENSOR_ELEMENTS:
@@ -75,8 +81,18 @@ class TensorInfo(_Record, frozen=True):
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.numpy_dtype.itemsize
 
+    def fits(self, dtype: str, shape: tuple[object, ...]) -> bool:
+        """Whether a tensor of that dtype and shape is one; a size that is no number passes where it is dynamic."""
+        if dtype != self.dtype or len(shape) != len(self.shape):
+            return False
+        return all(
+            size == most or (axis in self.dynamic and (not isinstance(size, int) or size < most))
+            for axis, (size, most) in enumerate(zip(shape, self.shape, strict=True))
+        )
+
     def __str__(self) -> str:
-        return f"{self.name} {self.dtype}{list(self.shape)}"
+        sizes = ", ".join(f"<={size}" if axis in self.dynamic else str(size) for axis, size in enumerate(self.shape))
+        return f"{self.name} {self.dtype}[{sizes}]"
 
 
 class OutsideOp(_Record, frozen=True):
@@ -300,7 +316,10 @@ class FileInfo(_Record, frozen=True):
 
 
 class Manifest(_Record, frozen=True):
-    """manifest.json. `files` covers every file of the bundle but the manifest itself."""
+    """manifest.json. `files` covers every file of the bundle but the manifest itself.
+
+    `ready_for` names a runtime of other people for which the files lie as it expects them; `text` is None then.
+    """
 
     name: str
     model: Name
@@ -315,6 +334,7 @@ class Manifest(_Record, frozen=True):
     golden: GoldenInfo
     tools: dict[str, str]
     text: TextInfo | None = None
+    ready_for: Name | None = None
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION
 

@@ -75,7 +75,9 @@ BOUNDS: dict[str, Bound] = {
 
 def bound_for(target: TargetInfo, graph: str) -> Bound:
     """The bound of the coarsest arithmetic in a graph; BundleError for a scheme that has none."""
-    scheme = target.quant_vision if graph == VISION_ENCODER else None if graph == TOKEN_EMBEDDING else target.quant_text
+    scheme = target.quant_text
+    if graph in (VISION_ENCODER, TOKEN_EMBEDDING):
+        scheme = target.quant_vision if graph == VISION_ENCODER else None
     precision = (scheme or target.precision).partition("-")[0]  # 8da4w-g32 is 8da4w in smaller groups
     if precision not in BOUNDS:
         raise BundleError(f"no parity bound is stated for {precision!r}; there are bounds for {', '.join(BOUNDS)}")

@@ -19,7 +19,7 @@ from runtime.session import default_threads
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from runtime.bundle import Bundle, DelegateCoverage, TextInfo
+    from runtime.bundle import Bundle, DelegateCoverage, TensorInfo, TextInfo
     from runtime.harness import Verdict
     from runtime.latency import AnswerLatency
     from runtime.parity import Bound, KeptParity, TextParity
@@ -405,12 +405,16 @@ def _interface_table(bundle: Bundle) -> Table:
     return Table(
         columns=("graph", "", "name", "dtype", "shape"),
         rows=tuple(
-            (graph.name, kind, info.name, info.dtype, " x ".join(map(str, info.shape)))
+            (graph.name, kind, info.name, info.dtype, _dimensions(info))
             for graph in bundle.manifest.graphs
             for kind, tensors in (("in", graph.inputs), ("out", graph.outputs))
             for info in tensors
         ),
     )
+
+
+def _dimensions(info: TensorInfo) -> str:
+    return " x ".join(f"≤{size}" if axis in info.dynamic else str(size) for axis, size in enumerate(info.shape))
 
 
 def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
@@ -431,6 +435,7 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
         ("pruner", pruner if prune.pruned else f"none; {prune.image_tokens} image tokens pass through"),
         ("prompt", f"{len(manifest.prompt.prefix_ids)} tokens before the image"),
         *([("text", _text_words(manifest.text))] if manifest.text is not None else []),
+        *([("ready for", manifest.ready_for)] if manifest.ready_for is not None else []),
         ("checked on", f"{verdict.device}, {plural(default_threads(), 'thread')} by default"),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("bundle schema", str(manifest.schema_version)),

@@ -52,7 +52,7 @@ class Session:
         if len(outputs) != len(self.graph.outputs):
             raise EngineError(f"{self.graph.name} gave {len(outputs)} outputs, not {len(self.graph.outputs)}")
         for info, array in zip(self.graph.outputs, outputs, strict=True):
-            if array.shape != info.shape or array.dtype != info.numpy_dtype:
+            if not info.fits(str(array.dtype), array.shape):
                 raise EngineError(f"{self.graph.name} gave {info.name} as {array.dtype}{list(array.shape)}, not {info}")
         return {info.name: array for info, array in zip(self.graph.outputs, outputs, strict=True)}
 
@@ -63,7 +63,7 @@ class Session:
             raise EngineError(f"{self.graph.name} takes the inputs {sorted(expected)}, got {sorted(inputs)}")
         for info in self.graph.inputs:
             array = inputs[info.name]
-            if array.shape != info.shape or array.dtype != info.numpy_dtype:
+            if not info.fits(str(array.dtype), array.shape):
                 raise EngineError(f"{self.graph.name} takes {info}, got {array.dtype}{list(array.shape)}")
         return [np.ascontiguousarray(inputs[info.name]) for info in self.graph.inputs]
 

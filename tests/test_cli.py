@@ -39,7 +39,7 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["exprot"], "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify"),
+        (["exprot"], "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask"),
         (
             ["export", "--modle", "x"],
             "unknown argument '--modle', did you mean '--model'?; see pruneport export --help",
@@ -91,7 +91,6 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ),
         ({"quant_text": "4da4w"}, "unknown xnnpack quant_text '4da4w'"),
         ({"quant_text": "8da8w", "only": "vision"}, "quant_text=8da8w has nothing to quantise"),
-        ({"quant_text": "8da8w", "prune_at": "projector"}, "quant_text=8da8w has nothing to quantise"),
         ({"text_tokens": "191"}, "text_tokens=191 must lie in 192..1437 (pocket knows 2048 positions"),
         ({"text_tokens": "1438"}, "text_tokens=1438 must lie in 192..1437"),
         ({"text_tokens": "many"}, "text_tokens='many' is not a whole number"),

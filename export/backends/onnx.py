@@ -35,7 +35,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
     lowered = {}
     with _Weights(out_dir / WEIGHTS_FILE) as weights:
         for name, graph in graphs.items():
-            with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+            with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
                 warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
                 made = torch.onnx.export(
                     trace(graph),
@@ -54,7 +54,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
             lowered[name] = (f"{name}.onnx", (WEIGHTS_FILE,) if shared else ())
             del made
     return {
-        name: LoweredGraph(file=file, extra_files=extra, coverage=(_coverage(out_dir / file),))
+        name: LoweredGraph(file=file, extra_files=extra, coverage=(coverage_of(out_dir / file),))
         for name, (file, extra) in lowered.items()
     }
 
@@ -106,7 +106,7 @@ class _Weights:
         return moved
 
 
-def _coverage(file: Path) -> DelegateCoverage:
+def coverage_of(file: Path) -> DelegateCoverage:
     """Who runs the nodes of the file in ONNX Runtime's plain session, after its own graph optimisations."""
     import onnxruntime
 
@@ -120,7 +120,7 @@ def _coverage(file: Path) -> DelegateCoverage:
     return DelegateCoverage(delegate="CPUExecutionProvider", partitions=1, nodes=nodes)
 
 
-class _quiet:
+class quiet:
     """Silences loggers for a while; errors still pass."""
 
     def __init__(self, *names: str) -> None:

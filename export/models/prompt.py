@@ -164,7 +164,7 @@ def render_chat(folder: Path, *, system: str | None, bos_token: str, eos_token: 
     """The chat template of `folder`, rendered for one image and `{question}`, up to where the answer starts."""
     import jinja2
 
-    template = _template_text(folder)
+    template = template_text(folder)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
@@ -179,7 +179,7 @@ def render_chat(folder: Path, *, system: str | None, bos_token: str, eos_token: 
         raise CheckpointError(f"the chat template in {folder} cannot be rendered: {error}") from error
 
 
-def _template_text(folder: Path) -> str:
+def template_text(folder: Path) -> str:
     """Newest spelling first: a .jinja file, then a JSON file, then a key of tokenizer or processor config."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():

@@ -131,6 +131,7 @@ def _pick_method(graph: GraphInfo, methods: tuple[Method, ...], file: Path) -> M
 
 
 def _check_interface(declared: tuple[TensorInfo, ...], found: list[Any], kind: str, file: Path) -> None:
+    # Of a dynamic axis the program says the bound.
     have = [(_DTYPE_BY_SCALAR_TYPE.get(meta.dtype(), f"type {meta.dtype()}"), tuple(meta.sizes())) for meta in found]
     if have != [(info.dtype, info.shape) for info in declared]:
         shown = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in have)

@@ -13,7 +13,7 @@ from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
 
 _CPU = "CPUExecutionProvider"
-_DTYPE_BY_ONNX_TYPE = {
+DTYPE_BY_ONNX_TYPE = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(int64)": "int64",
@@ -88,8 +88,8 @@ class LoadedSession:
 
 
 def _check_interface(declared: tuple[TensorInfo, ...], found: list[Any], kind: str, file: Path) -> None:
-    have = {node.name: (_DTYPE_BY_ONNX_TYPE.get(node.type, node.type), tuple(node.shape)) for node in found}
-    if have != {info.name: (info.dtype, info.shape) for info in declared}:
+    have = {node.name: (DTYPE_BY_ONNX_TYPE.get(node.type, node.type), tuple(node.shape)) for node in found}
+    if have.keys() != {info.name for info in declared} or not all(info.fits(*have[info.name]) for info in declared):
         shown = ", ".join(f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in have.items())
         wanted = ", ".join(map(str, declared))
         raise EngineError(f"{file} has the {kind} {shown}; its manifest says {wanted}; export again")

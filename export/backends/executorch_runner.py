@@ -1,0 +1,138 @@
+"""One program for ExecuTorch's own multimodal runner: vision, embedding and decoder as the methods that it calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.backends.executorch import FILE, _coverage, _rejections
+from export.backends.tracing import trace
+from runtime.errors import CheckpointError, ExportError
+from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.checkpoints import Checkpoint
+    from export.graphs.graph import Graph
+    from export.graphs.vision import VisionEncoder
+    from export.models.llava import ModelEntry
+    from runtime.bundle import DelegateCoverage, GraphInfo
+
+
+def write_for_runner(
+    checkpoint: Checkpoint,
+    entry: ModelEntry,
+    vision: VisionEncoder,
+    folder: Path,
+    *,
+    quant_text: str | None,
+    text_tokens: int,
+) -> tuple[GraphInfo, ...]:
+    """Writes one program with the methods `vision_encoder`, `token_embedding` and `text_decoder`, everything that
+    XNNPACK takes lowered to it, and the constants that the runner asks for.
+
+    The KV cache holds the prompt's prefix, the kept image tokens and `text_tokens` more; a single input of the runner
+    may be as long as the longest of the three. Text that is not quantised has the precision of `vision`.
+
+    Raises ExportError for a vision graph that is not pruned at the projector, or for more positions than the checkpoint
+    knows; CheckpointError for a tokenizer with more tokens than there are logits.
+    """
+    import torch
+
+    from export.graphs.ready_made import build_ready_made_graphs
+    from export.models.llava import prompt_info
+    from runtime.bundle import GraphInfo
+
+    if vision.placement != "projector":
+        raise ExportError(
+            f"a ready-made runner takes image embeddings, which a vision graph pruned in the {vision.placement} does "
+            "not give; use --prune-at projector"
+        )
+    _check_tokenizer(checkpoint)
+    prompt = prompt_info(checkpoint, entry)
+    decoder = build_ready_made_graphs(
+        checkpoint,
+        tokens=max(len(prompt.prefix_ids), vision.keep, text_tokens),
+        context=len(prompt.prefix_ids) + vision.keep + text_tokens,
+        precision="fp16" if vision.dtype == torch.float16 and quant_text is None else "fp32",
+        quant=quant_text,
+    )
+    graphs: dict[str, Graph] = {
+        VISION_ENCODER: vision,
+        TOKEN_EMBEDDING: decoder.token_embedding,
+        TEXT_DECODER: decoder.text_decoder,
+    }
+    constants: dict[str, Any] = {
+        "get_max_seq_len": decoder.text_decoder.tokens,
+        "get_max_context_len": decoder.text_decoder.context,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+    if "eos" in prompt.special_ids:  # else the runner takes what its tokenizer says
+        constants["get_eos_ids"] = [prompt.special_ids["eos"]]
+    coverage = _lower(graphs, constants, folder)
+    return tuple(
+        GraphInfo(
+            name=name,
+            file=FILE,
+            engine="executorch",
+            inputs=graph.input_infos(),
+            outputs=graph.output_infos(),
+            coverage=(coverage[name],),
+        )
+        for name, graph in graphs.items()
+    )
+
+
+def _lower(graphs: Mapping[str, Graph], constants: Mapping[str, Any], folder: Path) -> dict[str, DelegateCoverage]:
+    with warnings.catch_warnings(), _rejections() as reasons:
+        warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.utils.configs import get_transform_passes
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+        edge = to_edge_transform_and_lower(
+            {name: _trace(graph) for name, graph in graphs.items()},
+            partitioner={name: [XnnpackPartitioner()] for name in graphs},
+            transform_passes=get_transform_passes(),
+            constant_methods=dict(constants),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+        coverage = {name: _coverage(edge.exported_program(name), reasons) for name in graphs}
+        program = edge.to_executorch()
+        with open(folder / FILE, "wb") as out:
+            program.write_to_file(out)
+    return coverage
+
+
+def _trace(graph: Graph) -> torch.export.ExportedProgram:
+    """The graph with the axes open that its inputs call dynamic, all of one length; static where there are none."""
+    import torch
+
+    infos = graph.input_infos()
+    lengths = {info.shape[axis] for info in infos for axis in info.dynamic}
+    if not lengths:
+        return trace(graph)
+    (longest,) = lengths
+    tokens = torch.export.Dim("tokens", min=1, max=longest)
+    shapes = tuple(dict.fromkeys(info.dynamic, tokens) for info in infos)
+    with torch.no_grad():
+        return torch.export.export(graph, graph.example_inputs(), dynamic_shapes=shapes, strict=False)
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """The runner picks the best of as many logits as its tokenizer has tokens, and reads past the end for more."""
+    path = None if checkpoint.folder is None else checkpoint.folder / "tokenizer.json"
+    if path is None or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    tokens, logits = Tokenizer.from_file(str(path)).get_vocab_size(), checkpoint.geometry.text.vocab
+    if tokens > logits:
+        raise CheckpointError(
+            f"{path} has {tokens} tokens, but the model {logits} logits; the tokenizer belongs to another model"
+        )

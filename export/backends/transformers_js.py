@@ -1,0 +1,247 @@
+"""The folder that transformers.js runs as it is: ONNX graphs, and the checkpoint's configs set to the kept tokens.
+
+What transformers.js 4.3.1 needs beyond a checkpoint's own files:
+
+config.json
+    `text_config`: its model type and number of layers, by which the decoder's caches are counted; published files leave
+    the number out. `image_token_index`: image features replace the embeddings of this id. `image_seq_length`: the
+    image's length as Python's LlavaConfig defines it; transformers.js does not read it. `transformers.js_config`:
+    `dtype`, the precision that the graphs' file names end in, which browsers take for 8-bit otherwise, and
+    `use_external_data_format`, the graphs whose weights lie in a file of their own: browsers fetch only what is named.
+generation_config.json
+    `eos_token_id`, at which an answer ends; made from the tokenizer where the checkpoint has no such file.
+preprocessor_config.json
+    `processor_class` and `image_processor_type` choose the classes; newer checkpoints keep these settings elsewhere.
+processor_config.json
+    The processor writes (pixels / `patch_size`)^2 + `num_additional_image_tokens` times `image_token`. With
+    `keep - N` for the second that makes `keep`. It never takes one off, as Python's processor does unless
+    `vision_feature_select_strategy` is "full": the published values give 577 tokens for 576 features.
+tokenizer_config.json
+    `chat_template`, which this processor reads from no other file.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import copyfile
+from typing import TYPE_CHECKING, Any
+
+from export.backends.onnx import OPSET, coverage_of, quiet
+from export.backends.tracing import trace
+from export.models.llava import image_info, prompt_info
+from export.models.preprocessor import read_object, read_preprocessor
+from export.models.prompt import template_text
+from runtime.errors import CheckpointError, ExportError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from export.checkpoints import Checkpoint
+    from export.graphs.vision import VisionEncoder
+    from export.models.llava import ModelEntry
+    from runtime.bundle import GraphInfo
+
+VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
+# The runtime's own names: the folder of graphs (the rest lies beside it), and what a precision adds to a file's name.
+GRAPHS_FOLDER = "onnx"
+SUFFIXES = {"fp32": "", "fp16": "_fp16"}
+# Protobuf ends at 2 GiB, and a browser would hold inlined weights twice, before and after parsing.
+_INLINE_LIMIT_BYTES = 256 * 2**20
+
+
+def write_transformers_js(
+    checkpoint: Checkpoint,
+    entry: ModelEntry,
+    vision: VisionEncoder,
+    folder: Path,
+    *,
+    quant_text: str | None = None,
+    text_tokens: int | None = None,
+) -> tuple[GraphInfo, ...]:
+    """Writes graphs, configs and tokenizer into `folder`, which exists; returns the graphs, files relative to it.
+
+    The graphs, all in the precision of `vision` (`onnx/<name>.onnx`, in fp16 `onnx/<name>_fp16.onnx`; large weights
+    beside them in `<file>_data`): `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what
+    else `vision` gives; `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see
+    `MergedDecoder`. One image and one conversation at a time.
+
+    Raises:
+        ExportError: a vision graph that prunes in the decoder; random weights, which come without a tokenizer; a graph
+            that cannot be made.
+        CheckpointError: tokenizer, template or preprocessor files that are missing or cannot be used.
+    """
+    from export.graphs.vision import PRECISIONS
+
+    if vision.placement != "projector":
+        raise ExportError(
+            f"transformers.js takes image features, which a vision graph pruned at {vision.placement!r} does not give; "
+            "use --prune-at projector"
+        )
+    del text_tokens  # the cache grows as far as positions are known
+    if quant_text is not None:
+        raise ExportError(f"quant_text={quant_text!r} is not offered for transformers.js; leave --quant-text out")
+    configs = _configs(checkpoint, entry, vision.keep)
+    (precision,) = (name for name, dtype in PRECISIONS.items() if dtype == vision.dtype)
+    graphs = folder / GRAPHS_FOLDER
+    graphs.mkdir()
+    files = {name: graphs / f"{name}{SUFFIXES[precision]}.onnx" for name in (VISION, EMBEDDING, DECODER)}
+    configs["config.json"]["transformers.js_config"] = {
+        "dtype": precision,
+        "use_external_data_format": {
+            VISION: _save(trace(vision), (), None, files[VISION], vision.input_names, vision.output_names),
+            EMBEDDING: _write_embedding(checkpoint, files[EMBEDDING], precision),
+            DECODER: _write_decoder(checkpoint, files[DECODER], precision),
+        },
+    }
+    for name, content in configs.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    copyfile(_tokenizer_folder(checkpoint) / "tokenizer.json", folder / "tokenizer.json")
+    longest = checkpoint.geometry.text.max_positions
+    return tuple(_info(name, file, folder, longest=longest) for name, file in files.items())
+
+
+def _info(name: str, file: Path, folder: Path, *, longest: int) -> GraphInfo:
+    """What the written graph says of itself; an open dimension is at most as long as the positions that are known."""
+    import onnxruntime
+
+    from runtime.bundle import GraphInfo, TensorInfo
+    from runtime.engines.onnxruntime import DTYPE_BY_ONNX_TYPE
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def infos(tensors: list[Any]) -> tuple[TensorInfo, ...]:
+        return tuple(
+            TensorInfo(
+                name=tensor.name,
+                shape=tuple(side if isinstance(side, int) else longest for side in tensor.shape),
+                dtype=DTYPE_BY_ONNX_TYPE[tensor.type],
+                dynamic=tuple(axis for axis, side in enumerate(tensor.shape) if not isinstance(side, int)),
+            )
+            for tensor in tensors
+        )
+
+    data = file.with_name(f"{file.name}_data")
+    return GraphInfo(
+        name=name,
+        file=file.relative_to(folder).as_posix(),
+        extra_files=(data.relative_to(folder).as_posix(),) if data.exists() else (),
+        engine="onnxruntime",
+        inputs=infos(session.get_inputs()),
+        outputs=infos(session.get_outputs()),
+        coverage=(coverage_of(file),),
+    )
+
+
+def _tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    folder = checkpoint.folder
+    if folder is None:
+        raise ExportError(
+            "random weights have no tokenizer, and transformers.js runs nothing without one; give a checkpoint folder "
+            "with --weights DIR"
+        )
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(missing)}, which transformers.js needs; save them with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return folder
+
+
+def _configs(checkpoint: Checkpoint, entry: ModelEntry, keep: int) -> dict[str, dict[str, Any]]:
+    """The JSON files by name, with what the module's docstring lists set but `transformers.js_config`."""
+    from tokenizers import Tokenizer
+
+    folder, geometry, config = _tokenizer_folder(checkpoint), checkpoint.geometry, checkpoint.config
+    image_info(checkpoint, entry)
+    special_ids = prompt_info(checkpoint, entry).special_ids
+    ends = {f"{role}_token_id": special_ids[role] for role in ("bos", "eos", "pad") if role in special_ids}
+    return {
+        "config.json": {
+            **config,
+            "image_token_index": geometry.image_token_id,
+            "image_seq_length": keep,
+            "text_config": {
+                **(config.get("text_config") or {}),
+                "model_type": "llama",
+                "num_hidden_layers": geometry.text.layers,
+            },
+        },
+        "generation_config.json": read_object(folder / "generation_config.json") or ends,
+        "preprocessor_config.json": {
+            **read_preprocessor(folder, geometry.vision.image_size),
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+        },
+        "processor_config.json": {
+            **(read_object(folder / "processor_config.json") or {}),
+            "image_token": Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(geometry.image_token_id),
+            "num_additional_image_tokens": keep - geometry.image_tokens,
+            "patch_size": geometry.vision.patch_size,
+            "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "full",
+        },
+        "tokenizer_config.json": {
+            **(read_object(folder / "tokenizer_config.json") or {}),
+            "chat_template": template_text(folder),
+        },
+    }
+
+
+def _write_embedding(checkpoint: Checkpoint, file: Path, precision: str) -> bool:
+    from export.graphs.decoder import build_token_embedding
+
+    embedding = build_token_embedding(checkpoint, tokens=2, precision=precision)
+    free = ({1: "sequence_length"},)
+    return _save(embedding, embedding.example_inputs(), free, file, ("input_ids",), embedding.output_names)
+
+
+def _write_decoder(checkpoint: Checkpoint, file: Path, precision: str) -> bool:
+    from export.graphs.merged_decoder import build_merged_decoder
+
+    decoder = build_merged_decoder(checkpoint, precision=precision)
+    inputs = decoder.example_inputs()
+    tokens, past, total = {1: "sequence_length"}, {2: "past_sequence_length"}, {1: "total_sequence_length"}
+    free = (tokens, total, tokens, (past,) * (len(inputs) - 3))
+    return _save(decoder, inputs, free, file, decoder.input_names, decoder.output_names)
+
+
+def _save(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    free: tuple[Any, ...] | None,
+    file: Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> bool:
+    """Converts and writes one graph; True when its weights got a file of their own.
+
+    `free` names the dimensions that are no fixed number, for each argument of the model's forward.
+    """
+    import onnx_ir
+    import torch
+
+    with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
+        made = torch.onnx.export(
+            model,
+            inputs,
+            dynamo=True,
+            dynamic_shapes=free,
+            opset_version=OPSET,
+            input_names=list(input_names),
+            output_names=list(output_names),
+            optimize=False,  # as in export.backends.onnx
+            verbose=False,
+        )
+        if made is None:
+            raise ExportError(f"the ONNX exporter returned nothing for {file.stem}; run again with -v to see why")
+        weights = [value.const_value for value in made.model.graph.initializers.values()]
+        large: bool = sum(weight.nbytes for weight in weights if weight is not None) > _INLINE_LIMIT_BYTES
+        onnx_ir.save(made.model, file, external_data=f"{file.name}_data" if large else None)
+    return large
