@@ -226,8 +226,8 @@ class _Making:
                 file=lowered[name].file,
                 extra_files=lowered[name].extra_files,
                 engine=plan.backend.engine,
-                inputs=graph.input_infos(),
-                outputs=graph.output_infos(),
+                inputs=lowered[name].inputs or graph.input_infos(),
+                outputs=lowered[name].outputs or graph.output_infos(),
                 coverage=lowered[name].coverage,
             )
             for name, graph in graphs.items()

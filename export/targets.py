@@ -14,22 +14,28 @@ if TYPE_CHECKING:
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
     from export.models.llava import ModelEntry
-    from runtime.bundle import DelegateCoverage, GraphInfo
+    from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 
 Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
 class LoweredGraph:
-    """One graph as a backend wrote it: file names relative to the output folder, and who executes its nodes."""
+    """One graph as a backend wrote it: file names relative to the output folder, and who executes its nodes.
+
+    `inputs` and `outputs` are what the file has, where that is not what the graph says.
+    """
 
     file: str
     extra_files: tuple[str, ...]
     coverage: tuple[DelegateCoverage, ...]
+    inputs: tuple[TensorInfo, ...] | None = None
+    outputs: tuple[TensorInfo, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (self.file, *self.extra_files):
-            if not name or Path(name).name != name:
+            inside = name.removeprefix(f"{self.file}/")  # of a package, which is a folder
+            if not name or ".." in Path(name).parts or (Path(name).name != name and inside == name):
                 raise ValueError(f"a lowered graph's file must be a bare name in the output folder, got {name!r}")
 
 
@@ -67,7 +73,7 @@ class Backend:
     """
 
     name: str
-    engine: Literal["executorch", "onnxruntime"]
+    engine: Literal["coreml", "executorch", "onnxruntime"]
     precisions: tuple[Precision, ...]
     quant_vision: tuple[str, ...]
     quant_text: tuple[str, ...]

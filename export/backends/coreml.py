@@ -1,0 +1,151 @@
+"""Graphs for Core ML: a package each, the text decoder's two as functions of one package that share its weights."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.backends.tracing import trace
+from export.targets import LoweredGraph
+from runtime.bundle import DelegateCoverage, TensorInfo
+from runtime.engines.coreml import MAIN, read_package
+from runtime.errors import ExportError
+from runtime.generation import TEXT_DECODER, TEXT_PREFILL
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.graphs.graph import Graph
+
+# Graphs with the same weights go into one package, as functions named like them.
+TOGETHER = (TEXT_PREFILL, TEXT_DECODER)
+TOGETHER_FILE = f"{TEXT_DECODER}.mlpackage"
+# What Core ML has for what a graph declares: it knows no int64.
+_DTYPES = {"int64": "int32"}
+
+
+def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    """Writes `<name>.mlpackage` for each graph, for iOS 18; `text_prefill` and `text_decoder` share a package.
+
+    Graphs are converted in the precision they come in, the pruner's float32 among them. Raises ExportError when a shape
+    is symbolic.
+    """
+    with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
+        together = {name for name in TOGETHER if name in graphs} if set(TOGETHER) <= graphs.keys() else set()
+        packages = {}
+        for name, graph in graphs.items():
+            package = (Path(parts) if name in together else out_dir) / f"{name}.mlpackage"
+            _convert(ct, graph).save(str(package))
+            packages[name] = package
+        if together:
+            functions = ct.utils.MultiFunctionDescriptor()
+            for name in sorted(together):
+                functions.add_function(str(packages[name]), src_function_name=MAIN, target_function_name=name)
+                packages[name] = out_dir / TOGETHER_FILE
+            functions.default_function_name = TEXT_DECODER
+            ct.utils.save_multifunction(functions, str(out_dir / TOGETHER_FILE))
+    return {name: _lowered(name, graph, packages[name]) for name, graph in graphs.items()}
+
+
+def _lowered(name: str, graph: Graph, package: Path) -> LoweredGraph:
+    """What the saved package says about a graph."""
+    # For those who debug ExecuTorch programs; no part of the model.
+    (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    function = read_package(package).function(name)
+    return LoweredGraph(
+        file=package.name,
+        extra_files=tuple(
+            path.relative_to(package.parent).as_posix() for path in sorted(package.rglob("*")) if path.is_file()
+        ),
+        # One program, which Core ML splits among the device's units when it loads it; nobody can tell here.
+        coverage=(DelegateCoverage(delegate="CoreML", partitions=1, nodes=sum(function.operators.values())),),
+        inputs=_in_order(graph.input_names, function.inputs),
+        outputs=_in_order(graph.output_names, function.outputs),
+    )
+
+
+def _in_order(names: tuple[str, ...], infos: tuple[TensorInfo, ...]) -> tuple[TensorInfo, ...]:
+    by_name = {info.name: info for info in infos}
+    if by_name.keys() != set(names):
+        raise ExportError(f"the converter named {sorted(by_name)} what should be {sorted(names)}; please report this")
+    return tuple(by_name[name] for name in names)
+
+
+def _convert(ct: Any, graph: Graph) -> Any:
+    import numpy as np
+
+    return ct.convert(
+        _prepared(graph),
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.transform.FP16ComputePrecision(op_selector=_is_half_division),
+        outputs=[
+            ct.TensorType(name=info.name, dtype=np.dtype(_DTYPES.get(info.dtype, info.dtype)).type)
+            for info in graph.output_infos()
+        ],
+        skip_model_load=True,
+    )
+
+
+def _prepared(graph: Graph) -> torch.export.ExportedProgram:
+    """The exported program as the converter can take it."""
+    import torch
+
+    program = trace(graph).run_decompositions({})
+    nodes = program.graph
+    for node in list(nodes.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.aten.alias.default:  # does nothing, and the converter does not know it
+            node.replace_all_uses_with(node.args[0])
+            nodes.erase_node(node)
+        elif node.target is torch.ops.aten.div.Tensor and node.meta["val"].dtype == torch.float16:
+            # The converter divides in float32 and stays there: without a way back all that follows would be float32.
+            with nodes.inserting_after(node):
+                half = nodes.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
+            half.meta = dict(node.meta)
+            node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
+    # The converter names inputs after the placeholders, which for `*past` are numbered.
+    names = iter(graph.input_names)
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == torch.export.graph_signature.InputKind.USER_INPUT:
+            (node,) = (node for node in nodes.nodes if node.op == "placeholder" and node.name == spec.arg.name)
+            node.name = node.target = spec.arg.name = next(names)
+    program.graph_module.recompile()
+    return program
+
+
+def _is_half_division(op: Any) -> bool:
+    """Whether a division is float32 only because the converter made it so, between casts from and to float16."""
+    from coremltools.converters.mil.mil import types
+
+    if op.op_type != "real_div":
+        return False
+    cast = [var.op is not None and var.op.op_type == "cast" and var.op.x.dtype == types.fp16 for var in (op.x, op.y)]
+    constant = [var.val is not None for var in (op.x, op.y)]
+    after = op.outputs[0].child_ops
+    return (
+        any(cast)
+        and all(a or b for a, b in zip(cast, constant, strict=True))
+        and bool(after)
+        and all(user.op_type == "cast" and user.dtype.val == "fp16" for user in after)
+    )
+
+
+@contextmanager
+def _converter() -> Iterator[Any]:
+    """coremltools, which warns about versions of its neighbours and sets up logging for the whole process."""
+    level = logging.root.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import coremltools
+
+            yield coremltools
+        finally:
+            logging.root.setLevel(level)
