@@ -33,7 +33,7 @@ GOLDEN_FILE = "golden.safetensors"
 # Files of the checkpoint that a phone needs as they are.
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
 # Packages whose version can change what a bundle computes.
-TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "numpy")
+TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "coremltools", "numpy")
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class _Making:
             raise ExportError(
                 f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
             )
-        if plan.quant_vision:
+        if plan.quant_vision and not plan.backend.compresses:
             quantize(encoder, plan.quant_vision)
         return encoder
 

@@ -69,7 +69,9 @@ class Backend:
 
     So is the first scheme for the text graphs; the vision graph is quantised on request. A quantised graph computes the
     rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
-    `ready_quant_text` the schemes it can have there. `packages` are the modules without which nothing can be exported.
+    `ready_quant_text` the schemes it can have there; empty where there is none. `packages` are the modules without which
+    nothing can be exported. Where a backend `compresses`, its schemes are for the weights alone and applied by itself:
+    a graph then computes in the precision all the same.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Backend:
     ready_for: str
     ready_quant_text: tuple[str, ...]
     load_ready_made: Callable[[], WriteReadyMade]
+    compresses: bool = False
 
     def __post_init__(self) -> None:
         if not self.precisions:
@@ -91,15 +94,14 @@ class Backend:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of phone; the first backend is the default. `not_yet` says what is missing where nothing can be made."""
+    """A kind of phone; the first backend is the default."""
 
     name: str
     backends: tuple[Backend, ...]
-    not_yet: str | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.backends) == bool(self.not_yet):
-            raise ValueError(f"target {self.name!r} must either have backends or say why it has none")
+        if not self.backends:
+            raise ValueError(f"target {self.name!r} must have at least one backend")
 
 
 def _executorch() -> Lower:
@@ -112,6 +114,16 @@ def _onnx() -> Lower:
     from export.backends.onnx import lower
 
     return lower
+
+
+def _coreml() -> Lower:
+    from export.backends.coreml import lower
+
+    return lower
+
+
+def _no_ready_made() -> WriteReadyMade:
+    raise AssertionError("no runtime of other people takes these graphs")
 
 
 def _runner() -> WriteReadyMade:
@@ -153,8 +165,23 @@ ONNX = Backend(
     ready_quant_text=(),
     load_ready_made=_transformers_js,
 )
+COREML = Backend(
+    name="coreml",
+    engine="coreml",
+    # The Neural Engine computes in fp16 alone.
+    precisions=("fp16", "fp32"),
+    quant_vision=(),
+    quant_text=(),
+    pruner_form="default",
+    packages=("torch", "transformers", "coremltools"),
+    load=_coreml,
+    ready_for="",
+    ready_quant_text=(),
+    load_ready_made=_no_ready_made,
+    compresses=True,
+)
 
 TARGETS: dict[str, Target] = {
     "android": Target(name="android", backends=(XNNPACK, ONNX)),
-    "ios": Target(name="ios", backends=(), not_yet="Core ML packages are not made yet"),
+    "ios": Target(name="ios", backends=(COREML,)),
 }

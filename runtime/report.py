@@ -128,6 +128,8 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
     if verdict.latency:
         rows.append(("measured on", verdict.device))
+    if not verdict.executed:
+        rows.append(("latency", "no time was measured: evaluated, not executed; to measure, take a Mac or an iPhone"))
     return rows
 
 
@@ -156,7 +158,10 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "delegates": _delegate_table(bundle),
         "outside": _outside_table(bundle),
         "placements": [
-            (placed.graph, _counts(placed.delegates), _counts(placed.outside), placed.source)
+            f"{placed.graph} as run here, from {placed.source}: delegate calls {_counts(placed.delegates)}; "
+            f"plain runtime {_counts(placed.outside)}"
+            if placed.executed
+            else f"{placed.graph}: {placed.source}: {_counts(placed.outside)}"
             for placed in verdict.placements
         ],
         "files": _file_table(bundle),
