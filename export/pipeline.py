@@ -217,6 +217,10 @@ class _Making:
         with self.progress.stage(_label("build the graphs", bundle)):
             graphs = self._build(bundle)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            if plan.backend.compresses:
+                for name, graph in graphs.items():
+                    if name != TOKEN_EMBEDDING:  # a table to look rows up in
+                        graph.compression = plan.quant_vision if name == VISION_ENCODER else plan.quant_text
             lowered = plan.backend.load()(graphs, folder)
             for name in graphs:
                 self._check_taken(name, lowered[name].coverage, stage)
@@ -282,7 +286,8 @@ class _Making:
                 f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
                 "give fewer --text-tokens"
             )
-        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=plan.quant_text)
+        quant = None if plan.backend.compresses else plan.quant_text
+        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=quant)
         return {VISION_ENCODER: encoder, **text}
 
     def _vision(self, bundle: BundlePlan) -> VisionEncoder:

@@ -170,8 +170,8 @@ COREML = Backend(
     engine="coreml",
     # The Neural Engine computes in fp16 alone.
     precisions=("fp16", "fp32"),
-    quant_vision=(),
-    quant_text=(),
+    quant_vision=("int8", "int4", "pal4"),
+    quant_text=("int4", "int8", "pal4"),
     pruner_form="default",
     packages=("torch", "transformers", "coremltools"),
     load=_coreml,

@@ -123,6 +123,10 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         text = (
             f"{plural(sum(c.nodes for c in parts), 'node')} in {plural(sum(c.partitions for c in parts), 'partition')}"
         )
+        if not verdict.executed:
+            text = f"{plural(sum(c.nodes for c in parts), 'operator')}; which unit runs each is decided on the device"
+            rows.append(("program", f"{delegate}, {text}"))
+            continue
         graphs = f" of {len(parts)} graphs" if len(parts) > 1 else ""
         rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))

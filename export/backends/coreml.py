@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +28,26 @@ TOGETHER = (TEXT_PREFILL, TEXT_DECODER)
 TOGETHER_FILE = f"{TEXT_DECODER}.mlpackage"
 # What Core ML has for what a graph declares: it knows no int64.
 _DTYPES = {"int64": "int32"}
+# The norms take means by linear layers of one or few rows, whose constants must stay what they are; they are at most 8192
+# wide, and no other layer is that small in a model that is worth compressing.
+_LEAST_COMPRESSED = 8193
+_BLOCK = 32
+_PALETTE_ROWS = 16
 
 
 def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
     """Writes `<name>.mlpackage` for each graph, for iOS 18; `text_prefill` and `text_decoder` share a package.
 
-    Graphs are converted in the precision they come in, the pruner's float32 among them. Raises ExportError when a shape
-    is symbolic.
+    Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of their linear
+    layers are compressed as each says, which are none of the pruner's constants. Raises ExportError when a shape is
+    symbolic or a weight cannot be compressed.
     """
     with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
         together = {name for name in TOGETHER if name in graphs} if set(TOGETHER) <= graphs.keys() else set()
         packages = {}
         for name, graph in graphs.items():
             package = (Path(parts) if name in together else out_dir) / f"{name}.mlpackage"
-            _convert(ct, graph).save(str(package))
+            _compressed(_convert(ct, graph), name, graph.compression).save(str(package))
             packages[name] = package
         if together:
             functions = ct.utils.MultiFunctionDescriptor()
@@ -55,6 +61,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 
 def _lowered(name: str, graph: Graph, package: Path) -> LoweredGraph:
     """What the saved package says about a graph."""
+    (package / "Data/com.apple.CoreML/model.mlmodel").chmod(0o644)  # like the files beside it
     # For those who debug ExecuTorch programs; no part of the model.
     (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     function = read_package(package).function(name)
@@ -90,6 +97,41 @@ def _convert(ct: Any, graph: Graph) -> Any:
         ],
         skip_model_load=True,
     )
+
+
+def _compressed(model: Any, name: str, scheme: str | None) -> Any:
+    """The converted model with every linear layer's weights as `scheme` says; None leaves them alone."""
+    import coremltools.optimize.coreml as compression
+
+    if scheme is None:
+        return model
+    if scheme == "pal4":
+        palette = compression.OpPalettizerConfig(
+            nbits=4, granularity="per_grouped_channel", group_size=_PALETTE_ROWS, weight_threshold=_LEAST_COMPRESSED
+        )
+        config = compression.OptimizationConfig(op_type_configs={"linear": palette})
+        model = compression.palettize_weights(model, config)
+    else:
+        blocks = {"granularity": "per_block", "block_size": _BLOCK} if scheme == "int4" else {}
+        linear = compression.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype=scheme, weight_threshold=_LEAST_COMPRESSED, **blocks
+        )
+        config = compression.OptimizationConfig(op_type_configs={"linear": linear})
+        model = compression.linear_quantize_weights(model, config)
+    # The library leaves out, with a warning, what it cannot divide into blocks.
+    code = model.get_spec().mlProgram.functions[MAIN]
+    made = {op.outputs[0].name: op for op in code.block_specializations[code.opset].operations}
+    for op in made.values():
+        if op.type != "linear":
+            continue
+        weight = made[op.inputs["weight"].arguments[0].name]
+        rows, width = (side.constant.size for side in weight.outputs[0].type.tensorType.dimensions)
+        if weight.type == "const" and rows * width >= _LEAST_COMPRESSED:
+            raise ExportError(
+                f"{scheme} cannot compress the {rows} x {width} weights of {name} ({op.outputs[0].name}); choose another "
+                "scheme"
+            )
+    return model
 
 
 def _prepared(graph: Graph) -> torch.export.ExportedProgram:
@@ -141,8 +183,10 @@ def _is_half_division(op: Any) -> bool:
 def _converter() -> Iterator[Any]:
     """coremltools, which warns about versions of its neighbours and sets up logging for the whole process."""
     level = logging.root.level
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as quiet:
         warnings.simplefilter("ignore")
+        if logging.root.manager.disable >= logging.WARNING:  # then nobody wants its progress bars either
+            quiet.enter_context(redirect_stderr(io.StringIO()))
         try:
             import coremltools
 
