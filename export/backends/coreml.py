@@ -1,4 +1,4 @@
-"""Graphs for Core ML: a package each, the text decoder's two as functions of one package that share its weights."""
+"""Graphs for Core ML: a package each, those over the decoder's layers as functions of one that share its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from export.targets import LoweredGraph
 from runtime.bundle import DelegateCoverage, TensorInfo
 from runtime.engines.coreml import MAIN, read_package
 from runtime.errors import ExportError
-from runtime.generation import TEXT_DECODER, TEXT_PREFILL
+from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from export.graphs.graph import Graph
 
 # Graphs with the same weights go into one package, as functions named like them.
-TOGETHER = (TEXT_PREFILL, TEXT_DECODER)
+TOGETHER = (IMAGE_PREFILL, TEXT_PREFILL, TEXT_DECODER)
 TOGETHER_FILE = f"{TEXT_DECODER}.mlpackage"
 # What Core ML has for what a graph declares: it knows no int64.
 _DTYPES = {"int64": "int32"}
@@ -36,14 +36,14 @@ _PALETTE_ROWS = 16
 
 
 def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
-    """Writes `<name>.mlpackage` for each graph, for iOS 18; `text_prefill` and `text_decoder` share a package.
+    """Writes `<name>.mlpackage` for each graph, for iOS 18; those of TOGETHER are functions of `text_decoder.mlpackage`.
 
     Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of their linear
     layers are compressed as each says, which are none of the pruner's constants. Raises ExportError when a shape is
     symbolic or a weight cannot be compressed.
     """
     with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
-        together = {name for name in TOGETHER if name in graphs} if set(TOGETHER) <= graphs.keys() else set()
+        together = TOGETHER if set(TOGETHER) <= graphs.keys() else ()
         packages = {}
         for name, graph in graphs.items():
             package = (Path(parts) if name in together else out_dir) / f"{name}.mlpackage"
@@ -51,7 +51,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
             packages[name] = package
         if together:
             functions = ct.utils.MultiFunctionDescriptor()
-            for name in sorted(together):
+            for name in together:
                 functions.add_function(str(packages[name]), src_function_name=MAIN, target_function_name=name)
                 packages[name] = out_dir / TOGETHER_FILE
             functions.default_function_name = TEXT_DECODER

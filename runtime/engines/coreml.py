@@ -276,7 +276,9 @@ class LoadedPackage:
         try:
             result = np.asarray(step.compute(**arguments))
         except (TypeError, ValueError, IndexError, KeyError) as err:
-            raise EngineError(f"{self._file}: the operator {step.kind} ({step.name}) cannot be evaluated: {err}") from err
+            raise EngineError(
+                f"{self._file}: the operator {step.kind} ({step.name}) cannot be evaluated: {err}"
+            ) from err
         if result.shape != step.shape:
             raise EngineError(
                 f"{self._file}: the operator {step.kind} ({step.name}) gives {list(result.shape)}, the package says "
@@ -463,6 +465,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "constexpr_lut_to_dense": _looked_up,
     "expand_dims": lambda x, axes: np.expand_dims(x, tuple(int(axis) for axis in axes)),
     "gather": _gather,
+    "identity": lambda x: x,
     "reshape": _reshape,
     "select": lambda cond, a, b: np.where(cond, a, b),
     "slice_by_index": _slice_by_index,
