@@ -69,9 +69,9 @@ class Backend:
 
     So is the first scheme for the text graphs; the vision graph is quantised on request. A quantised graph computes the
     rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
-    `ready_quant_text` the schemes it can have there; empty where there is none. `packages` are the modules without which
-    nothing can be exported. Where a backend `compresses`, its schemes are for the weights alone and applied by itself:
-    a graph then computes in the precision all the same.
+    `ready_quant_text` the schemes it can have there; empty where there is none. `packages` are the modules without
+    which nothing can be exported. A backend that `compresses` has schemes for the weights alone and applies them
+    itself: its graphs compute in the precision all the same.
     """
 
     name: str

@@ -28,7 +28,7 @@ from pruning import TokenPruner, reference
 from runtime.bundle import GraphInfo, TensorInfo, read_bundle
 from runtime.engines import coreml as engine
 from runtime.engines.coreml import OPERATORS, read_package
-from runtime.errors import BundleError, EngineError, EngineMissingError
+from runtime.errors import BundleError, EngineError, EngineMissingError, ExportError
 from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
 from runtime.harness import verify
 from runtime.session import open_session
@@ -152,7 +152,7 @@ def test_a_width_that_blocks_do_not_divide(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(backend, "_BLOCK", 32)  # the model is 48 wide
     graphs = text_graphs(tmp_path / "tiny", "fp16")
     graphs[IMAGE_PREFILL].compression = "int4"
-    with pytest.raises(backend.ExportError, match=r"int4 cannot compress the \d+ x 48 weights of image_prefill"):
+    with pytest.raises(ExportError, match=r"int4 cannot compress the \d+ x 48 weights of image_prefill"):
         backend.lower({IMAGE_PREFILL: graphs[IMAGE_PREFILL]}, tmp_path)
 
 
