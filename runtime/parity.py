@@ -82,10 +82,10 @@ BOUNDS: dict[str, Bound] = {
             most_rel=None,
             least_cosine=0.9,
             least_overlap=0.1,
-            reason="4-bit weights, a scale for 32 of them: pocket, whose weights are Gaussian, was measured at a cosine "
-            "of 0.974 in its vision graph, 0.22 relative, and 0.984 for its logits. With noise of 0.22 on the features "
-            "of 48 golden cases, 19 of 20 selections overlapped the clean one by 0.14 or more, the median by 0.40: a "
-            "vision graph in 4 bits chooses other tokens.",
+            reason="4-bit weights, a scale for 32 of them: pocket, whose weights are Gaussian, was measured at a "
+            "cosine of 0.974 in its vision graph, 0.22 relative, and 0.984 for its logits. With noise of 0.22 on the "
+            "features of 48 golden cases, 19 of 20 selections overlapped the clean one by 0.14 or more, the median by "
+            "0.40: a vision graph in 4 bits chooses other tokens.",
         ),
         Bound(
             precision="pal4",

@@ -439,7 +439,8 @@ def _shifted_and_scaled(data: np.ndarray, scale: np.ndarray, offset: np.ndarray 
     whole = data.astype(np.float32)
     if offset is not None:
         whole = whole - _blown_up(offset.astype(np.float32), data.shape)
-    return whole * _blown_up(scale.astype(np.float32), data.shape)
+    scaled: np.ndarray = whole * _blown_up(scale.astype(np.float32), data.shape)
+    return scaled
 
 
 def _blown_up(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
