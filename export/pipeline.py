@@ -297,6 +297,7 @@ class _Making:
             placement=plan.placement,
             layer=plan.layer,
             precision=plan.vision_precision,
+            quant_layers=plan.quant_text if plan.placement == "decoder" else None,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length

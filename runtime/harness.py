@@ -372,7 +372,7 @@ class _Check:
             photo = answers.see(pixels)
             tokens = answers.answer(photo, question, max_new_tokens=len(expected), past_end=True)
             got = np.asarray([token.id for token in tokens])
-        bounds = [bound_for(self.bundle.manifest.target, graph.name) for graph in self.bundle.manifest.graphs]
+        bounds = [bound_for(self.bundle.manifest, graph.name) for graph in self.bundle.manifest.graphs]
         exact = all(bound.least_overlap >= 1 for bound in bounds)
         self.answer = compare_answer(expected, got, margin=golden["answer.margin"], exact=exact)
         detail = f"{self.answer.same} of {len(expected)} greedy tokens as on the desktop"

@@ -8,9 +8,10 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from runtime.bundle import GraphInfo, Manifest, TargetInfo
+from runtime.bundle import GraphInfo, Manifest
 from runtime.errors import BundleError
 from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.ready_made import EMBED_TOKENS
 
 # Below this norm a tensor counts as zero, so that relative errors stay finite numbers that JSON can hold.
 _TINY = 1e-12
@@ -73,15 +74,22 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
-def bound_for(target: TargetInfo, graph: str) -> Bound:
+def bound_for(manifest: Manifest, graph: str) -> Bound:
     """The bound of the coarsest arithmetic in a graph; BundleError for a scheme that has none."""
-    scheme = target.quant_text
-    if graph in (VISION_ENCODER, TOKEN_EMBEDDING):
-        scheme = target.quant_vision if graph == VISION_ENCODER else None
-    precision = (scheme or target.precision).partition("-")[0]  # 8da4w-g32 is 8da4w in smaller groups
-    if precision not in BOUNDS:
-        raise BundleError(f"no parity bound is stated for {precision!r}; there are bounds for {', '.join(BOUNDS)}")
-    return BOUNDS[precision]
+    target = manifest.target
+    schemes = [target.quant_text]
+    if graph in (TOKEN_EMBEDDING, EMBED_TOKENS):
+        schemes = []
+    elif graph == VISION_ENCODER:
+        # Decoder layers before the cut are in this graph, quantised as the text graphs that share them.
+        schemes = [target.quant_vision, target.quant_text if manifest.prune.placement == "decoder" else None]
+    known = list(BOUNDS)  # from fine to coarse
+    # 8da4w-g32 is 8da4w in smaller groups.
+    precisions = [(scheme or target.precision).partition("-")[0] for scheme in schemes or [None]]
+    for precision in precisions:
+        if precision not in BOUNDS:
+            raise BundleError(f"no parity bound is stated for {precision!r}; there are bounds for {', '.join(BOUNDS)}")
+    return BOUNDS[max(precisions, key=known.index)]
 
 
 class TensorParity(_Record, frozen=True):
@@ -275,7 +283,7 @@ def graph_parity(
     compared, and the median token is judged, because one changed choice rightly changes what its neighbours absorbed
     in the recovery step. Raises BundleError when the golden lacks an output.
     """
-    bound = bound_for(manifest.target, graph.name)
+    bound = bound_for(manifest, graph.name)
     expected = {info.name: _golden_output(golden, graph, info.name, info.shape) for info in graph.outputs}
     prefix = len(manifest.prompt.prefix_ids) if manifest.prune.placement == "decoder" else 0
     ids_name = next((name for name in ("positions", "kept_indices") if name in got), None)

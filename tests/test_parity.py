@@ -29,6 +29,11 @@ def _off_by(expected: np.ndarray, rel: float, seed: int = 1) -> np.ndarray:
     return np.asarray(expected + noise * (rel * np.linalg.norm(expected) / np.linalg.norm(noise)))
 
 
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return fill(tmp_path_factory.mktemp("b"), "b", Sample(), noise_photo())
+
+
 # Metrics
 
 
@@ -147,27 +152,40 @@ def test_every_bound_gives_its_reason_and_judges_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "vision", "text", "graph", "expected"),
+    ("precision", "vision", "text", "graph", "placement", "expected"),
     [
-        ("fp32", None, None, "vision_encoder", "fp32"),
-        ("fp16", None, None, "text_decoder", "fp16"),
-        ("fp32", "8da8w", None, "vision_encoder", "8da8w"),
-        ("fp16", "8da8w", None, "text_prefill", "fp16"),
-        ("fp16", None, "8da4w-g32", "image_prefill", "8da4w"),
-        ("fp16", None, "8da4w", "vision_encoder", "fp16"),
-        ("fp16", None, "8da4w", "token_embedding", "fp16"),
+        ("fp32", None, None, "vision_encoder", "decoder", "fp32"),
+        ("fp16", None, None, "text_decoder", "decoder", "fp16"),
+        ("fp32", "8da8w", None, "vision_encoder", "decoder", "8da8w"),
+        ("fp16", "8da8w", None, "text_prefill", "decoder", "fp16"),
+        ("fp16", None, "8da4w-g32", "image_prefill", "decoder", "8da4w"),
+        ("fp16", None, "8da4w", "token_embedding", "decoder", "fp16"),
+        ("fp16", None, "8da4w", "embed_tokens", "projector", "fp16"),
+        # The decoder layers before the cut are in the vision graph, quantised as the text graphs.
+        ("fp16", None, "8da4w", "vision_encoder", "decoder", "8da4w"),
+        ("fp32", "8da8w", "8da4w-g64", "vision_encoder", "decoder", "8da4w"),
+        ("fp32", "8da8w", "8da4w", "vision_encoder", "projector", "8da8w"),
+        ("fp16", None, "8da4w", "vision_encoder", "projector", "fp16"),
     ],
 )
 def test_the_coarsest_arithmetic_decides(
-    precision: Literal["fp32", "fp16"], vision: str | None, text: str | None, graph: str, expected: str
+    manifest: Manifest,
+    precision: Literal["fp32", "fp16"],
+    vision: str | None,
+    text: str | None,
+    graph: str,
+    placement: Literal["decoder", "projector"],
+    expected: str,
 ) -> None:
     target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision, quant_text=text)
-    assert bound_for(target, graph).precision == expected
+    prune = msgspec.structs.replace(manifest.prune, placement=placement)
+    assert bound_for(msgspec.structs.replace(manifest, target=target, prune=prune), graph).precision == expected
 
 
-def test_a_scheme_without_a_bound_is_refused() -> None:
+def test_a_scheme_without_a_bound_is_refused(manifest: Manifest) -> None:
+    target = TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w")
     with pytest.raises(BundleError, match="no parity bound is stated for '2da2w'"):
-        bound_for(TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w"), "vision_encoder")
+        bound_for(msgspec.structs.replace(manifest, target=target), "vision_encoder")
 
 
 # Kept tokens
@@ -229,11 +247,6 @@ def test_overlap_equals_the_sets(got: set[int], order: list[int]) -> None:
 
 
 # Whole graphs
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return fill(tmp_path_factory.mktemp("b"), "b", Sample(), noise_photo())
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from export.graphs.graph import Graph
 from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
 from export.graphs.weights import fill
 from export.models.llava import LlavaGeometry, ModelEntry, prompt_info
+from export.quantize import quantize
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class VisionEncoder(Graph):
     side) and on its raw output. The prompt in front of the image is always the same, and causal attention never looks
     ahead, so its hidden states, keys and values are constants of the graph. Outputs:
     `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
-    (1, Hkv, P + N, d) for each layer i, in the graph's precision.
+    (1, Hkv, P + N, d) for each layer i, in the precision that the layers compute in.
 
     Projector placement: tower, projector, pruner. Outputs: `image_features` (1, keep, D) float32 and
     `kept_indices` (1, keep) int64. No decoder layer has run, so its keys do not exist yet; in their place stand the
@@ -121,7 +122,7 @@ class VisionEncoder(Graph):
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
         cache = (1, text.kv_heads, seen, text.head_dim)
-        dtype = "float16" if self.dtype == torch.float16 else "float32"
+        dtype = "float16" if self.cos.dtype == torch.float16 else "float32"
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
             TensorInfo(name="positions", shape=(1, kept), dtype="int64"),
@@ -133,10 +134,16 @@ class VisionEncoder(Graph):
             *filled,
         )
 
-    def half_precision(self) -> VisionEncoder:
-        """Makes everything but the pruner, its inputs and the constant prefix states float16, in place."""
-        for part in (self.tower, self.projector, self.decoder_layers):
-            part.half()
+    def half_precision(self, *, layers: bool = True) -> VisionEncoder:
+        """Makes everything but the pruner, its inputs and the constant prefix states float16, in place.
+
+        Without `layers` the decoder layers and what they compute with stay as they are.
+        """
+        self.tower.half()
+        self.projector.half()
+        if not layers:
+            return self
+        self.decoder_layers.half()
         for name, buffer in list(self.named_buffers(recurse=False)):
             if buffer.is_floating_point() and name not in ("prefix_hidden", "prefix_positions", "first_position"):
                 setattr(self, name, buffer.half())
@@ -155,6 +162,7 @@ class VisionEncoder(Graph):
             tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
             return tokens, indices.long(), filled
         caches: list[Tensor] = []
+        hidden = hidden.to(self.cos.dtype)
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
@@ -181,6 +189,7 @@ def build_vision_encoder(
     placement: str,
     layer: int = 2,
     precision: str = "fp32",
+    quant_layers: str | None = None,
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
@@ -188,8 +197,9 @@ def build_vision_encoder(
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
-    layer that sees fewer tokens (ignored at the projector). Weights are read, cast and placed one at a time, so that
-    fp16 never holds the whole in float32.
+    layer that sees fewer tokens (ignored at the projector). With `quant_layers` (see export.quantize) the decoder
+    layers are quantised, exactly as the text graphs that share them, and compute in float32 around that. Weights are
+    read, cast and placed one at a time, so that fp16 never holds the whole in float32.
 
     Raises ExportError for a placement, layer, precision or grid that does not fit, CheckpointError for bad weights.
     """
@@ -206,9 +216,9 @@ def build_vision_encoder(
         fill(encoder.projector, checkpoint, "multi_modal_projector", dtype)
         encoder.projector.to(dtype)
         if encoder.placement == "decoder":
-            _fill_decoder(encoder, checkpoint, prefix_ids, dtype)
+            _fill_decoder(encoder, checkpoint, prefix_ids, dtype, quant_layers)
         if dtype == torch.float16:
-            encoder.half_precision()
+            encoder.half_precision(layers=quant_layers is None)
     return encoder.eval().requires_grad_(False)
 
 
@@ -238,7 +248,7 @@ def _fill_tower(tower: ClipTower, checkpoint: Checkpoint, dtype: torch.dtype) ->
 
 
 def _fill_decoder(
-    encoder: VisionEncoder, checkpoint: Checkpoint, prefix_ids: Sequence[int], dtype: torch.dtype
+    encoder: VisionEncoder, checkpoint: Checkpoint, prefix_ids: Sequence[int], dtype: torch.dtype, quant: str | None
 ) -> None:
     """Fills the decoder layers and runs the prefix through each while it is there in float32."""
     length = len(prefix_ids)
@@ -251,5 +261,8 @@ def _fill_decoder(
         hidden = out.hidden
         encoder.register_buffer(f"prefix_key_{index}", out.key.contiguous(), persistent=False)
         encoder.register_buffer(f"prefix_value_{index}", out.value.contiguous(), persistent=False)
-        layer.to(dtype)
+        if quant is None:
+            layer.to(dtype)
+        else:
+            quantize(layer, quant)
     encoder.register_buffer("prefix_hidden", hidden, persistent=False)
