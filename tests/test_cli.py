@@ -46,7 +46,7 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["export", "--kep=3"], "unknown argument '--kep', did you mean '--keep'?; see pruneport export --help"),
         (["export", "--model"], "argument --model: expected one argument; see pruneport export --help"),
-        (["export"], "the following arguments are required: --model, --keep, --target; see pruneport export --help"),
+        (["export"], "the following arguments are required: --model, --keep; see pruneport export --help"),
         (["verify"], "the following arguments are required: BUNDLE; see pruneport verify --help"),
         (["verify", "a", "b"], "unrecognized arguments: b; see pruneport --help"),
         (["verify", "a", "-v", "-q"], "-v and -q contradict each other; give one of them"),
