@@ -117,8 +117,9 @@ def _spelt(tokenizer_file: Path) -> list[str]:
 def _write_checkpoint(entry: ModelEntry, folder: Path) -> Path:
     """Writes the checkpoint into `folder` and gives the path of a tokenizer.
 
-    Answers of pocket go on here: the output row of the token that ends one is zero. tiny gets the first of pocket's tokens, control characters, punctuation and digits: exactly as many as
-    it has logits, because the runner takes the best of as many as its tokenizer has tokens.
+    Answers of pocket go on here: the output row of the token that ends one is zero. tiny gets the first of pocket's
+    tokens, control characters, punctuation and digits: exactly as many as it has logits, because the runner takes the
+    best of as many as its tokenizer has tokens.
     """
     pocket = pocket_folder(folder.parent / "cache")
     if entry is TINY:

@@ -32,18 +32,13 @@ from export.models.pocket import POCKET, pocket_cache, pocket_folder
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
+from tests.conftest import CHROMIUM, needs_chromium, needs_node
 from tests.tiny_llava import TINY, write_tiny
 
 KEEP = 64
 TOKENS = 16
 PROGRAMS = Path(__file__).parent / "transformers_js"
-CHROMIUM = Path("/usr/bin/chromium")
 ASKED = [("china", "what is in this picture?"), ("flower", "what is in this picture?"), ("flower", "how many people?")]
-
-needs_node = pytest.mark.skipif(
-    not shutil.which("node") or not shutil.which("npm"), reason="needs Node and npm: apt-get install nodejs npm"
-)
-needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium")
 
 
 # The decoder, as a module
