@@ -34,9 +34,11 @@ DECODER_LAYER = 2
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
 
 # Peak memory of an export: the libraries, plus the weights held about three times over while a graph is serialised and
-# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json).
+# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json). Quantised text weights take a
+# byte each while they wait, another while one graph is lowered, and what the graph packed (answers-*.json).
 BASE_RAM_BYTES = 1200 * 2**20
 RAM_PER_GRAPH_BYTE = 3.1
+RAM_PER_QUANTISED_WEIGHT = 2.6
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 
@@ -206,7 +208,15 @@ def plan(request: Request) -> Plan:
     for path in (bundle.path, *([twin.path] if twin else [])):
         if path.exists() or path.is_symlink():
             raise OutputError(f"{path} exists and is not overwritten; move it away or choose another output folder")
-    needs = _needs(entry, placement, precision, bundles=2 if twin else 1, folder=folder)
+    needs = _needs(
+        entry,
+        placement,
+        precision,
+        text=whole,
+        quant_text=quant_text,
+        bundles=2 if twin else 1,
+        folder=folder,
+    )
     if needs.disk_bytes > needs.disk_free_bytes:
         raise OutputError(
             f"{folder} has {_gib(needs.disk_free_bytes)} free, the export needs about {_gib(needs.disk_bytes)}; "
@@ -373,15 +383,29 @@ def _photo_path(image: str | None) -> Path:
     )
 
 
-def _needs(entry: ModelEntry, placement: Placement, precision: Precision, *, bundles: int, folder: Path) -> Needs:
+def _needs(
+    entry: ModelEntry,
+    placement: Placement,
+    precision: Precision,
+    *,
+    text: bool,
+    quant_text: str | None,
+    bundles: int,
+    folder: Path,
+) -> Needs:
     import psutil
 
-    weights = entry.geometry.vision_parameter_count(placement, DECODER_LAYER)
-    graph_bytes = weights * (2 if precision == "fp16" else 4)
+    size = 2 if precision == "fp16" else 4
+    graph_bytes = entry.geometry.vision_parameter_count(placement, DECODER_LAYER) * size
+    text_ram_bytes, text_bytes = 0.0, 0
+    if text:
+        weights = entry.geometry.text_parameter_count()
+        text_bytes = weights if quant_text else weights * size
+        text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(
-        ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes),
+        ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes),
         ram_available_bytes=psutil.virtual_memory().available,
-        disk_bytes=bundles * (graph_bytes + BUNDLE_EXTRA_BYTES),
+        disk_bytes=bundles * (graph_bytes + text_bytes + BUNDLE_EXTRA_BYTES),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
 
