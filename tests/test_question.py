@@ -84,7 +84,7 @@ def test_text_cut_inside_a_character_is_what_decoding_it_whole_gives(folder: Pat
         assert "".join(tokenizer.text(ids[:end])) == whole.decode(ids[:end])
     assert "".join(tokenizer.text(ids[:-1])).endswith("\N{REPLACEMENT CHARACTER}")
     # A byte that no character continues holds back nothing behind it.
-    assert list(tokenizer.text([ids[1], *ids]))[0].startswith("\N{REPLACEMENT CHARACTER}")
+    assert next(tokenizer.text([ids[1], *ids])).startswith("\N{REPLACEMENT CHARACTER}")
 
 
 def test_bundle_without_a_template_cannot_be_asked(folder: Path, tmp_path: Path, prompt: PromptInfo) -> None:
