@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -10,11 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from export.request import nearest
-from runtime.errors import PruneportError, RequestError
+from runtime.errors import OutputError, PruneportError, RequestError
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -148,7 +150,7 @@ def parse(argv: Sequence[str], *, optimum: bool = False) -> argparse.Namespace:
     chosen = verbs[argv[0]] if argv and argv[0] in verbs else parser
     # Before argparse looks: for a mistyped flag it would report the right one as missing.
     flags = re.findall(r"(?<![\w-])--[a-z-]+", chosen.format_help())
-    for word in argv:
+    for word in takewhile(lambda word: word != "--", argv):
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in flags:
             raise RequestError(f"unknown argument {flag!r}{nearest(flag, flags)}; see {chosen.prog} --help")
@@ -280,7 +282,14 @@ def _ask(args: argparse.Namespace) -> int:
     )
 
     def say(piece: str) -> None:
-        print(piece, end="", flush=True)
+        # A terminal may know fewer characters than the model.
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
+        except OSError as err:
+            # The interpreter would write what is left in the buffer once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise OutputError(f"the answer cannot be written to standard output: {err.strerror or err}") from err
 
     def tell(line: str) -> None:
         if not args.quiet:

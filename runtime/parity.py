@@ -236,7 +236,13 @@ def compare_answer(expected: np.ndarray, got: np.ndarray, *, margin: np.ndarray,
     """Token ids (n,) of two answers; `margin` (n,) says by how much the desktop's logit led at each.
 
     Judged only where `exact` is asked for: after the first different token the two read different texts.
+    Raises BundleError when the three have different lengths.
     """
+    if not expected.shape == got.shape == margin.shape:
+        raise BundleError(
+            f"the golden contradicts itself: an answer of the shape {list(expected.shape)} has margins of the shape "
+            f"{list(margin.shape)}, the engine gave {list(got.shape)}; export again"
+        )
     same = expected == got
     divergence = None
     if not same.all():
@@ -252,7 +258,16 @@ def compare_answer(expected: np.ndarray, got: np.ndarray, *, margin: np.ndarray,
 
 
 def text_parity(ids: np.ndarray, expected: np.ndarray, got: np.ndarray) -> TextParity:
-    """ids (T,), logits (1, T, V) of both sides behind each of them; the last one's prediction has no answer here."""
+    """ids (T,), logits (1, T, V) of both sides behind each of them; the last one's prediction has no answer here.
+
+    Raises BundleError when the ids are not those of the logits.
+    """
+    _, count, vocabulary = expected.shape
+    if ids.shape != (count,) or not ((ids >= 0) & (ids < vocabulary)).all():
+        raise BundleError(
+            f"the golden contradicts itself: its text is not {count} ids below {vocabulary}, as its logits are; "
+            "export again"
+        )
     want, have = expected[0, :-1].astype(np.float64), got[0, :-1].astype(np.float64)
 
     def perplexity(logits: np.ndarray) -> float | None:
@@ -321,7 +336,7 @@ def graph_parity(
         tensors=tuple(tensors),
         kept=kept,
         kept_indices=() if kept_indices is None else tuple(kept_indices.tolist()),
-        text=None if read is None else text_parity(read[0], expected["logits"], got["logits"]),
+        text=None if read is None else text_parity(read.reshape(-1), expected["logits"], got["logits"]),
     )
 
 
