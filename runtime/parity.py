@@ -69,6 +69,20 @@ BOUNDS: dict[str, Bound] = {
             "32 was measured at 0.988 for its logits, a relative error of 0.15; deeper ones and larger groups drift "
             "further. What it costs is in the perplexity and in the share of equal next tokens, which stand beside it.",
         ),
+        Bound(
+            precision="int4",
+            most_rel=None,
+            least_cosine=0.9,
+            least_overlap=0.47,
+            reason="TODO",
+        ),
+        Bound(
+            precision="int8",
+            most_rel=None,
+            least_cosine=0.99,
+            least_overlap=0.47,
+            reason="TODO",
+        ),
     )
 }
 
