@@ -301,7 +301,7 @@ def _quantisation(
             f"{what}={word}: not yet on backend {backend.name}; "
             f"leave --{flag} out, or take a backend that has it: {', '.join(others) or 'none yet'}"
         )
-    return _known(f"{backend.name} {what}", word, (*schemes, NONE))
+    return _known(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
 def _text_tokens(text: str, entry: ModelEntry) -> int:

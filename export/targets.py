@@ -61,7 +61,7 @@ class WriteReadyMade(Protocol):
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
-    So is the first scheme for the text graphs; the vision graph is quantised on request. A quantised graph computes the
+    So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A quantised graph computes the
     rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
     `ready_quant_text` the schemes it can have there. `packages` are the modules without which nothing can be exported.
     """
@@ -139,12 +139,13 @@ ONNX = Backend(
     engine="onnxruntime",
     precisions=("fp32", "fp16"),
     quant_vision=(),
-    quant_text=(),
+    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
     pruner_form="default",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
     ready_for=TRANSFORMERS_JS,
-    ready_quant_text=(),
+    # Its names for precisions have one for 4-bit weights, and none for 8-bit weights in groups.
+    ready_quant_text=("none", "int4", "int4-g64", "int4-g128"),
     load_ready_made=_transformers_js,
 )
 

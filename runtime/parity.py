@@ -70,6 +70,25 @@ BOUNDS: dict[str, Bound] = {
             "32 was measured at 0.988 for its logits, a relative error of 0.15; deeper ones and larger groups drift "
             "further. What it costs is in the perplexity and in the share of equal next tokens, which stand beside it.",
         ),
+        Bound(
+            precision="int4",
+            most_rel=None,
+            least_cosine=0.8,
+            least_overlap=0.47,
+            reason="4-bit weights, and activations that the engine may round to 8 bits: the logits of 4 layers were "
+            "measured at 0.990, a relative error of 0.14, in groups of 32. Those of 32 layers with Gaussian weights, "
+            "which have no favourite among the next tokens, came to 0.91, in groups of 128 to 0.86; integers in the "
+            "wrong order leave nothing. No graph that chooses tokens has these weights.",
+        ),
+        Bound(
+            precision="int8",
+            most_rel=None,
+            least_cosine=0.99,
+            least_overlap=0.47,
+            reason="The same with 8-bit weights in groups of 32: the logits of 4 layers were measured at 0.9999, a "
+            "relative error of 0.014, those of 32 layers with Gaussian weights at 0.9993. No graph that chooses tokens "
+            "has these weights.",
+        ),
     )
 }
 
