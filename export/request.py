@@ -34,8 +34,8 @@ DECODER_LAYER = 2
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
 
 # Peak memory of an export: the libraries, plus the weights held about three times over while a graph is serialised and
-# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json). Quantised text weights take a
-# byte each while they wait, another while one graph is lowered, and what the graph packed (answers-*.json).
+# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json). Quantised text weights take
+# a byte each while they wait, another while one graph is lowered, and what the graph packed (answers-*.json).
 BASE_RAM_BYTES = 1200 * 2**20
 RAM_PER_GRAPH_BYTE = 3.1
 RAM_PER_QUANTISED_WEIGHT = 2.6

@@ -61,9 +61,10 @@ class WriteReadyMade(Protocol):
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
-    So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A quantised graph computes the
-    rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
-    `ready_quant_text` the schemes it can have there. `packages` are the modules without which nothing can be exported.
+    So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A
+    quantised graph computes the rest in fp32, whatever the precision. `ready_for` is the runtime of other people that
+    `load_ready_made` writes for, `ready_quant_text` the schemes it can have there. `packages` are the modules without
+    which nothing can be exported.
     """
 
     name: str

@@ -18,7 +18,6 @@ from export.targets import LoweredGraph
 
 if TYPE_CHECKING:
     import torch
-    from executorch.exir.passes import MemoryPlanningPass
 
     from export.graphs.graph import Graph
     from runtime.bundle import DelegateCoverage
@@ -32,10 +31,8 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 
     Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic.
     """
-    from executorch.exir.passes import MemoryPlanningPass
-
     # Inputs are read where the caller has them: copying them in would copy the whole KV cache for every token.
-    coverage = write_program(graphs, out_dir, trace=trace, planning=MemoryPlanningPass(alloc_graph_input=False))
+    coverage = write_program(graphs, out_dir, trace=trace, copies_inputs=False)
     return {name: LoweredGraph(file=FILE, extra_files=(), coverage=(taken,)) for name, taken in coverage.items()}
 
 
@@ -44,7 +41,7 @@ def write_program(
     out_dir: Path,
     *,
     trace: Callable[[Graph], torch.export.ExportedProgram],
-    planning: MemoryPlanningPass,
+    copies_inputs: bool,
     constants: Mapping[str, Any] | None = None,
 ) -> dict[str, DelegateCoverage]:
     """Traces, lowers and writes FILE, with a method that returns it for each of `constants`.
@@ -57,6 +54,7 @@ def write_program(
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
         from executorch.exir.program import EdgeProgramManager
 
         config = EdgeCompileConfig(_check_ir_validity=False)
@@ -75,6 +73,7 @@ def write_program(
             del edge
             gc.collect()
         edge = EdgeProgramManager(methods, dict(constants or {}), config)
+        planning = MemoryPlanningPass(alloc_graph_input=copies_inputs)
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
         with open(out_dir / FILE, "wb") as out:
             program.write_to_file(out)

@@ -39,7 +39,6 @@ def write_for_runner(
     knows; CheckpointError for a tokenizer with more tokens than there are logits.
     """
     import torch
-    from executorch.exir.passes import MemoryPlanningPass
 
     from export.graphs.ready_made import build_ready_made_graphs
     from export.models.llava import prompt_info
@@ -73,7 +72,7 @@ def write_for_runner(
     }
     if "eos" in prompt.special_ids:  # else the runner takes what its tokenizer says
         constants["get_eos_ids"] = [prompt.special_ids["eos"]]
-    coverage = write_program(graphs, folder, trace=_trace, planning=MemoryPlanningPass(), constants=constants)
+    coverage = write_program(graphs, folder, trace=_trace, copies_inputs=True, constants=constants)
     return tuple(
         GraphInfo(
             name=name,

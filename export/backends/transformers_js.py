@@ -66,9 +66,10 @@ def write_transformers_js(
     """Writes graphs, configs and tokenizer into `folder`, which exists; returns the graphs, files relative to it.
 
     The graphs, all in the precision of `vision` but for a decoder with 4-bit weights (`onnx/<name>.onnx`, in fp16
-    `onnx/<name>_fp16.onnx`, with `quant_text` `onnx/<name>_q4.onnx`; large weights beside them in `<file>_data`): `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what
-    else `vision` gives; `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see
-    `MergedDecoder`. One image and one conversation at a time.
+    `onnx/<name>_fp16.onnx`, with `quant_text` `onnx/<name>_q4.onnx`; large weights beside them in `<file>_data`):
+    `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what else `vision` gives;
+    `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see `MergedDecoder`. One image
+    and one conversation at a time.
 
     Raises:
         ExportError: a vision graph that prunes in the decoder; random weights, which come without a tokenizer; a graph

@@ -93,12 +93,10 @@ class MergedDecoder(nn.Module):
         return logits.float(), *present
 
 
-def build_merged_decoder(
-    checkpoint: Checkpoint, *, precision: str = "fp32", quant: str | None = None
-) -> MergedDecoder:
+def build_merged_decoder(checkpoint: Checkpoint, *, precision: str = "fp32", quant: str | None = None) -> MergedDecoder:
     """The decoder with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
-    With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and computes in fp32 around that.
+    With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and computes in fp32 around it.
     """
     graph = MergedDecoder(checkpoint.geometry)
     dtype = torch.float32 if quant is not None else PRECISIONS[precision]
