@@ -33,7 +33,7 @@ GOLDEN_FILE = "golden.safetensors"
 # Files of the checkpoint that a phone needs as they are.
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
 # Packages whose version can change what a bundle computes.
-TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "numpy")
+TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "coremltools", "numpy")
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,10 @@ class _Making:
         with self.progress.stage(_label("build the graphs", bundle)):
             graphs = self._build(bundle)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            if plan.backend.compresses:
+                for name, graph in graphs.items():
+                    if name != TOKEN_EMBEDDING:  # a table to look rows up in
+                        graph.compression = plan.quant_vision if name == VISION_ENCODER else plan.quant_text
             lowered = plan.backend.load()(graphs, folder)
             for name in graphs:
                 self._check_taken(name, lowered[name].coverage, stage)
@@ -226,8 +230,8 @@ class _Making:
                 file=lowered[name].file,
                 extra_files=lowered[name].extra_files,
                 engine=plan.backend.engine,
-                inputs=graph.input_infos(),
-                outputs=graph.output_infos(),
+                inputs=lowered[name].inputs or graph.input_infos(),
+                outputs=lowered[name].outputs or graph.output_infos(),
                 coverage=lowered[name].coverage,
             )
             for name, graph in graphs.items()
@@ -282,7 +286,8 @@ class _Making:
                 f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
                 "give fewer --text-tokens"
             )
-        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=plan.quant_text)
+        quant = None if plan.backend.compresses else plan.quant_text
+        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=quant)
         return {VISION_ENCODER: encoder, **text}
 
     def _vision(self, bundle: BundlePlan) -> VisionEncoder:
@@ -297,7 +302,7 @@ class _Making:
             placement=plan.placement,
             layer=plan.layer,
             precision=plan.vision_precision,
-            quant_layers=plan.quant_text if plan.placement == "decoder" else None,
+            quant_layers=plan.quant_text if plan.placement == "decoder" and not plan.backend.compresses else None,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
@@ -305,7 +310,7 @@ class _Making:
             raise ExportError(
                 f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
             )
-        if plan.quant_vision:
+        if plan.quant_vision and not plan.backend.compresses:
             quantize(encoder, plan.quant_vision)
         return encoder
 

@@ -123,7 +123,7 @@ class Plan:
     @property
     def vision_precision(self) -> Precision:
         """What the vision graph computes in; a quantised one dequantises to fp32."""
-        return "fp32" if self.quant_vision else self.precision
+        return "fp32" if self.quant_vision and not self.backend.compresses else self.precision
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -151,15 +151,17 @@ def plan(request: Request) -> Plan:
 
     entry = MODELS[_known("model", request.model, MODELS)]
     target = TARGETS[_known("target", request.target, TARGETS)]
-    if target.not_yet:
-        ready = ", ".join(name for name, other in TARGETS.items() if not other.not_yet)
-        raise NotYetError(f"target={target.name}: not yet ({target.not_yet}); targets that work today: {ready}")
     backends = {backend.name: backend for backend in target.backends}
     backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
+    if whole and placement == "projector" and not backend.ready_for:
+        raise NotYetError(
+            f"prune_at=projector: backend {backend.name} makes no text graphs for it yet; add --only vision, or leave "
+            "--prune-at out"
+        )
     schemes = backend.quant_text if placement == "decoder" else backend.ready_quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
@@ -169,7 +171,7 @@ def plan(request: Request) -> Plan:
         quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
-    all_quantised = bool(quant_vision) and (not whole or bool(quant_text))
+    all_quantised = not backend.compresses and bool(quant_vision) and (not whole or bool(quant_text))
     default_precision = "fp32" if all_quantised else entry.precision or backend.precisions[0]
     precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
     if all_quantised and precision != "fp32":

@@ -14,22 +14,28 @@ if TYPE_CHECKING:
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
     from export.models.llava import ModelEntry
-    from runtime.bundle import DelegateCoverage, GraphInfo
+    from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 
 Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
 class LoweredGraph:
-    """One graph as a backend wrote it: file names relative to the output folder, and who executes its nodes."""
+    """One graph as a backend wrote it: file names relative to the output folder, and who executes its nodes.
+
+    `inputs` and `outputs` are what the file has, where that is not what the graph says.
+    """
 
     file: str
     extra_files: tuple[str, ...]
     coverage: tuple[DelegateCoverage, ...]
+    inputs: tuple[TensorInfo, ...] | None = None
+    outputs: tuple[TensorInfo, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (self.file, *self.extra_files):
-            if not name or Path(name).name != name:
+            inside = name.removeprefix(f"{self.file}/")  # of a package, which is a folder
+            if not name or ".." in Path(name).parts or (Path(name).name != name and inside == name):
                 raise ValueError(f"a lowered graph's file must be a bare name in the output folder, got {name!r}")
 
 
@@ -63,12 +69,13 @@ class Backend:
 
     So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A
     quantised graph computes the rest in fp32, whatever the precision. `ready_for` is the runtime of other people that
-    `load_ready_made` writes for, `ready_quant_text` the schemes it can have there. `packages` are the modules without
-    which nothing can be exported.
+    `load_ready_made` writes for, `ready_quant_text` the schemes it can have there; empty where there is none.
+    `packages` are the modules without which nothing can be exported. Where a backend `compresses`, its schemes are for
+    the weights alone and applied by itself: a graph then computes in the precision all the same.
     """
 
     name: str
-    engine: Literal["executorch", "onnxruntime"]
+    engine: Literal["coreml", "executorch", "onnxruntime"]
     precisions: tuple[Precision, ...]
     quant_vision: tuple[str, ...]
     quant_text: tuple[str, ...]
@@ -78,6 +85,7 @@ class Backend:
     ready_for: str
     ready_quant_text: tuple[str, ...]
     load_ready_made: Callable[[], WriteReadyMade]
+    compresses: bool = False
 
     def __post_init__(self) -> None:
         if not self.precisions:
@@ -86,15 +94,14 @@ class Backend:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of phone; the first backend is the default. `not_yet` says what is missing where nothing can be made."""
+    """A kind of phone; the first backend is the default."""
 
     name: str
     backends: tuple[Backend, ...]
-    not_yet: str | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.backends) == bool(self.not_yet):
-            raise ValueError(f"target {self.name!r} must either have backends or say why it has none")
+        if not self.backends:
+            raise ValueError(f"target {self.name!r} must have at least one backend")
 
 
 def _executorch() -> Lower:
@@ -107,6 +114,16 @@ def _onnx() -> Lower:
     from export.backends.onnx import lower
 
     return lower
+
+
+def _coreml() -> Lower:
+    from export.backends.coreml import lower
+
+    return lower
+
+
+def _no_ready_made() -> WriteReadyMade:
+    raise AssertionError("no runtime of other people takes these graphs")
 
 
 def _runner() -> WriteReadyMade:
@@ -149,8 +166,23 @@ ONNX = Backend(
     ready_quant_text=("none", "int4", "int4-g64", "int4-g128"),
     load_ready_made=_transformers_js,
 )
+COREML = Backend(
+    name="coreml",
+    engine="coreml",
+    # The Neural Engine computes in fp16 alone.
+    precisions=("fp16", "fp32"),
+    quant_vision=("int8", "int4", "pal4"),
+    quant_text=("int4", "int8", "pal4"),
+    pruner_form="default",
+    packages=("torch", "transformers", "coremltools"),
+    load=_coreml,
+    ready_for="",
+    ready_quant_text=(),
+    load_ready_made=_no_ready_made,
+    compresses=True,
+)
 
 TARGETS: dict[str, Target] = {
     "android": Target(name="android", backends=(XNNPACK, ONNX)),
-    "ios": Target(name="ios", backends=(), not_yet="Core ML packages are not made yet"),
+    "ios": Target(name="ios", backends=(COREML,)),
 }

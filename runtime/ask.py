@@ -95,6 +95,11 @@ def ask(
         raise BundleError(
             f"{path} has no text graphs and cannot be asked; export it with --prune-at decoder and without --only"
         )
+    if any(graph.engine == "coreml" for graph in bundle.manifest.graphs):
+        raise RequestError(
+            f"{path} is made for Core ML, which answers on a Mac or an iPhone and not here; what can be done here is "
+            "`pruneport verify`"
+        )
     tokenizer = open_tokenizer(bundle)
     ids = [tokenizer.question_ids(question) for question in inquiry.questions]
     for tokens in ids:

@@ -118,19 +118,24 @@ class DelegateCoverage(_Record, frozen=True):
 
 
 class GraphInfo(_Record, frozen=True):
-    """One exported graph: its files, the engine it is for, its inputs and outputs in order, and who runs it."""
+    """One exported graph: its files, the engine it is for, its inputs and outputs in order, and who runs it.
+
+    For Core ML `file` is a package, which is a folder: `extra_files` are the files in it.
+    """
 
     name: Name
     file: str
-    engine: Literal["executorch", "onnxruntime"]
+    engine: Literal["coreml", "executorch", "onnxruntime"]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     extra_files: tuple[str, ...] = ()
     coverage: tuple[DelegateCoverage, ...] = ()
 
     def __post_init__(self) -> None:
-        for file in self.files:
+        for file in (self.file, *self.extra_files):
             _safe_relative(file)
+        if self.engine == "coreml" and not any(file.startswith(f"{self.file}/") for file in self.extra_files):
+            raise ValueError(f"graph {self.name!r} lists no file of its package {self.file}")
         for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
             names = [tensor.name for tensor in tensors]
             if not names:
@@ -140,7 +145,8 @@ class GraphInfo(_Record, frozen=True):
 
     @property
     def files(self) -> tuple[str, ...]:
-        return (self.file, *self.extra_files)
+        """Everything that must be there, as plain files."""
+        return self.extra_files if self.engine == "coreml" else (self.file, *self.extra_files)
 
 
 class WeightsInfo(_Record, frozen=True):

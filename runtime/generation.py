@@ -288,10 +288,11 @@ class Answers:
         width = self._graphs[TOKEN_EMBEDDING].graph.inputs[0].shape[1]
         # Padding takes the last position there is; what it computes is dropped.
         positions = np.minimum(self.first_text + done + np.arange(size), self.first_text + self.room - 1)
-        padded = np.zeros((1, width), np.int64)
+        padded = np.zeros((1, width), self._graphs[TOKEN_EMBEDDING].graph.inputs[0].numpy_dtype)
         padded[0, : len(ids)] = ids
         embeds = self._graphs[TOKEN_EMBEDDING].run({"ids": padded})["inputs_embeds"][:, :size]
-        out = graph.run({"inputs_embeds": embeds, "positions": positions[None].astype(np.int64), **self._past})
+        whole = next(info for info in graph.graph.inputs if info.name == "positions").numpy_dtype
+        out = graph.run({"inputs_embeds": embeds, "positions": positions[None].astype(whole), **self._past})
         for name, entries in self._image_entries.items():
             at = entries + done
             self._past[f"past_{name}"][:, :, at : at + len(ids)] = out[name][:, :, : len(ids)]

@@ -123,11 +123,17 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         text = (
             f"{plural(sum(c.nodes for c in parts), 'node')} in {plural(sum(c.partitions for c in parts), 'partition')}"
         )
+        if not verdict.executed:
+            text = f"{plural(sum(c.nodes for c in parts), 'operator')}; which unit runs each is decided on the device"
+            rows.append(("program", f"{delegate}, {text}"))
+            continue
         graphs = f" of {len(parts)} graphs" if len(parts) > 1 else ""
         rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
     if verdict.latency:
         rows.append(("measured on", verdict.device))
+    if not verdict.executed:
+        rows.append(("latency", "no time was measured: evaluated, not executed; to measure, take a Mac or an iPhone"))
     return rows
 
 
@@ -156,7 +162,10 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "delegates": _delegate_table(bundle),
         "outside": _outside_table(bundle),
         "placements": [
-            (placed.graph, _counts(placed.delegates), _counts(placed.outside), placed.source)
+            f"{placed.graph} as run here, from {placed.source}: delegate calls {_counts(placed.delegates)}; "
+            f"plain runtime {_counts(placed.outside)}"
+            if placed.executed
+            else f"{placed.graph}: {placed.source}: {_counts(placed.outside)}"
             for placed in verdict.placements
         ],
         "files": _file_table(bundle),

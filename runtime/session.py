@@ -94,7 +94,8 @@ def open_session(bundle: Bundle, graph_name: str, *, threads: int | None = None)
     wanted = default_threads() if threads is None else threads
     if wanted < 1:
         raise EngineError(f"threads={wanted} must be at least 1")
-    files = [bundle.file(name) for name in graph.files]
+    files = {name: bundle.file(name) for name in graph.files}
+    extra = tuple(files[name] for name in graph.extra_files)
     start = time.perf_counter()
-    loaded = ENGINES[graph.engine](graph, files[0], tuple(files[1:]), wanted)
+    loaded = ENGINES[graph.engine](graph, bundle.path / graph.file, extra, wanted)
     return Session(graph, loaded, (time.perf_counter() - start) * 1e3)

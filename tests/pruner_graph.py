@@ -8,12 +8,12 @@ from typing import Literal
 from torch import Tensor
 
 from export.graphs.graph import Graph
-from export.targets import ONNX, XNNPACK
+from export.targets import COREML, ONNX, XNNPACK
 from pruning import TokenPruner
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 from runtime.engines import ENGINES, LoadedGraph
 
-Engine = Literal["executorch", "onnxruntime"]
+Engine = Literal["coreml", "executorch", "onnxruntime"]
 
 
 class PrunerGraph(Graph):
@@ -43,7 +43,7 @@ def _info(name: str, *shape: int) -> TensorInfo:
 
 def lowered(graph: PrunerGraph, engine: Engine, folder: Path) -> tuple[DelegateCoverage, LoadedGraph]:
     """Lowered into `folder` and opened from there in its engine."""
-    backend = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine]
+    backend = {"coreml": COREML, "executorch": XNNPACK, "onnxruntime": ONNX}[engine]
     written = backend.load()({"pruner": graph.eval()}, folder)["pruner"]
     info = GraphInfo(
         name="pruner",

@@ -125,8 +125,8 @@ def test_names_and_numbers_that_mean_nothing(changes: dict[str, str | bool], mes
     ("changes", "message"),
     [
         (
-            {"target": "ios"},
-            "target=ios: not yet (Core ML packages are not made yet); targets that work today: android",
+            {"target": "ios", "prune_at": "projector"},
+            "prune_at=projector: backend coreml makes no text graphs for it yet; add --only vision",
         ),
         ({"backend": "onnx", "quant_vision": "8da8w"}, "quant_vision=8da8w: not yet on backend onnx"),
     ],

@@ -21,7 +21,8 @@ MAY_IMPORT = {
 }
 # Where a room's own library may be used: pruning is written in torch, runtime must do without.
 TORCH_FAMILY = {"torch", "torchao", "torchvision", "transformers", "onnxscript", "coremltools", "optimum"}
-ENGINE_THAT_TAKES_TORCH_TENSORS = Path("runtime/engines/executorch.py")
+# What an engine cannot do without, imported when it is used.
+NEEDED_BY_ENGINES = {Path("runtime/engines/executorch.py"): "torch", Path("runtime/engines/coreml.py"): "coremltools"}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
@@ -77,8 +78,9 @@ def test_nothing_imports_the_launcher_tests_or_benchmarks(root: Path) -> None:
 def test_runtime_knows_no_torch(root: Path) -> None:
     for file in files_of(root, "runtime"):
         found = [(name, early) for name, early in imports(file.read_text(encoding="utf-8")) if name in TORCH_FAMILY]
-        if file.relative_to(root) == ENGINE_THAT_TAKES_TORCH_TENSORS:
-            assert found == [("torch", False)] * len(found), f"{file} must import only torch, and inside a function"
+        needed = NEEDED_BY_ENGINES.get(file.relative_to(root))
+        if needed is not None:
+            assert found == [(needed, False)] * len(found), f"{file} must import only {needed}, and inside a function"
         else:
             assert not found, f"{file.relative_to(root)} imports {found}"
 

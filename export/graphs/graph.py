@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 class Graph(nn.Module):
-    """A module with one fixed signature; backends name and shape the exported graph after it."""
+    """A module with one fixed signature; backends name and shape the exported graph after it.
+
+    `compression` is for backends that compress weights themselves: the scheme, None for none.
+    """
+
+    compression: str | None = None
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.bundle import GraphInfo
-from runtime.engines import executorch, onnxruntime
+from runtime.engines import coreml, executorch, onnxruntime
 from runtime.engines.loaded import LoadedGraph, Placement
 
 # (the graph, its file, the files beside it, threads) -> the graph inside the engine; raises EngineError.
 LoadGraph = Callable[[GraphInfo, Path, tuple[Path, ...], int], LoadedGraph]
 
 ENGINES: dict[str, LoadGraph] = {
+    "coreml": coreml.load,
     "executorch": executorch.load,
     "onnxruntime": onnxruntime.load,
 }

@@ -1,0 +1,195 @@
+"""Graphs for Core ML: a package each, those over the decoder's layers as functions of one that share its weights."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.backends.tracing import trace
+from export.targets import LoweredGraph
+from runtime.bundle import DelegateCoverage, TensorInfo
+from runtime.engines.coreml import MAIN, read_package
+from runtime.errors import ExportError
+from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.graphs.graph import Graph
+
+# Graphs with the same weights go into one package, as functions named like them.
+TOGETHER = (IMAGE_PREFILL, TEXT_PREFILL, TEXT_DECODER)
+TOGETHER_FILE = f"{TEXT_DECODER}.mlpackage"
+# What Core ML has for what a graph declares: it knows no int64.
+_DTYPES = {"int64": "int32"}
+# The norms take means by linear layers of one or few rows, whose constants must stay what they are; they are at most 8192
+# wide, and no other layer is that small in a model that is worth compressing.
+_LEAST_COMPRESSED = 8193
+_BLOCK = 32
+_PALETTE_ROWS = 16
+
+
+def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    """Writes `<name>.mlpackage` for each graph, for iOS 18; those of TOGETHER are functions of `text_decoder.mlpackage`.
+
+    Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of their linear
+    layers are compressed as each says, which are none of the pruner's constants. Raises ExportError when a shape is
+    symbolic or a weight cannot be compressed.
+    """
+    with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
+        together = TOGETHER if set(TOGETHER) <= graphs.keys() else ()
+        packages = {}
+        for name, graph in graphs.items():
+            package = (Path(parts) if name in together else out_dir) / f"{name}.mlpackage"
+            _compressed(_convert(ct, graph), name, graph.compression).save(str(package))
+            packages[name] = package
+        if together:
+            functions = ct.utils.MultiFunctionDescriptor()
+            for name in together:
+                functions.add_function(str(packages[name]), src_function_name=MAIN, target_function_name=name)
+                packages[name] = out_dir / TOGETHER_FILE
+            functions.default_function_name = TEXT_DECODER
+            ct.utils.save_multifunction(functions, str(out_dir / TOGETHER_FILE))
+    return {name: _lowered(name, graph, packages[name]) for name, graph in graphs.items()}
+
+
+def _lowered(name: str, graph: Graph, package: Path) -> LoweredGraph:
+    """What the saved package says about a graph."""
+    (package / "Data/com.apple.CoreML/model.mlmodel").chmod(0o644)  # like the files beside it
+    # For those who debug ExecuTorch programs; no part of the model.
+    (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    function = read_package(package).function(name)
+    return LoweredGraph(
+        file=package.name,
+        extra_files=tuple(
+            path.relative_to(package.parent).as_posix() for path in sorted(package.rglob("*")) if path.is_file()
+        ),
+        # One program, which Core ML splits among the device's units when it loads it; nobody can tell here.
+        coverage=(DelegateCoverage(delegate="CoreML", partitions=1, nodes=sum(function.operators.values())),),
+        inputs=_in_order(graph.input_names, function.inputs),
+        outputs=_in_order(graph.output_names, function.outputs),
+    )
+
+
+def _in_order(names: tuple[str, ...], infos: tuple[TensorInfo, ...]) -> tuple[TensorInfo, ...]:
+    by_name = {info.name: info for info in infos}
+    if by_name.keys() != set(names):
+        raise ExportError(f"the converter named {sorted(by_name)} what should be {sorted(names)}; please report this")
+    return tuple(by_name[name] for name in names)
+
+
+def _convert(ct: Any, graph: Graph) -> Any:
+    import numpy as np
+
+    return ct.convert(
+        _prepared(graph),
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.transform.FP16ComputePrecision(op_selector=_is_half_division),
+        outputs=[
+            ct.TensorType(name=info.name, dtype=np.dtype(_DTYPES.get(info.dtype, info.dtype)).type)
+            for info in graph.output_infos()
+        ],
+        skip_model_load=True,
+    )
+
+
+def _compressed(model: Any, name: str, scheme: str | None) -> Any:
+    """The converted model with every linear layer's weights as `scheme` says; None leaves them alone."""
+    import coremltools.optimize.coreml as compression
+
+    if scheme is None:
+        return model
+    if scheme == "pal4":
+        palette = compression.OpPalettizerConfig(
+            nbits=4, granularity="per_grouped_channel", group_size=_PALETTE_ROWS, weight_threshold=_LEAST_COMPRESSED
+        )
+        config = compression.OptimizationConfig(op_type_configs={"linear": palette})
+        model = compression.palettize_weights(model, config)
+    else:
+        blocks = {"granularity": "per_block", "block_size": _BLOCK} if scheme == "int4" else {}
+        linear = compression.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype=scheme, weight_threshold=_LEAST_COMPRESSED, **blocks
+        )
+        config = compression.OptimizationConfig(op_type_configs={"linear": linear})
+        model = compression.linear_quantize_weights(model, config)
+    # The library leaves out, with a warning, what it cannot divide into blocks.
+    code = model.get_spec().mlProgram.functions[MAIN]
+    made = {op.outputs[0].name: op for op in code.block_specializations[code.opset].operations}
+    for op in made.values():
+        if op.type != "linear":
+            continue
+        weight = made[op.inputs["weight"].arguments[0].name]
+        rows, width = (side.constant.size for side in weight.outputs[0].type.tensorType.dimensions)
+        if weight.type == "const" and rows * width >= _LEAST_COMPRESSED:
+            raise ExportError(
+                f"{scheme} cannot compress the {rows} x {width} weights of {name} ({op.outputs[0].name}); choose another "
+                "scheme"
+            )
+    return model
+
+
+def _prepared(graph: Graph) -> torch.export.ExportedProgram:
+    """The exported program as the converter can take it."""
+    import torch
+
+    program = trace(graph).run_decompositions({})
+    nodes = program.graph
+    for node in list(nodes.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.aten.alias.default:  # does nothing, and the converter does not know it
+            node.replace_all_uses_with(node.args[0])
+            nodes.erase_node(node)
+        elif node.target is torch.ops.aten.div.Tensor and node.meta["val"].dtype == torch.float16:
+            # The converter divides in float32 and stays there: without a way back all that follows would be float32.
+            with nodes.inserting_after(node):
+                half = nodes.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
+            half.meta = dict(node.meta)
+            node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
+    # The converter names inputs after the placeholders, which for `*past` are numbered.
+    names = iter(graph.input_names)
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == torch.export.graph_signature.InputKind.USER_INPUT:
+            (node,) = (node for node in nodes.nodes if node.op == "placeholder" and node.name == spec.arg.name)
+            node.name = node.target = spec.arg.name = next(names)
+    program.graph_module.recompile()
+    return program
+
+
+def _is_half_division(op: Any) -> bool:
+    """Whether a division is float32 only because the converter made it so, between casts from and to float16."""
+    from coremltools.converters.mil.mil import types
+
+    if op.op_type != "real_div":
+        return False
+    cast = [var.op is not None and var.op.op_type == "cast" and var.op.x.dtype == types.fp16 for var in (op.x, op.y)]
+    constant = [var.val is not None for var in (op.x, op.y)]
+    after = op.outputs[0].child_ops
+    return (
+        any(cast)
+        and all(a or b for a, b in zip(cast, constant, strict=True))
+        and bool(after)
+        and all(user.op_type == "cast" and user.dtype.val == "fp16" for user in after)
+    )
+
+
+@contextmanager
+def _converter() -> Iterator[Any]:
+    """coremltools, which warns about versions of its neighbours and sets up logging for the whole process."""
+    level = logging.root.level
+    with warnings.catch_warnings(), ExitStack() as quiet:
+        warnings.simplefilter("ignore")
+        if logging.root.manager.disable >= logging.WARNING:  # then nobody wants its progress bars either
+            quiet.enter_context(redirect_stderr(io.StringIO()))
+        try:
+            import coremltools
+
+            yield coremltools
+        finally:
+            logging.root.setLevel(level)
