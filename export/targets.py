@@ -61,9 +61,10 @@ class WriteReadyMade(Protocol):
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
-    So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A quantised graph computes the
-    rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
-    `ready_quant_text` the schemes it can have there. `packages` are the modules without which nothing can be exported.
+    So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A
+    quantised graph computes the rest in fp32, whatever the precision. `ready_for` is the runtime of other people that
+    `load_ready_made` writes for, `ready_quant_text` the schemes it can have there. `packages` are the modules without
+    which nothing can be exported.
     """
 
     name: str
@@ -144,7 +145,7 @@ ONNX = Backend(
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
     ready_for=TRANSFORMERS_JS,
-    # Its names for precisions have one for 4-bit weights, and none for 8-bit weights in groups.
+    # It names 4-bit weights; what it calls int8 and q8 is another format, which also rounds activations.
     ready_quant_text=("none", "int4", "int4-g64", "int4-g128"),
     load_ready_made=_transformers_js,
 )

@@ -1,4 +1,4 @@
-"""Text graphs with packed 4-bit and 8-bit weights: what is packed, how often it is stored, and what ONNX Runtime makes."""
+"""Text graphs with packed 4-bit and 8-bit weights: what is packed, stored how often, and computed by ONNX Runtime."""
 
 from __future__ import annotations
 

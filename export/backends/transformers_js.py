@@ -66,13 +66,13 @@ def write_transformers_js(
     """Writes graphs, configs and tokenizer into `folder`, which exists; returns the graphs, files relative to it.
 
     The graphs, all in the precision of `vision` but for a decoder with 4-bit weights (`onnx/<name>.onnx`, in fp16
-    `onnx/<name>_fp16.onnx`, with `quant_text` `onnx/<name>_q4.onnx`; large weights beside them in `<file>_data`): `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what
-    else `vision` gives; `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see
+    `onnx/<name>_fp16.onnx`, with `quant_text` `onnx/<name>_q4.onnx`; large weights beside them in `<file>_data`):
+    `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what else `vision` gives; `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see
     `MergedDecoder`. One image and one conversation at a time.
 
     Raises:
-        ExportError: a vision graph that prunes in the decoder; random weights, which come without a tokenizer; a graph
-            that cannot be made.
+        ExportError: a vision graph that prunes in the decoder; weights of the decoder in other than 4 bits; random
+            weights, which come without a tokenizer; a graph that cannot be made.
         CheckpointError: tokenizer, template or preprocessor files that are missing or cannot be used.
     """
     from export.graphs.vision import PRECISIONS
@@ -84,7 +84,7 @@ def write_transformers_js(
         )
     del text_tokens  # the cache grows as far as positions are known
     if quant_text is not None and SCHEMES[quant_text].bits != 4:
-        raise ExportError(f"quant_text={quant_text!r}: transformers.js has a name for 4-bit weights only; take int4")
+        raise ExportError(f"quant_text={quant_text!r}: transformers.js has no name for such weights; take int4")
     configs = _configs(checkpoint, entry, vision.keep)
     (precision,) = (name for name, dtype in PRECISIONS.items() if dtype == vision.dtype)
     graphs = folder / GRAPHS_FOLDER

@@ -98,7 +98,7 @@ def build_merged_decoder(
 ) -> MergedDecoder:
     """The decoder with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
-    With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and computes in fp32 around that.
+    With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and the rest is fp32.
     """
     graph = MergedDecoder(checkpoint.geometry)
     dtype = torch.float32 if quant is not None else PRECISIONS[precision]

@@ -34,7 +34,7 @@ class NBitsLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bits, self.group = bits, group
         zero = float(2 ** (bits - 1))
-        weight = layer.weight.detach().float().unflatten(1, (-1, group))
+        weight = layer.weight.detach().float().view(layer.out_features, -1, group)
         largest = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True))
         scales = largest / -zero
         steps = torch.where(scales == 0, 0.0, 1.0 / scales)
@@ -52,7 +52,8 @@ class NBitsLinear(nn.Module):
         integers = self.packed
         if self.bits == 4:
             integers = torch.stack((integers & 15, integers >> 4), dim=3).flatten(2)
-        return ((integers.float() - 2 ** (self.bits - 1)) * self.scales[..., None]).flatten(1)
+        whole: Tensor = integers.float() - 2 ** (self.bits - 1)
+        return (whole * self.scales[..., None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) float32"""
