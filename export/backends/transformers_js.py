@@ -67,8 +67,9 @@ def write_transformers_js(
 
     The graphs, all in the precision of `vision` but for a decoder with 4-bit weights (`onnx/<name>.onnx`, in fp16
     `onnx/<name>_fp16.onnx`, with `quant_text` `onnx/<name>_q4.onnx`; large weights beside them in `<file>_data`):
-    `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what else `vision` gives; `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see
-    `MergedDecoder`. One image and one conversation at a time.
+    `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what else `vision` gives;
+    `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see `MergedDecoder`. One image
+    and one conversation at a time.
 
     Raises:
         ExportError: a vision graph that prunes in the decoder; weights of the decoder in other than 4 bits; random

@@ -93,9 +93,7 @@ class MergedDecoder(nn.Module):
         return logits.float(), *present
 
 
-def build_merged_decoder(
-    checkpoint: Checkpoint, *, precision: str = "fp32", quant: str | None = None
-) -> MergedDecoder:
+def build_merged_decoder(checkpoint: Checkpoint, *, precision: str = "fp32", quant: str | None = None) -> MergedDecoder:
     """The decoder with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
     With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and the rest is fp32.
