@@ -168,6 +168,11 @@ def plan(request: Request) -> Plan:
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
+        if wanted in backend.quant_text and schemes and wanted not in (*schemes, NONE):
+            raise RequestError(
+                f"quant_text={wanted} does not go with prune_at={placement}: {backend.ready_for} takes "
+                f"{', '.join(schemes)}"
+            )
         quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")

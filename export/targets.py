@@ -162,7 +162,7 @@ ONNX = Backend(
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
     ready_for=TRANSFORMERS_JS,
-    # Its names for precisions have one for 4-bit weights, and none for 8-bit weights in groups.
+    # It names 4-bit weights; what it calls int8 and q8 is another format, which also rounds activations.
     ready_quant_text=("none", "int4", "int4-g64", "int4-g128"),
     load_ready_made=_transformers_js,
 )

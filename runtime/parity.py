@@ -84,11 +84,11 @@ BOUNDS: dict[str, Bound] = {
             most_rel=None,
             least_cosine=0.8,
             least_overlap=0.1,
-            reason="4-bit weights, a scale for 32 of them: pocket's logits were measured at 0.984 to 0.990. Those of 32 "
+            reason="4-bit weights, one scale for 32: pocket's logits were measured at 0.984 to 0.990. Those of 32 "
             "layers with Gaussian weights, which have no favourite among the next tokens, came to 0.91, in groups of "
             "128 to 0.86; integers in the wrong order leave nothing. A vision graph with a tower of 4-bit weights came "
-            "to 0.974, 0.22 relative: with such noise on the features of 48 golden cases, 19 of 20 selections "
-            "overlapped the clean one by 0.14 or more, the median by 0.40, so it chooses other tokens.",
+            "to 0.974, 0.22 relative: with such noise on the features of 48 golden cases, 19 of 20 selections shared "
+            "0.14 of their tokens with the clean one or more, the median 0.40.",
         ),
         Bound(
             precision="pal4",

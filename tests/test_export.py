@@ -99,6 +99,11 @@ def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
         (["--backend", "onnx", "--precision", "fp16"], "pocket-keep8-android-onnx-fp16"),
         (["--backend", "onnx", "--prune-at", "projector"], "pocket-keep8-android-onnx-projector"),
         (["--backend", "onnx", "--weights", "random", "--seed", "3"], "pocket-keep8-android-onnx-random"),
+        (["--backend", "onnx", "--quant-text", "int4"], "pocket-keep8-android-onnx-text-int4"),
+        (
+            ["--backend", "onnx", "--quant-text", "int4", "--prune-at", "projector"],
+            "pocket-keep8-android-onnx-text-int4-projector",
+        ),
         (["--precision", "fp16"], "pocket-keep8-android-xnnpack-fp16"),
         (["--quant-vision", "8da8w", "--prune-at", "projector"], "pocket-keep8-android-xnnpack-8da8w-projector"),
     ],

@@ -169,6 +169,8 @@ def test_every_bound_gives_its_reason_and_judges_something() -> None:
         ("fp32", "8da8w", None, "vision_encoder", "decoder", "8da8w"),
         ("fp16", "8da8w", None, "text_prefill", "decoder", "fp16"),
         ("fp16", None, "8da4w-g32", "image_prefill", "decoder", "8da4w"),
+        ("fp32", None, "int4-g128", "text_decoder", "decoder", "int4"),
+        ("fp32", None, "int8", "vision_encoder", "projector", "fp32"),
         ("fp16", None, "8da4w", "token_embedding", "decoder", "fp16"),
         ("fp16", None, "8da4w", "embed_tokens", "projector", "fp16"),
         # The decoder layers before the cut are in the vision graph, quantised as the text graphs.

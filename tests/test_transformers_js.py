@@ -115,6 +115,13 @@ def test_pruning_in_the_decoder_gives_no_image_features(tmp_path: Path) -> None:
         write_transformers_js(checkpoint, POCKET, _vision(checkpoint, placement="decoder"), tmp_path)
 
 
+def test_only_4_bit_weights_have_a_name(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("pocket", weights="random")
+    with pytest.raises(ExportError, match=r"quant_text='int8': transformers\.js has no name for such weights"):
+        write_transformers_js(checkpoint, POCKET, _vision(checkpoint), tmp_path, quant_text="int8")
+    assert not list(tmp_path.iterdir())
+
+
 def test_random_weights_have_no_tokenizer(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("pocket", weights="random")
     with pytest.raises(ExportError, match="random weights have no tokenizer"):

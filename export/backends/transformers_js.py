@@ -72,8 +72,8 @@ def write_transformers_js(
     and one conversation at a time.
 
     Raises:
-        ExportError: a vision graph that prunes in the decoder; random weights, which come without a tokenizer; a graph
-            that cannot be made.
+        ExportError: a vision graph that prunes in the decoder; weights of the decoder in other than 4 bits; random
+            weights, which come without a tokenizer; a graph that cannot be made.
         CheckpointError: tokenizer, template or preprocessor files that are missing or cannot be used.
     """
     from export.graphs.vision import PRECISIONS
@@ -85,7 +85,7 @@ def write_transformers_js(
         )
     del text_tokens  # the cache grows as far as positions are known
     if quant_text is not None and SCHEMES[quant_text].bits != 4:
-        raise ExportError(f"quant_text={quant_text!r}: transformers.js has a name for 4-bit weights only; take int4")
+        raise ExportError(f"quant_text={quant_text!r}: transformers.js has no name for such weights; take int4")
     configs = _configs(checkpoint, entry, vision.keep)
     (precision,) = (name for name, dtype in PRECISIONS.items() if dtype == vision.dtype)
     graphs = folder / GRAPHS_FOLDER
