@@ -17,7 +17,7 @@ from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
-    from pruning import PruneSpec, TokenPruner
+    from pruning import ComparingPruner, PruneSpec, TokenPruner
     from runtime.bundle import TensorInfo
 
 Placement = Literal["decoder", "projector"]
@@ -65,6 +65,7 @@ class VisionEncoder(Graph):
         placement: Placement,
         layer: int,
         prefix_length: int,
+        form: str = "default",
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
@@ -78,11 +79,11 @@ class VisionEncoder(Graph):
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
         self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(self.layer))
-        self.pruner: TokenPruner | None = None
+        self.pruner: TokenPruner | ComparingPruner | None = None
         if spec is not None and self.keep < self.image_tokens:
-            from pruning import TokenPruner
+            from pruning import FORMS
 
-            self.pruner = TokenPruner(spec)
+            self.pruner = FORMS[form](spec)
         everything = torch.arange(self.prefix_length + self.image_tokens)[None]
         self.register_buffer("all_positions", everything, persistent=False)
         if placement == "decoder":
@@ -153,7 +154,7 @@ class VisionEncoder(Graph):
             if self.pruner is None:
                 return hidden.float(), self.all_positions
             tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
-            return tokens, indices.long(), filled
+            return tokens, indices.int(), filled
         caches: list[Tensor] = []
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
@@ -164,10 +165,12 @@ class VisionEncoder(Graph):
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
         tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
         positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
-        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.long(), *caches, filled
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.int(), *caches, filled
 
     @staticmethod
-    def _pruned(pruner: TokenPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pruned(
+        pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1), all float32"""
         tokens, indices, filled = pruner.select(keys.float(), hidden.float())
         return tokens, indices.float(), filled
@@ -181,10 +184,12 @@ def build_vision_encoder(
     placement: str,
     layer: int = 2,
     precision: str = "fp32",
+    form: str = "default",
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
+    `form` is the static form of the pruner, a key of `pruning.FORMS`.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
@@ -199,7 +204,12 @@ def build_vision_encoder(
     prefix_ids = prompt_info(checkpoint, entry).prefix_ids if prefix_ids is None else prefix_ids
     with torch.no_grad():
         encoder = VisionEncoder(
-            geometry, spec, placement=cast(Placement, placement), layer=layer, prefix_length=len(prefix_ids)
+            geometry,
+            spec,
+            placement=cast(Placement, placement),
+            layer=layer,
+            prefix_length=len(prefix_ids),
+            form=form,
         )
         _fill_tower(encoder.tower, checkpoint, dtype)
         encoder.tower.to(dtype)
