@@ -33,7 +33,17 @@ GOLDEN_FILE = "golden.safetensors"
 # Files of the checkpoint that a phone needs as they are.
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
 # Packages whose version can change what a bundle computes.
-TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "numpy")
+TOOLS = (
+    "torch",
+    "transformers",
+    "executorch",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-qnn",
+    "onnxscript",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,7 @@ class _Making:
                         precision=plan.precision,
                         quant_vision=plan.quant_vision,
                         quant_text=plan.quant_text,
+                        soc=plan.soc.name if plan.soc else None,
                     ),
                     prune=_prune_info(plan, bundle),
                     graphs=graphs,
@@ -297,6 +308,7 @@ class _Making:
             placement=plan.placement,
             layer=plan.layer,
             precision=plan.vision_precision,
+            form=plan.backend.pruner_form,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length

@@ -104,12 +104,13 @@ class OutsideOp(_Record, frozen=True):
 
 
 class DelegateCoverage(_Record, frozen=True):
-    """How much of a graph one delegate took when it was lowered."""
+    """How much of a graph one delegate took when it was lowered, and the options that it must be opened with."""
 
     delegate: Name
     partitions: Count
     nodes: Count
     outside: tuple[OutsideOp, ...] = ()
+    options: dict[Name, str] = {}
 
     @property
     def outside_nodes(self) -> int:
@@ -294,12 +295,13 @@ class GoldenInfo(_Record, frozen=True):
 class TargetInfo(_Record, frozen=True):
     """What the graphs were lowered for; `precision` is that of graphs without a quantisation scheme.
 
-    A quantised graph computes in fp32 what is not quantised.
+    A quantised graph computes in fp32 what is not quantised. `soc` is the one chip that they run on, None for any.
     """
 
     name: Name
     backend: Name
     precision: Literal["fp32", "fp16"]
+    soc: Name | None = None
     quant_vision: Name | None = None
     quant_text: Name | None = None
 

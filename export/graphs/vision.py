@@ -45,6 +45,8 @@ class VisionEncoder(Graph):
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
 
+    The "comparing" form of the pruner is for engines without int64: `positions` and `kept_indices` are int32 then.
+
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
     """
@@ -75,6 +77,8 @@ class VisionEncoder(Graph):
         self.prefix_length = prefix_length if placement == "decoder" else 0
         self.image_tokens = geometry.image_tokens
         self.spec = spec
+        # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
+        self.index_dtype = torch.int32 if form == "comparing" else torch.int64
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
@@ -84,7 +88,7 @@ class VisionEncoder(Graph):
             from pruning import FORMS
 
             self.pruner = FORMS[form](spec)
-        everything = torch.arange(self.prefix_length + self.image_tokens)[None]
+        everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
         if placement == "decoder":
             first, last = self.prefix_length, self.prefix_length + self.image_tokens
@@ -113,11 +117,12 @@ class VisionEncoder(Graph):
         from runtime.bundle import TensorInfo
 
         text = self.geometry.text
+        whole = str(self.index_dtype).removeprefix("torch.")
         filled = () if self.pruner is None else (TensorInfo(name="filled", shape=(1, 1), dtype="float32"),)
         if self.placement == "projector":
             return (
                 TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
-                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype="int64"),
+                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=whole),
                 *filled,
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
@@ -125,7 +130,7 @@ class VisionEncoder(Graph):
         dtype = "float16" if self.dtype == torch.float16 else "float32"
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
-            TensorInfo(name="positions", shape=(1, kept), dtype="int64"),
+            TensorInfo(name="positions", shape=(1, kept), dtype=whole),
             *(
                 TensorInfo(name=f"{part}_{index}", shape=cache, dtype=dtype)
                 for index in range(self.layer)
@@ -154,7 +159,7 @@ class VisionEncoder(Graph):
             if self.pruner is None:
                 return hidden.float(), self.all_positions
             tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
-            return tokens, indices.int(), filled
+            return tokens, indices.to(self.index_dtype), filled
         caches: list[Tensor] = []
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
@@ -165,12 +170,10 @@ class VisionEncoder(Graph):
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
         tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
         positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
-        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.int(), *caches, filled
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.to(self.index_dtype), *caches, filled
 
     @staticmethod
-    def _pruned(
-        pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _pruned(pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1), all float32"""
         tokens, indices, filled = pruner.select(keys.float(), hidden.float())
         return tokens, indices.float(), filled

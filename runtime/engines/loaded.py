@@ -14,12 +14,13 @@ class Placement:
 
     `delegates`: calls into each accelerator library (empty when the engine has none of its own); `outside`: operators
     that the plain runtime runs, by name and count; `source`: where this was read, because engines differ in what they
-    admit.
+    admit; `emulated`: a delegate's hardware is only imitated here, so that times say nothing about it.
     """
 
     delegates: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
     source: str
+    emulated: bool = False
 
 
 class LoadedGraph(Protocol):
