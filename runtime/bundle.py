@@ -104,13 +104,12 @@ class OutsideOp(_Record, frozen=True):
 
 
 class DelegateCoverage(_Record, frozen=True):
-    """How much of a graph one delegate took when it was lowered, and the options that it must be opened with."""
+    """How much of a graph one delegate took when it was lowered."""
 
     delegate: Name
     partitions: Count
     nodes: Count
     outside: tuple[OutsideOp, ...] = ()
-    options: dict[Name, str] = {}
 
     @property
     def outside_nodes(self) -> int:

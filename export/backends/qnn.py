@@ -57,17 +57,17 @@ def compile_for(soc: Soc, source: Path, target: Path) -> DelegateCoverage:
         ) from error
     parts = session.get_provider_graph_assignment_info()
     taken = [len(part.get_nodes()) for part in parts if part.ep_name == qnn.QNN]
-    return DelegateCoverage(delegate=qnn.QNN, partitions=len(taken), nodes=sum(taken), options=settings)
+    return DelegateCoverage(delegate=qnn.QNN, partitions=len(taken), nodes=sum(taken))
 
 
 def _left_to_the_cpu(source: Path, settings: Mapping[str, str]) -> str:
     """Which operators the NPU's compiler refuses, and how often; nothing where that is not what went wrong."""
     import onnxruntime
 
+    options = _options()
     try:
-        session = onnxruntime.InferenceSession(
-            str(source), _options(), providers=[(qnn.QNN, qnn.provider_options(settings))]
-        )
+        qnn.add_to(options, settings)
+        session = onnxruntime.InferenceSession(str(source), options)
     except Exception:  # noqa: BLE001 - whatever it was, the caller's own error says it
         return ""
     parts = session.get_provider_graph_assignment_info()

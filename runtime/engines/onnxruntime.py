@@ -43,13 +43,12 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     engine = f"onnxruntime {onnxruntime.__version__}"
-    promised = next((coverage for coverage in graph.coverage if coverage.delegate == qnn.QNN), None)
     try:
-        if promised is None:
-            session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
-        else:
-            session = qnn.open_on_htp(file, options, promised.options)
+        if any(coverage.delegate == qnn.QNN for coverage in graph.coverage):
+            session = qnn.open_on_htp(file, options)
             engine += f" ({qnn.describe()})"
+        else:
+            session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
     except EngineError:
         raise
     # The bindings raise a family of classes derived from Exception alone, one per status code.

@@ -30,14 +30,29 @@ def register() -> None:
         raise EngineError(f"ONNX Runtime cannot load the QNN delegate: {err}; reinstall 'pruneport[qnn]'") from err
 
 
-def provider_options(settings: Mapping[str, str]) -> dict[str, str]:
-    """What the delegate is opened with: `settings` say for which chip, the HTP library is this machine's."""
+def add_to(options: Any, settings: Mapping[str, str] | None = None) -> None:
+    """Has sessions with these SessionOptions use the HTP. For errors see `register`.
+
+    A graph that is compiled now needs `settings` that say for which chip; one that was compiled before knows it.
+    """
+    import onnxruntime
+
+    register()
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == QNN]
+    if not devices:
+        raise EngineError("the QNN delegate offers no device on this machine; check the graph on another one")
+    # A list of provider names would be ignored for a delegate that is not built in.
+    options.add_provider_for_devices(devices[:1], {"backend_path": htp_library(), **(settings or {})})
+
+
+def htp_library() -> str:
+    """Qualcomm's library that runs a graph on the HTP, or on x86 as the HTP would."""
     import onnxruntime_qnn
 
-    return {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), **settings}
+    return str(onnxruntime_qnn.get_qnn_htp_path())
 
 
-def open_on_htp(file: Path, options: Any, settings: Mapping[str, str]) -> Any:
+def open_on_htp(file: Path, options: Any, settings: Mapping[str, str] | None = None) -> Any:
     """An InferenceSession whose every node runs on the HTP; `options` are SessionOptions, to which this adds.
 
     The bindings' own exceptions pass. Without the refusal of the CPU a backend that cannot be loaded would go
@@ -45,9 +60,9 @@ def open_on_htp(file: Path, options: Any, settings: Mapping[str, str]) -> Any:
     """
     import onnxruntime
 
-    register()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    return onnxruntime.InferenceSession(str(file), options, providers=[(QNN, provider_options(settings))])
+    add_to(options, settings)
+    return onnxruntime.InferenceSession(str(file), options)
 
 
 def describe() -> str:
