@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 GOLDEN_FILE = "golden.safetensors"
 # Files of the checkpoint that a phone needs as they are.
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
+# The whole numbers of float16 are exact up to here.
+HALF_COUNTS = 2048
 # Packages whose version can change what a bundle computes.
 TOOLS = (
     "torch",
@@ -285,15 +287,26 @@ class _Making:
             return {VISION_ENCODER: encoder}
         geometry = self.checkpoint.geometry
         context = Context(
-            geometry, prefix=encoder.prefix_length, keep=encoder.keep, layer=plan.layer, text=plan.text_tokens
+            geometry,
+            prefix=encoder.prefix_length,
+            keep=encoder.keep,
+            layer=plan.layer,
+            text=plan.text_tokens,
+            index=encoder.index_name,
         )
+        if plan.backend.traced_precision and context.positions > HALF_COUNTS:
+            raise ExportError(
+                f"prompt, image and text_tokens={plan.text_tokens} take {context.positions} positions; "
+                f"backend {plan.backend.name} counts them in float16, which is exact up to {HALF_COUNTS}; "
+                "give fewer --text-tokens"
+            )
         if context.positions > geometry.text.max_positions:
             raise ExportError(
                 f"prompt and image take {context.first_text} positions and text_tokens={plan.text_tokens} the rest of "
                 f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
                 "give fewer --text-tokens"
             )
-        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=plan.quant_text)
+        text = build_text_graphs(self.checkpoint, context, precision=plan.traced_precision, quant=plan.quant_text)
         return {VISION_ENCODER: encoder, **text}
 
     def _vision(self, bundle: BundlePlan) -> VisionEncoder:

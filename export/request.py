@@ -122,9 +122,14 @@ class Plan:
         return DECODER_LAYER if self.placement == "decoder" else 0
 
     @property
+    def traced_precision(self) -> Precision:
+        """What graphs come to the backend in."""
+        return self.backend.traced_precision or self.precision
+
+    @property
     def vision_precision(self) -> Precision:
-        """What the vision graph is traced in; a quantised one dequantises to fp32."""
-        return "fp32" if self.quant_vision else self.backend.traced_precision or self.precision
+        """What the vision graph computes in; a quantised one dequantises to fp32."""
+        return "fp32" if self.quant_vision else self.traced_precision
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -164,9 +169,10 @@ def plan(request: Request) -> Plan:
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
-    if whole and backend.vision_only:
+    if whole and placement == "projector" and not backend.ready_for:
         raise NotYetError(
-            f"backend {backend.name} makes the vision graph only, its text graphs are not made yet; add --only vision"
+            f"prune_at=projector on backend {backend.name}: text graphs for a ready-made runtime are not made yet; "
+            "add --only vision, or leave --prune-at out"
         )
     schemes = backend.quant_text if placement == "decoder" else backend.ready_quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)

@@ -100,7 +100,6 @@ class Backend:
     traced_precision: Precision | None = None
     # Where graphs are compiled for one chip: `for_soc` must be asked for the backend that knows it.
     load_for_soc: Callable[[Soc], Lower] | None = None
-    vision_only: bool = False
 
     def for_soc(self, soc: Soc) -> Backend:
         """This backend as it makes graphs for one chip."""
@@ -205,7 +204,6 @@ QNN = Backend(
     load_ready_made=_no_ready_made,
     traced_precision="fp32",
     load_for_soc=_qnn,
-    vision_only=True,
 )
 
 TARGETS: dict[str, Target] = {

@@ -72,7 +72,7 @@ class ComparingPruner(nn.Module):
 
     def _pivots(self, keys: Tensor) -> Tensor:
         """1 where a token is a pivot: (B, N, Dk) -> (B, 1, N)."""
-        keys = keys / _at_least(keys.abs().amax((1, 2), keepdim=True))  # or the squares could overflow
+        keys = keys / keys.abs().amax((1, 2), keepdim=True).clamp(min=LEAST)  # or the squares could overflow
         sizes = keys.abs()
         newest = self._first_largest((sizes - sizes.mean(1, keepdim=True)).sum(2)[:, None])
         selected, nearest, usual = newest, None, None
@@ -92,12 +92,12 @@ class ComparingPruner(nn.Module):
         if hidden.shape[2] > self.spec.channels:
             centred = hidden - hidden.mean(1, keepdim=True)
             reach = centred.abs().amax(1, keepdim=True)
-            share = centred / _at_least(reach)
+            share = centred / reach.clamp(min=LEAST)
             spread = reach * (share * share).mean(1, keepdim=True).sqrt()  # without squares beyond float16
             least = spread.topk(self.spec.channels, dim=2).values[:, :, -1:]
             hidden = hidden * (spread >= least).to(hidden.dtype)
-        row = hidden / _at_least(hidden.abs().amax(2, keepdim=True))
-        unit = row / _at_least((row * row).sum(2, keepdim=True).sqrt())
+        row = hidden / hidden.abs().amax(2, keepdim=True).clamp(min=LEAST)
+        unit = row / (row * row).sum(2, keepdim=True).sqrt().clamp(min=LEAST)
         # Rounding makes the vectors a little longer or shorter than 1: once that is put right in each number, the rest
         # is taken out of the similarities. Every sum holds all terms of its result: engines add up in float32, and
         # only the small total is rounded.
@@ -185,7 +185,7 @@ class ComparingPruner(nn.Module):
         weight = (self._slots() == slot).to(apart.dtype) * (1.0 - to_kept) * (1.0 - chosen)
         total = weight.sum(2, keepdim=True)
         mixed = (total > weight.abs().sum(2, keepdim=True) * CANCELLATION).to(apart.dtype) * self.spec.recovery
-        return pick * (1.0 - mixed) + weight * (mixed / _at_least(total))
+        return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=LEAST))
 
     def _slots(self) -> Tensor:
         """A column of 0, 1, 2 ...: (1, keep, 1)."""
@@ -195,8 +195,3 @@ class ComparingPruner(nn.Module):
         """One-hot of the first largest element of a row: (B, 1, N) -> (B, 1, N)."""
         first = torch.where(score >= score.amax(2, keepdim=True), self.places, BEYOND).amin(2, keepdim=True)
         return (self.places == first).to(score.dtype)
-
-
-def _at_least(divisor: Tensor) -> Tensor:
-    """The divisor, or LEAST where it is less; a clamp without an upper end is nothing that the NPU's compiler takes."""
-    return torch.where(divisor > LEAST, divisor, LEAST)

@@ -291,8 +291,9 @@ class _Check:
         try:
             with open_session(self.bundle, graph.name, threads=self.threads) as session:
                 self._compare(session, inputs, golden)
-                emulated = self._check_placement(session).emulated
-                if self._timing is not None and not emulated:
+                if self._check_placement(session).emulated:
+                    self._timing = None
+                if self._timing is not None:
                     twin, warmup, runs = self._timing
                     self._time(session, inputs, twin, warmup=warmup, runs=runs)
         except EngineMissingError as err:

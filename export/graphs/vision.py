@@ -105,6 +105,11 @@ class VisionEncoder(Graph):
         """The precision that the tower computes in."""
         return self.tower.embeddings.class_embedding.dtype
 
+    @property
+    def index_name(self) -> str:
+        """The dtype of positions and indices, by its name in a manifest."""
+        return str(self.index_dtype).removeprefix("torch.")
+
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""
         from runtime.bundle import TensorInfo
@@ -117,12 +122,11 @@ class VisionEncoder(Graph):
         from runtime.bundle import TensorInfo
 
         text = self.geometry.text
-        whole = str(self.index_dtype).removeprefix("torch.")
         filled = () if self.pruner is None else (TensorInfo(name="filled", shape=(1, 1), dtype="float32"),)
         if self.placement == "projector":
             return (
                 TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
-                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=whole),
+                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=self.index_name),
                 *filled,
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
@@ -130,7 +134,7 @@ class VisionEncoder(Graph):
         dtype = "float16" if self.dtype == torch.float16 else "float32"
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
-            TensorInfo(name="positions", shape=(1, kept), dtype=whole),
+            TensorInfo(name="positions", shape=(1, kept), dtype=self.index_name),
             *(
                 TensorInfo(name=f"{part}_{index}", shape=cache, dtype=dtype)
                 for index in range(self.layer)

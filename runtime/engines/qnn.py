@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,21 @@ def open_on_htp(file: Path, options: Any, settings: Mapping[str, str] | None = N
 
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     add_to(options, settings)
-    return onnxruntime.InferenceSession(str(file), options)
+    with _stdout_kept():
+        return onnxruntime.InferenceSession(str(file), options)
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Sends what the emulator prints on standard output, which belongs to results, to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def describe() -> str:
