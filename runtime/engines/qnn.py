@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import sys
@@ -16,9 +15,8 @@ from runtime.errors import EngineError, EngineMissingError
 QNN = "QNNExecutionProvider"
 
 
-@functools.cache
 def register() -> None:
-    """Makes the delegate known to ONNX Runtime, once a process. Raises EngineMissingError."""
+    """Makes the delegate known to ONNX Runtime, which can be done once a process. Raises EngineMissingError."""
     try:
         import onnxruntime
         import onnxruntime_qnn
@@ -26,6 +24,8 @@ def register() -> None:
         raise EngineMissingError(
             f"ONNX Runtime's delegate for the Snapdragon NPU is not installed ({err}); pip install 'pruneport[qnn]'"
         ) from err
+    if _devices():
+        return
     try:
         onnxruntime.register_execution_provider_library(QNN, onnxruntime_qnn.get_library_path())
     # The bindings raise a family of classes derived from Exception alone, one per status code.
@@ -38,14 +38,18 @@ def add_to(options: Any, settings: Mapping[str, str] | None = None) -> None:
 
     A graph that is compiled now needs `settings` that say for which chip; one that was compiled before knows it.
     """
-    import onnxruntime
-
     register()
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == QNN]
+    devices = _devices()
     if not devices:
         raise EngineError("the QNN delegate offers no device on this machine; check the graph on another one")
     # A list of provider names would be ignored for a delegate that is not built in.
     options.add_provider_for_devices(devices[:1], {"backend_path": htp_library(), **(settings or {})})
+
+
+def _devices() -> list[Any]:
+    import onnxruntime
+
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == QNN]
 
 
 def htp_library() -> str:
