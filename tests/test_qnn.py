@@ -232,7 +232,7 @@ def test_bundle_is_checked_on_the_emulator_and_not_timed(tmp_path: Path, capfd: 
 
 
 def test_fall_to_the_cpu_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that cannot be loaded, with the CPU allowed: every output is right, and the check fails nevertheless."""
+    """A backend that cannot be loaded, with the CPU allowed: every output is right, and the check fails."""
     import onnxruntime
 
     bundle = _bundle(tmp_path / "b", compiled=False)
@@ -262,14 +262,14 @@ def test_delegate_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
 
 # The real geometry, which the emulator takes minutes for
 
-# Measured on the emulator: what float16 leaves of each choice of 64 tokens.
-MEASURED_OVERLAP = {"smooth-0-keep64": 1.0, "blobs-0-keep64": 0.98, "many-0-keep64": 0.93, "outlier-0-keep64": 1.0}
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_golden_choices_on_the_emulator(tmp_path: Path) -> None:
-    cases = [case for case in CASES if case.name in MEASURED_OVERLAP]
+def test_golden_choices_on_the_emulator(root: Path, tmp_path: Path) -> None:
+    """As near to the authors' choices as the README says, within one token of 64."""
+    result = json.loads((root / "benchmarks" / "results" / "qnn-emulated.json").read_text())
+    measured = {row["case"]: row["overlap"] for row in result["selections"]}
+    cases = [case for case in CASES if case.name in measured and case.spec.keep == 64]
     (program,) = {_program(case) for case in cases}
     pruner = ComparingPruner(program.spec)
     loaded = _opened(PrunerGraph(pruner, key_width=program.key_width, hidden_width=program.hidden_width), tmp_path)
@@ -279,7 +279,7 @@ def test_golden_choices_on_the_emulator(tmp_path: Path) -> None:
         kept = np.rint(indices[0]).astype(int)
         assert bool((np.diff(kept) > 0).all())
         expected = _tensor(f"{case.name}.indices").numpy()
-        assert np.isin(expected, kept).mean() >= MEASURED_OVERLAP[case.name], case.name
+        assert np.isin(expected, kept).mean() >= measured[case.name] - 1 / 64, case.name
 
 
 @pytest.mark.slow
