@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from export.models.llava import ModelEntry
-    from export.targets import Backend, Precision, Target
+    from export.targets import Backend, Precision, Soc, Target
     from pruning import PruneSpec
 
 Word = TypeVar("Word", bound=str)
@@ -57,6 +57,7 @@ class Request:
     keep: str
     target: str
     backend: str | None = None
+    soc: str | None = None
     precision: str | None = None
     quant_vision: str | None = None
     quant_text: str | None = None
@@ -96,12 +97,14 @@ class Needs:
 class Plan:
     """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`.
 
-    `text_tokens` is the room for text in the KV cache, None where no text graphs are made.
+    `text_tokens` is the room for text in the KV cache, None where no text graphs are made; `soc` the chip that graphs
+    are compiled for, None where they are not.
     """
 
     entry: ModelEntry
     target: Target
     backend: Backend
+    soc: Soc | None
     precision: Precision
     quant_vision: str | None
     quant_text: str | None
@@ -121,9 +124,14 @@ class Plan:
         return DECODER_LAYER if self.placement == "decoder" else 0
 
     @property
+    def traced_precision(self) -> Precision:
+        """What graphs come to the backend in."""
+        return self.backend.traced_precision or self.precision
+
+    @property
     def vision_precision(self) -> Precision:
         """What the vision graph computes in; a quantised one dequantises to fp32."""
-        return "fp32" if self.quant_vision and not self.backend.compresses else self.precision
+        return "fp32" if self.quant_vision and not self.backend.compresses else self.traced_precision
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -153,14 +161,17 @@ def plan(request: Request) -> Plan:
     target = TARGETS[_known("target", request.target, TARGETS)]
     backends = {backend.name: backend for backend in target.backends}
     backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
+    soc = _soc(request.soc, backend)
+    if soc is not None:
+        backend = backend.for_soc(soc)
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
     if whole and placement == "projector" and not backend.ready_for:
         raise NotYetError(
-            f"prune_at=projector: backend {backend.name} makes no text graphs for it yet; add --only vision, or leave "
-            "--prune-at out"
+            f"prune_at=projector on backend {backend.name}: text graphs for a ready-made runtime are not made yet; "
+            "add --only vision, or leave --prune-at out"
         )
     schemes = backend.quant_text if placement == "decoder" else backend.ready_quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
@@ -177,7 +188,8 @@ def plan(request: Request) -> Plan:
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or bool(quant_text))
-    default_precision = "fp32" if all_quantised else entry.precision or backend.precisions[0]
+    usual = entry.precision if entry.precision in backend.precisions else backend.precisions[0]
+    default_precision = "fp32" if all_quantised else usual
     precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
     if all_quantised and precision != "fp32":
         raise RequestError(
@@ -195,6 +207,7 @@ def plan(request: Request) -> Plan:
     photo_path = _photo_path(request.image)
 
     choices = [
+        soc.name if soc else "",
         precision if precision != default_precision else "",
         quant_vision or "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
@@ -235,6 +248,7 @@ def plan(request: Request) -> Plan:
         entry=entry,
         target=target,
         backend=backend,
+        soc=soc,
         precision=precision,
         quant_vision=quant_vision,
         quant_text=quant_text,
@@ -277,7 +291,8 @@ def describe(plan: Plan) -> str:
         *([f"           {plan.twin.path} (unpruned twin)"] if plan.twin else []),
         f"  vision   vision_encoder, {kept}",
         f"  text     {text}",
-        f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}",
+        f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}"
+        + (f", for {plan.soc.name} ({plan.soc.chip}, HTP v{plan.soc.htp_arch}) alone" if plan.soc else ""),
         f"  weights  {weights}",
         f"  photo    {plan.photo_path.name}, {width} x {height}",
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
@@ -293,6 +308,21 @@ def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     if word not in names:
         raise RequestError(f"unknown {what} {word!r}{nearest(word, names)}; allowed: {', '.join(names)}")
     return names[names.index(word)]
+
+
+def _soc(word: str | None, backend: Backend) -> Soc | None:
+    """The chip that `word` names; needed where the backend compiles for one, meaningless elsewhere."""
+    from export.targets import socs
+
+    if backend.load_for_soc is None:
+        if word is not None:
+            raise RequestError(
+                f"soc={word} means nothing to backend {backend.name}, which runs on any; leave --soc out"
+            )
+        return None
+    if word is None:
+        raise RequestError(f"backend {backend.name} compiles for one chip; name it with --soc: {', '.join(socs())}")
+    return socs()[_known("soc", word, socs())]
 
 
 def _quantisation(
@@ -369,9 +399,10 @@ def _check_weights(weights: str | None) -> None:
 def _check_installed(backend: Backend) -> None:
     missing = [package for package in backend.packages if find_spec(package) is None]
     if missing:
+        extras = "export,qnn" if "onnxruntime_qnn" in missing else "export"
         raise ExportError(
             f"backend {backend.name} needs {', '.join(missing)}, not installed here; "
-            "run: pip install 'pruneport[export]'"
+            f"run: pip install 'pruneport[{extras}]'"
         )
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import BundleError, OutputError, RequestError
-from runtime.generation import Answers, Prefill, Sampling, Token, check_room, open_graphs, start_answers
+from runtime.generation import (
+    VISION_ENCODER,
+    Answers,
+    Prefill,
+    Sampling,
+    Token,
+    check_room,
+    open_graphs,
+    start_answers,
+)
 from runtime.image import load_photo, preprocess
 from runtime.latency import peak_rss_bytes
 from runtime.prompt import Tokenizer, open_tokenizer
@@ -119,6 +128,8 @@ def ask(
         if compare:
             tell(each.manifest.name)
         with open_graphs(each) as graphs:
+            if graphs[VISION_ENCODER].placement().emulated:
+                tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
             answers = start_answers(each, graphs)
             photo = seen if isinstance(seen, Prefill) else answers.see(preprocess(seen, each.manifest.image))
             if inquiry.save_prefill is not None and each is bundle:

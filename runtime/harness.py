@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import REPORT_FILES, SCHEMA_VERSION, Bundle, GraphInfo, read_bundle
+from runtime.engines import Placement
+from runtime.engines.onnxruntime import CPU
 from runtime.errors import BundleError, EngineError, EngineMissingError, ImageError, OutputError
 from runtime.generation import (
     IMAGE_PREFILL,
@@ -296,8 +298,10 @@ class _Check:
         try:
             with open_session(self.bundle, graph.name, threads=self.threads) as session:
                 self._compare(session, inputs, golden)
-                self._check_placement(session)
-                if self._timing is not None and session.placement().executed:
+                placement = self._check_placement(session)
+                if placement.emulated or not placement.executed:
+                    self._timing = None
+                if self._timing is not None:
                     twin, warmup, runs = self._timing
                     self._time(session, inputs, twin, warmup=warmup, runs=runs)
         except EngineMissingError as err:
@@ -438,7 +442,7 @@ class _Check:
         else:
             self._failed("kept tokens", _why_not_kept(result, prune.keep))
 
-    def _check_placement(self, session: Session) -> None:
+    def _check_placement(self, session: Session) -> Placement:
         graph, placement = session.graph, session.placement()
         self.placements.append(
             GraphPlacement(
@@ -452,23 +456,27 @@ class _Check:
         name = f"delegates of {graph.name}"
         if graph.name in (TOKEN_EMBEDDING, EMBED_TOKENS) and not placement.delegates:
             self._passed(name, "none, and none is needed: it looks rows up in a table")
-            return
+            return placement
         promised = sum(coverage.partitions for coverage in graph.coverage)
         calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
         if not placement.executed:
             self._passed(name, f"{plural(outside, 'operator')} in one program ({placement.source})")
-        elif graph.engine == "onnxruntime":
-            # Delegates of a phone cannot run here; what can be said is who ran the nodes.
+        elif graph.engine == "onnxruntime" and all(coverage.delegate == CPU for coverage in graph.coverage):
+            # No delegate was promised; what can be said is who ran the nodes.
             where = f"{plural(outside, 'node')} on the CPU provider, {plural(calls, 'part')} elsewhere"
             self._passed(name, f"{where} ({placement.source})")
         elif calls == 0:
             self._failed(name, f"no delegate took anything: the plain runtime runs all {outside} operators")
+        elif graph.engine == "onnxruntime" and outside > sum(coverage.outside_nodes for coverage in graph.coverage):
+            self._failed(name, f"the CPU runs {plural(outside, 'node')} that the manifest promises to a delegate")
         elif promised != calls:
             promise = f"the manifest says {plural(promised, 'partition')}"
             self._failed(name, f"{promise}, the program makes {plural(calls, 'delegate call')}")
         else:
             parts = ", ".join(f"{key} in {plural(count, 'partition')}" for key, count in placement.delegates.items())
-            self._passed(name, f"{parts}, {plural(outside, 'operator')} outside ({placement.source})")
+            how = f"{placement.source}; emulated, so not timed" if placement.emulated else placement.source
+            self._passed(name, f"{parts}, {plural(outside, 'operator')} outside ({how})")
+        return placement
 
     def _time(
         self, session: Session, inputs: dict[str, np.ndarray], twin: Bundle | None, *, warmup: int, runs: int

@@ -18,7 +18,7 @@ from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
-    from pruning import PruneSpec, TokenPruner
+    from pruning import ComparingPruner, PruneSpec, TokenPruner
     from runtime.bundle import TensorInfo
 
 Placement = Literal["decoder", "projector"]
@@ -46,6 +46,8 @@ class VisionEncoder(Graph):
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
 
+    The "comparing" form of the pruner is for engines without int64: `positions` and `kept_indices` are int32 then.
+
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
     """
@@ -66,6 +68,7 @@ class VisionEncoder(Graph):
         placement: Placement,
         layer: int,
         prefix_length: int,
+        form: str = "default",
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
@@ -75,16 +78,18 @@ class VisionEncoder(Graph):
         self.prefix_length = prefix_length if placement == "decoder" else 0
         self.image_tokens = geometry.image_tokens
         self.spec = spec
+        # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
+        self.index_dtype = torch.int32 if form == "comparing" else torch.int64
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
         self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(self.layer))
-        self.pruner: TokenPruner | None = None
+        self.pruner: TokenPruner | ComparingPruner | None = None
         if spec is not None and self.keep < self.image_tokens:
-            from pruning import TokenPruner
+            from pruning import FORMS
 
-            self.pruner = TokenPruner(spec)
-        everything = torch.arange(self.prefix_length + self.image_tokens)[None]
+            self.pruner = FORMS[form](spec)
+        everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
         if placement == "decoder":
             first, last = self.prefix_length, self.prefix_length + self.image_tokens
@@ -100,6 +105,11 @@ class VisionEncoder(Graph):
     def dtype(self) -> torch.dtype:
         """The precision that the tower computes in."""
         return self.tower.embeddings.class_embedding.dtype
+
+    @property
+    def index_name(self) -> str:
+        """The dtype of positions and indices, by its name in a manifest."""
+        return str(self.index_dtype).removeprefix("torch.")
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""
@@ -117,7 +127,7 @@ class VisionEncoder(Graph):
         if self.placement == "projector":
             return (
                 TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
-                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype="int64"),
+                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=self.index_name),
                 *filled,
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
@@ -125,7 +135,7 @@ class VisionEncoder(Graph):
         dtype = "float16" if self.cos.dtype == torch.float16 else "float32"
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
-            TensorInfo(name="positions", shape=(1, kept), dtype="int64"),
+            TensorInfo(name="positions", shape=(1, kept), dtype=self.index_name),
             *(
                 TensorInfo(name=f"{part}_{index}", shape=cache, dtype=dtype)
                 for index in range(self.layer)
@@ -160,7 +170,7 @@ class VisionEncoder(Graph):
             if self.pruner is None:
                 return hidden.float(), self.all_positions
             tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
-            return tokens, indices.long(), filled
+            return tokens, indices.to(self.index_dtype), filled
         caches: list[Tensor] = []
         hidden = hidden.to(self.cos.dtype)
         for index, layer in enumerate(self.decoder_layers):
@@ -172,10 +182,10 @@ class VisionEncoder(Graph):
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
         tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
         positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
-        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.long(), *caches, filled
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.to(self.index_dtype), *caches, filled
 
     @staticmethod
-    def _pruned(pruner: TokenPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pruned(pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1), all float32"""
         tokens, indices, filled = pruner.select(keys.float(), hidden.float())
         return tokens, indices.float(), filled
@@ -190,10 +200,12 @@ def build_vision_encoder(
     layer: int = 2,
     precision: str = "fp32",
     quant_layers: str | None = None,
+    form: str = "default",
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
+    `form` is the static form of the pruner, a key of `pruning.FORMS`.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
@@ -209,7 +221,12 @@ def build_vision_encoder(
     prefix_ids = prompt_info(checkpoint, entry).prefix_ids if prefix_ids is None else prefix_ids
     with torch.no_grad():
         encoder = VisionEncoder(
-            geometry, spec, placement=cast(Placement, placement), layer=layer, prefix_length=len(prefix_ids)
+            geometry,
+            spec,
+            placement=cast(Placement, placement),
+            layer=layer,
+            prefix_length=len(prefix_ids),
+            form=form,
         )
         _fill_tower(encoder.tower, checkpoint, dtype)
         encoder.tower.to(dtype)
