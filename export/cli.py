@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -10,11 +11,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from export.request import nearest
-from runtime.errors import PruneportError, RequestError
+from runtime.errors import OutputError, PruneportError, RequestError
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -70,18 +72,15 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what = verb.add_argument_group("what to export")
     what.add_argument("--model", required=True, metavar="M", help="model to export, e.g. llava-1.5-7b or pocket")
     what.add_argument("--keep", required=True, metavar="N|all", help="image tokens to keep; `all` does not prune")
-    what.add_argument("--target", required=True, metavar="T", help="android or ios")
-    what.add_argument("--backend", metavar="B", help="xnnpack (default for android), onnx, or coreml (ios)")
+    what.add_argument("--target", default="android", metavar="T", help="android (default) or ios")
+    what.add_argument("--backend", metavar="B", help="xnnpack (default for android), onnx, qnn; coreml (for ios)")
+    what.add_argument("--soc", metavar="CHIP", help="the one chip to compile for, e.g. snapdragon-8-gen-3 (qnn)")
     what.add_argument("--precision", metavar="P", help="fp32 or fp16")
-    what.add_argument(
-        "--quant-vision",
-        metavar="Q",
-        help="8da8w (xnnpack), int8, int4, pal4 (coreml) or none: vision graph",
-    )
+    what.add_argument("--quant-vision", metavar="Q", help="vision graph: 8da8w; coreml: int8, int4, pal4")
     what.add_argument(
         "--quant-text",
         metavar="Q",
-        help="8da4w, 8da4w-g64, 8da4w-g32, 8da8w, int8, int4, pal4 or none: text graphs",
+        help="text graphs: 8da4w[-g64|-g32] or 8da8w; onnx: int4[-g64|-g128], int8; coreml: int4, int8, pal4",
     )
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
@@ -156,7 +155,7 @@ def parse(argv: Sequence[str], *, optimum: bool = False) -> argparse.Namespace:
     chosen = verbs[argv[0]] if argv and argv[0] in verbs else parser
     # Before argparse looks: for a mistyped flag it would report the right one as missing.
     flags = re.findall(r"(?<![\w-])--[a-z-]+", chosen.format_help())
-    for word in argv:
+    for word in takewhile(lambda word: word != "--", argv):
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in flags:
             raise RequestError(f"unknown argument {flag!r}{nearest(flag, flags)}; see {chosen.prog} --help")
@@ -200,6 +199,7 @@ def _export(args: argparse.Namespace, version: str) -> int:
         keep=args.keep,
         target=args.target,
         backend=args.backend,
+        soc=args.soc,
         precision=args.precision,
         quant_vision=args.quant_vision,
         quant_text=args.quant_text,
@@ -288,7 +288,14 @@ def _ask(args: argparse.Namespace) -> int:
     )
 
     def say(piece: str) -> None:
-        print(piece, end="", flush=True)
+        # A terminal may know fewer characters than the model.
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
+        except OSError as err:
+            # The interpreter would write what is left in the buffer once more when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise OutputError(f"the answer cannot be written to standard output: {err.strerror or err}") from err
 
     def tell(line: str) -> None:
         if not args.quiet:

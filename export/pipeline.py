@@ -32,8 +32,21 @@ if TYPE_CHECKING:
 GOLDEN_FILE = "golden.safetensors"
 # Files of the checkpoint that a phone needs as they are.
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
+# The whole numbers of float16 are exact up to here.
+HALF_COUNTS = 2048
 # Packages whose version can change what a bundle computes.
-TOOLS = ("torch", "transformers", "executorch", "torchao", "onnx", "onnxruntime", "onnxscript", "coremltools", "numpy")
+TOOLS = (
+    "torch",
+    "transformers",
+    "executorch",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-qnn",
+    "onnxscript",
+    "coremltools",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class _Making:
                         precision=plan.precision,
                         quant_vision=plan.quant_vision,
                         quant_text=plan.quant_text,
+                        soc=plan.soc.name if plan.soc else None,
                     ),
                     prune=_prune_info(plan, bundle),
                     graphs=graphs,
@@ -278,16 +292,31 @@ class _Making:
             return {VISION_ENCODER: encoder}
         geometry = self.checkpoint.geometry
         context = Context(
-            geometry, prefix=encoder.prefix_length, keep=encoder.keep, layer=plan.layer, text=plan.text_tokens
+            geometry,
+            prefix=encoder.prefix_length,
+            keep=encoder.keep,
+            layer=plan.layer,
+            text=plan.text_tokens,
+            index=encoder.index_name,
         )
+        if plan.backend.traced_precision and context.positions > HALF_COUNTS:
+            raise ExportError(
+                f"prompt, image and text_tokens={plan.text_tokens} take {context.positions} positions; "
+                f"backend {plan.backend.name} counts them in float16, which is exact up to {HALF_COUNTS}; "
+                "give fewer --text-tokens"
+            )
         if context.positions > geometry.text.max_positions:
             raise ExportError(
                 f"prompt and image take {context.first_text} positions and text_tokens={plan.text_tokens} the rest of "
                 f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
                 "give fewer --text-tokens"
             )
-        quant = None if plan.backend.compresses else plan.quant_text
-        text = build_text_graphs(self.checkpoint, context, precision=plan.precision, quant=quant)
+        text = build_text_graphs(
+            self.checkpoint,
+            context,
+            precision=plan.traced_precision,
+            quant=None if plan.backend.compresses else plan.quant_text,
+        )
         return {VISION_ENCODER: encoder, **text}
 
     def _vision(self, bundle: BundlePlan) -> VisionEncoder:
@@ -302,6 +331,8 @@ class _Making:
             placement=plan.placement,
             layer=plan.layer,
             precision=plan.vision_precision,
+            quant_layers=plan.quant_text if plan.placement == "decoder" and not plan.backend.compresses else None,
+            form=plan.backend.pruner_form,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length

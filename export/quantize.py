@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 class Scheme:
     """Weights in `bits` with a scale for each output channel, or for each group of `group` inputs of one.
 
-    Activations are quantised to 8 bits on the fly, a scale for each token.
+    `form` says what a layer becomes. torchao: a linear layer whose activations are quantised to 8 bits on the fly, a
+    scale for each token, as ExecuTorch knows it. nbits: an `NBitsLinear`, as ONNX Runtime knows it.
     """
 
     bits: Literal[4, 8]
     group: int | None = None
+    form: Literal["torchao", "nbits"] = "torchao"
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -27,22 +29,27 @@ SCHEMES: dict[str, Scheme] = {
     "8da4w": Scheme(bits=4, group=128),
     "8da4w-g64": Scheme(bits=4, group=64),
     "8da4w-g32": Scheme(bits=4, group=32),
+    "int4": Scheme(bits=4, group=32, form="nbits"),
+    "int4-g64": Scheme(bits=4, group=64, form="nbits"),
+    "int4-g128": Scheme(bits=4, group=128, form="nbits"),
+    "int8": Scheme(bits=8, group=32, form="nbits"),
 }
 
 
 def check_widths(scheme: str, widths: dict[str, int]) -> None:
     """Raises ExportError for layers whose input width (layer name -> width) is no multiple of the scheme's group."""
-    group = SCHEMES[scheme].group
+    group, form = SCHEMES[scheme].group, SCHEMES[scheme].form
     odd = [f"{name} ({width})" for name, width in widths.items() if group is not None and width % group]
     if odd:
         fits = [
             name
             for name, other in SCHEMES.items()
-            if other.group is None or all(width % other.group == 0 for width in widths.values())
+            if other.form == form
+            and (other.group is None or all(width % other.group == 0 for width in widths.values()))
         ]
         raise ExportError(
             f"{scheme} groups {group} inputs of a layer, which does not divide the width of {', '.join(odd)}; "
-            f"schemes that fit: {', '.join(fits)}"
+            f"schemes that fit: {', '.join(fits) or 'none'}"
         )
 
 
@@ -52,8 +59,6 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
     Layers that are quantised already, as part of a graph that shares them, are left as they are.
     """
     import torch
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-    from torchao.quantization.granularity import PerAxis, PerGroup
 
     if scheme not in SCHEMES:
         raise ExportError(f"the quantisation scheme {scheme!r} is not known; allowed: {', '.join(SCHEMES)}")
@@ -63,6 +68,18 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         return isinstance(layer, torch.nn.Linear) and type(layer.weight.data) is torch.Tensor
 
     check_widths(scheme, {name: int(layer.in_features) for name, layer in module.named_modules() if plain(layer)})
+    if known.form == "nbits":
+        from export.graphs.nbits import NBitsLinear
+
+        assert known.group is not None
+        for owner in list(module.modules()):
+            for name, layer in owner.named_children():
+                if isinstance(layer, torch.nn.Linear):
+                    setattr(owner, name, NBitsLinear(layer, bits=known.bits, group=known.group))
+        return
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
     config = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=getattr(torch, f"int{known.bits}"),
         weight_granularity=PerAxis(0) if known.group is None else PerGroup(known.group),

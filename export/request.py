@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from export.models.llava import ModelEntry
-    from export.targets import Backend, Precision, Target
+    from export.targets import Backend, Precision, Soc, Target
     from pruning import PruneSpec
 
 Word = TypeVar("Word", bound=str)
@@ -34,9 +34,11 @@ DECODER_LAYER = 2
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
 
 # Peak memory of an export: the libraries, plus the weights held about three times over while a graph is serialised and
-# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json).
+# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json). Quantised text weights take
+# a byte each while they wait, another while one graph is lowered, and what the graph packed (answers-*.json).
 BASE_RAM_BYTES = 1200 * 2**20
 RAM_PER_GRAPH_BYTE = 3.1
+RAM_PER_QUANTISED_WEIGHT = 2.6
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 
@@ -55,6 +57,7 @@ class Request:
     keep: str
     target: str
     backend: str | None = None
+    soc: str | None = None
     precision: str | None = None
     quant_vision: str | None = None
     quant_text: str | None = None
@@ -94,12 +97,14 @@ class Needs:
 class Plan:
     """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`.
 
-    `text_tokens` is the room for text in the KV cache, None where no text graphs are made.
+    `text_tokens` is the room for text in the KV cache, None where no text graphs are made; `soc` the chip that graphs
+    are compiled for, None where they are not.
     """
 
     entry: ModelEntry
     target: Target
     backend: Backend
+    soc: Soc | None
     precision: Precision
     quant_vision: str | None
     quant_text: str | None
@@ -119,9 +124,14 @@ class Plan:
         return DECODER_LAYER if self.placement == "decoder" else 0
 
     @property
+    def traced_precision(self) -> Precision:
+        """What graphs come to the backend in."""
+        return self.backend.traced_precision or self.precision
+
+    @property
     def vision_precision(self) -> Precision:
         """What the vision graph computes in; a quantised one dequantises to fp32."""
-        return "fp32" if self.quant_vision and not self.backend.compresses else self.precision
+        return "fp32" if self.quant_vision and not self.backend.compresses else self.traced_precision
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -151,14 +161,17 @@ def plan(request: Request) -> Plan:
     target = TARGETS[_known("target", request.target, TARGETS)]
     backends = {backend.name: backend for backend in target.backends}
     backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
+    soc = _soc(request.soc, backend)
+    if soc is not None:
+        backend = backend.for_soc(soc)
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
     if whole and placement == "projector" and not backend.ready_for:
         raise NotYetError(
-            f"prune_at=projector: backend {backend.name} makes no text graphs for it yet; add --only vision, or leave "
-            "--prune-at out"
+            f"prune_at=projector on backend {backend.name}: text graphs for a ready-made runtime are not made yet; "
+            "add --only vision, or leave --prune-at out"
         )
     schemes = backend.quant_text if placement == "decoder" else backend.ready_quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
@@ -166,11 +179,17 @@ def plan(request: Request) -> Plan:
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
+        if wanted in backend.quant_text and schemes and wanted not in (*schemes, NONE):
+            raise RequestError(
+                f"quant_text={wanted} does not go with prune_at={placement}: {backend.ready_for} takes "
+                f"{', '.join(schemes)}"
+            )
         quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or bool(quant_text))
-    default_precision = "fp32" if all_quantised else entry.precision or backend.precisions[0]
+    usual = entry.precision if entry.precision in backend.precisions else backend.precisions[0]
+    default_precision = "fp32" if all_quantised else usual
     precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
     if all_quantised and precision != "fp32":
         raise RequestError(
@@ -188,6 +207,7 @@ def plan(request: Request) -> Plan:
     photo_path = _photo_path(request.image)
 
     choices = [
+        soc.name if soc else "",
         precision if precision != default_precision else "",
         quant_vision or "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
@@ -208,7 +228,15 @@ def plan(request: Request) -> Plan:
     for path in (bundle.path, *([twin.path] if twin else [])):
         if path.exists() or path.is_symlink():
             raise OutputError(f"{path} exists and is not overwritten; move it away or choose another output folder")
-    needs = _needs(entry, placement, precision, bundles=2 if twin else 1, folder=folder)
+    needs = _needs(
+        entry,
+        placement,
+        precision,
+        text=whole,
+        quant_text=quant_text,
+        bundles=2 if twin else 1,
+        folder=folder,
+    )
     if needs.disk_bytes > needs.disk_free_bytes:
         raise OutputError(
             f"{folder} has {_gib(needs.disk_free_bytes)} free, the export needs about {_gib(needs.disk_bytes)}; "
@@ -220,6 +248,7 @@ def plan(request: Request) -> Plan:
         entry=entry,
         target=target,
         backend=backend,
+        soc=soc,
         precision=precision,
         quant_vision=quant_vision,
         quant_text=quant_text,
@@ -262,7 +291,8 @@ def describe(plan: Plan) -> str:
         *([f"           {plan.twin.path} (unpruned twin)"] if plan.twin else []),
         f"  vision   vision_encoder, {kept}",
         f"  text     {text}",
-        f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}",
+        f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}"
+        + (f", for {plan.soc.name} ({plan.soc.chip}, HTP v{plan.soc.htp_arch}) alone" if plan.soc else ""),
         f"  weights  {weights}",
         f"  photo    {plan.photo_path.name}, {width} x {height}",
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
@@ -280,6 +310,21 @@ def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     return names[names.index(word)]
 
 
+def _soc(word: str | None, backend: Backend) -> Soc | None:
+    """The chip that `word` names; needed where the backend compiles for one, meaningless elsewhere."""
+    from export.targets import socs
+
+    if backend.load_for_soc is None:
+        if word is not None:
+            raise RequestError(
+                f"soc={word} means nothing to backend {backend.name}, which runs on any; leave --soc out"
+            )
+        return None
+    if word is None:
+        raise RequestError(f"backend {backend.name} compiles for one chip; name it with --soc: {', '.join(socs())}")
+    return socs()[_known("soc", word, socs())]
+
+
 def _quantisation(
     what: str, word: str | None, schemes: tuple[str, ...], backend: Backend, target: Target
 ) -> str | None:
@@ -293,7 +338,7 @@ def _quantisation(
             f"{what}={word}: not yet on backend {backend.name}; "
             f"leave --{flag} out, or take a backend that has it: {', '.join(others) or 'none yet'}"
         )
-    return _known(f"{backend.name} {what}", word, (*schemes, NONE))
+    return _known(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
 def _text_tokens(text: str, entry: ModelEntry) -> int:
@@ -354,9 +399,10 @@ def _check_weights(weights: str | None) -> None:
 def _check_installed(backend: Backend) -> None:
     missing = [package for package in backend.packages if find_spec(package) is None]
     if missing:
+        extras = "export,qnn" if "onnxruntime_qnn" in missing else "export"
         raise ExportError(
             f"backend {backend.name} needs {', '.join(missing)}, not installed here; "
-            "run: pip install 'pruneport[export]'"
+            f"run: pip install 'pruneport[{extras}]'"
         )
 
 
@@ -375,15 +421,29 @@ def _photo_path(image: str | None) -> Path:
     )
 
 
-def _needs(entry: ModelEntry, placement: Placement, precision: Precision, *, bundles: int, folder: Path) -> Needs:
+def _needs(
+    entry: ModelEntry,
+    placement: Placement,
+    precision: Precision,
+    *,
+    text: bool,
+    quant_text: str | None,
+    bundles: int,
+    folder: Path,
+) -> Needs:
     import psutil
 
-    weights = entry.geometry.vision_parameter_count(placement, DECODER_LAYER)
-    graph_bytes = weights * (2 if precision == "fp16" else 4)
+    size = 2 if precision == "fp16" else 4
+    graph_bytes = entry.geometry.vision_parameter_count(placement, DECODER_LAYER) * size
+    text_ram_bytes, text_bytes = 0.0, 0
+    if text:
+        weights = entry.geometry.text_parameter_count()
+        text_bytes = weights if quant_text else weights * size
+        text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(
-        ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes),
+        ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes),
         ram_available_bytes=psutil.virtual_memory().available,
-        disk_bytes=bundles * (graph_bytes + BUNDLE_EXTRA_BYTES),
+        disk_bytes=bundles * (graph_bytes + text_bytes + BUNDLE_EXTRA_BYTES),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
 

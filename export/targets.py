@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -17,6 +19,23 @@ if TYPE_CHECKING:
     from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 
 Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class Soc:
+    """A system-on-chip that graphs are compiled for, and what its NPU's compiler calls it."""
+
+    name: str
+    chip: str
+    soc_model: int
+    htp_arch: int
+
+
+@cache
+def socs() -> Mapping[str, Soc]:
+    """The chips of `socs.json`, by the names they are sold under."""
+    table = json.loads((Path(__file__).parent / "socs.json").read_text(encoding="utf-8"))
+    return {name: Soc(name, **row) for name, row in table["socs"].items()}
 
 
 @dataclass(frozen=True)
@@ -67,11 +86,11 @@ class WriteReadyMade(Protocol):
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
-    So is the first scheme for the text graphs; the vision graph is quantised on request. A quantised graph computes the
-    rest in fp32, whatever the precision. `ready_for` is the runtime of other people that `load_ready_made` writes for,
-    `ready_quant_text` the schemes it can have there; empty where there is none. `packages` are the modules without
-    which nothing can be exported. A backend that `compresses` has schemes for the weights alone and applies them
-    itself: its graphs compute in the precision all the same.
+    So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A
+    quantised graph computes the rest in fp32, whatever the precision. `ready_for` is the runtime of other people that
+    `load_ready_made` writes for, `ready_quant_text` the schemes it can have there; empty where there is none.
+    `packages` are the modules without which nothing can be exported. Where a backend `compresses`, its schemes are for
+    the weights alone and applied by itself: a graph then computes in the precision all the same.
     """
 
     name: str
@@ -86,6 +105,15 @@ class Backend:
     ready_quant_text: tuple[str, ...]
     load_ready_made: Callable[[], WriteReadyMade]
     compresses: bool = False
+    # For a converter that goes down to the precision itself: what the graphs come to it in.
+    traced_precision: Precision | None = None
+    # Where graphs are compiled for one chip: `for_soc` must be asked for the backend that knows it.
+    load_for_soc: Callable[[Soc], Lower] | None = None
+
+    def for_soc(self, soc: Soc) -> Backend:
+        """This backend as it makes graphs for one chip."""
+        assert self.load_for_soc is not None
+        return replace(self, load=partial(self.load_for_soc, soc))
 
     def __post_init__(self) -> None:
         if not self.precisions:
@@ -120,6 +148,16 @@ def _coreml() -> Lower:
     from export.backends.coreml import lower
 
     return lower
+
+
+def _qnn(soc: Soc) -> Lower:
+    from export.backends.qnn import lower
+
+    return partial(lower, soc)
+
+
+def _no_soc() -> Lower:
+    raise AssertionError("graphs for an NPU are compiled for one chip: ask for_soc")
 
 
 def _no_ready_made() -> WriteReadyMade:
@@ -157,12 +195,13 @@ ONNX = Backend(
     engine="onnxruntime",
     precisions=("fp32", "fp16"),
     quant_vision=(),
-    quant_text=(),
+    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
     pruner_form="default",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
     ready_for=TRANSFORMERS_JS,
-    ready_quant_text=(),
+    # It names 4-bit weights; what it calls int8 and q8 is another format, which also rounds activations.
+    ready_quant_text=("none", "int4", "int4-g64", "int4-g128"),
     load_ready_made=_transformers_js,
 )
 COREML = Backend(
@@ -181,7 +220,24 @@ COREML = Backend(
     compresses=True,
 )
 
+QNN = Backend(
+    name="qnn",
+    engine="onnxruntime",
+    precisions=("fp16",),
+    quant_vision=(),
+    quant_text=(),
+    # float16 cannot hold the 2^60 that the default form compares with.
+    pruner_form="comparing",
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn"),
+    load=_no_soc,
+    ready_for="",
+    ready_quant_text=(),
+    load_ready_made=_no_ready_made,
+    traced_precision="fp32",
+    load_for_soc=_qnn,
+)
+
 TARGETS: dict[str, Target] = {
-    "android": Target(name="android", backends=(XNNPACK, ONNX)),
+    "android": Target(name="android", backends=(XNNPACK, ONNX, QNN)),
     "ios": Target(name="ios", backends=(COREML,)),
 }

@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.bundle import Bundle, read_bundle
-from runtime.errors import BundleError, RequestError
-from runtime.generation import Answers, Prefill, Sampling, Token, check_room, open_graphs, start_answers
+from runtime.errors import BundleError, OutputError, RequestError
+from runtime.generation import (
+    VISION_ENCODER,
+    Answers,
+    Prefill,
+    Sampling,
+    Token,
+    check_room,
+    open_graphs,
+    start_answers,
+)
 from runtime.image import load_photo, preprocess
 from runtime.latency import peak_rss_bytes
 from runtime.prompt import Tokenizer, open_tokenizer
@@ -18,21 +27,22 @@ PREFILL_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Took:
-    """What one answer took; `token_ms` are the times of all tokens but the first."""
+    """What one answer took; `token_ms` are the times of all tokens but the first, `ttft_ms` None means no token."""
 
     bundle: str
     image_ready_ms: float
     question_tokens: int
-    ttft_ms: float
+    ttft_ms: float | None
     token_ms: tuple[float, ...]
     kv_cache_bytes: int
     peak_rss_bytes: int
 
     def __str__(self) -> str:
         speed = f"{1e3 * len(self.token_ms) / sum(self.token_ms):.1f} tokens/s" if self.token_ms else "one token"
+        first = "no answer" if self.ttft_ms is None else f"TTFT {self.ttft_ms:.1f} ms"
         return (
-            f"image ready {self.image_ready_ms:.0f} ms, "
-            f"TTFT {self.ttft_ms:.1f} ms after {self.question_tokens} tokens, {speed}, "
+            f"image ready {self.image_ready_ms:.0f} ms, {first} after {self.question_tokens} tokens, "
+            f"{'' if self.ttft_ms is None else f'{speed}, '}"
             f"KV cache {self.kv_cache_bytes / 1e6:.1f} MB, peak RSS {self.peak_rss_bytes / 1e6:.0f} MB"
         )
 
@@ -57,8 +67,16 @@ class Inquiry:
                 )
         if "" in self.stops:
             raise RequestError("stop='' would end every answer at once; give a text, or leave --stop out")
-        if self.save_prefill is not None and self.photo.suffix == PREFILL_SUFFIX:
+        if self.save_prefill is None:
+            return
+        if self.photo.suffix == PREFILL_SUFFIX:
             raise RequestError(f"{self.photo} is a saved prefill already; leave --save-prefill out")
+        if self.save_prefill.suffix != PREFILL_SUFFIX:
+            raise RequestError(
+                f"save_prefill={str(self.save_prefill)!r} must end in {PREFILL_SUFFIX}: by that it is known later"
+            )
+        if not self.save_prefill.parent.is_dir():
+            raise OutputError(f"{self.save_prefill} cannot be written: {self.save_prefill.parent} is no folder")
 
 
 def _is_file(name: str) -> bool:
@@ -101,6 +119,8 @@ def ask(
             raise RequestError(f"{inquiry.photo} is the prefill of one bundle; to compare, give the photo itself")
         bundles.append(unpruned_twin(bundle))
     seen = Prefill.load(inquiry.photo) if inquiry.photo.suffix == PREFILL_SUFFIX else load_photo(inquiry.photo)
+    if isinstance(seen, Prefill):
+        seen.check_made_by(bundle.identity)
     for each in bundles:
         each.check_files()
     took: list[Took] = []
@@ -108,6 +128,8 @@ def ask(
         if compare:
             tell(each.manifest.name)
         with open_graphs(each) as graphs:
+            if graphs[VISION_ENCODER].placement().emulated:
+                tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
             answers = start_answers(each, graphs)
             photo = seen if isinstance(seen, Prefill) else answers.see(preprocess(seen, each.manifest.image))
             if inquiry.save_prefill is not None and each is bundle:
@@ -144,7 +166,7 @@ def _answer(
         bundle=bundle.manifest.name,
         image_ready_ms=photo.image_ready_ms,
         question_tokens=len(question),
-        ttft_ms=times_ms[0] if times_ms else 0.0,
+        ttft_ms=times_ms[0] if times_ms else None,
         token_ms=tuple(times_ms[1:]),
         kv_cache_bytes=answers.cache_bytes,
         peak_rss_bytes=peak_rss_bytes(),
@@ -179,10 +201,15 @@ def unpruned_twin(bundle: Bundle) -> Bundle:
     if not bundle.manifest.prune.pruned:
         raise RequestError(f"{bundle.path} is unpruned itself; leave --compare out")
     ours = bundle.manifest
+    unreadable = []
     for folder in sorted(bundle.path.absolute().parent.iterdir()):
         if folder.name.startswith(".") or not (folder / "manifest.json").is_file():
             continue
-        other = read_bundle(folder)
+        try:
+            other = read_bundle(folder)
+        except BundleError as err:  # it may be the twin or have nothing to do with it
+            unreadable.append(str(err))
+            continue
         theirs = other.manifest
         same = (theirs.model, theirs.weights, theirs.target, theirs.text) == (
             ours.model,
@@ -194,5 +221,5 @@ def unpruned_twin(bundle: Bundle) -> Bundle:
             return other
     raise BundleError(
         f"no unpruned twin of {bundle.path} lies beside it; export one with --keep all and the same settings, or "
-        "export both with --twin"
+        f"export both with --twin{''.join(f' (not looked at: {why})' for why in unreadable)}"
     )

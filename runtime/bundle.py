@@ -300,12 +300,13 @@ class GoldenInfo(_Record, frozen=True):
 class TargetInfo(_Record, frozen=True):
     """What the graphs were lowered for; `precision` is that of graphs without a quantisation scheme.
 
-    A quantised graph computes in fp32 what is not quantised.
+    A quantised graph computes in fp32 what is not quantised. `soc` is the one chip that they run on, None for any.
     """
 
     name: Name
     backend: Name
     precision: Literal["fp32", "fp16"]
+    soc: Name | None = None
     quant_vision: Name | None = None
     quant_text: Name | None = None
 

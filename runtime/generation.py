@@ -75,6 +75,11 @@ class Prefill:
     caches: Mapping[str, np.ndarray] = field(repr=False)
     image_ready_ms: float
 
+    def check_made_by(self, bundle: str) -> None:
+        """Raises BundleError when another bundle made it."""
+        if self.bundle != bundle:
+            raise BundleError(f"the photo was prefilled by {self.bundle}, not by {bundle}; prefill it again")
+
     def save(self, path: Path) -> None:
         """Writes it as safetensors. Raises OutputError."""
         from safetensors.numpy import save
@@ -188,6 +193,7 @@ class Answers:
             raise BundleError(
                 f"{bundle}: {VISION_ENCODER} and {IMAGE_PREFILL} do not fill the cache of {TEXT_PREFILL}; export again"
             )
+        self._image_part = {name: (info.shape, info.numpy_dtype) for name, info in made.items()}
         self._image_entries = {name: info.shape[2] for name, info in made.items()}
         rooms = {shapes[f"past_{name}"].shape[2] - entries for name, entries in self._image_entries.items()}
         if len(rooms) != 1 or min(rooms) < 1:
@@ -238,9 +244,8 @@ class Answers:
         runs: RequestError for an empty question, or one that leaves no room for the answer; BundleError for the
         prefill of another bundle.
         """
-        if photo.bundle != self.bundle:
-            raise BundleError(f"the photo was prefilled by {photo.bundle}, not by {self.bundle}; prefill it again")
-        if {name: array.shape[2] for name, array in photo.caches.items()} != self._image_entries:
+        photo.check_made_by(self.bundle)
+        if {name: (array.shape, array.dtype) for name, array in photo.caches.items()} != self._image_part:
             raise BundleError(f"the prefill does not fit the cache of {self.bundle}; prefill the photo again")
         check_room(len(question), max_new_tokens, room=self.room)
         end_ids = frozenset[int]() if past_end else self.end_ids

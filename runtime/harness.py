@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import REPORT_FILES, SCHEMA_VERSION, Bundle, GraphInfo, read_bundle
+from runtime.engines import Placement
+from runtime.engines.onnxruntime import CPU
 from runtime.errors import BundleError, EngineError, EngineMissingError, ImageError, OutputError
 from runtime.generation import (
     IMAGE_PREFILL,
@@ -51,6 +53,7 @@ _FED_BY = {
     f"{IMAGE_PREFILL}.positions": f"{VISION_ENCODER}.out.positions",
     f"{TEXT_PREFILL}.inputs_embeds": f"{TOKEN_EMBEDDING}.out.inputs_embeds",
 }
+_ANSWER = ("answer.question", "answer.ids", "answer.margin")
 _TIMED_TOKENS = 16
 # Pillow's resize may round one grey level apart between builds; a wrong crop or channel order is dozens off.
 _MOST_GREY_LEVELS = 1.0
@@ -295,8 +298,10 @@ class _Check:
         try:
             with open_session(self.bundle, graph.name, threads=self.threads) as session:
                 self._compare(session, inputs, golden)
-                self._check_placement(session)
-                if self._timing is not None and session.placement().executed:
+                placement = self._check_placement(session)
+                if placement.emulated or not placement.executed:
+                    self._timing = None
+                if self._timing is not None:
                     twin, warmup, runs = self._timing
                     self._time(session, inputs, twin, warmup=warmup, runs=runs)
         except EngineMissingError as err:
@@ -330,8 +335,11 @@ class _Check:
                 answers = None if self.bundle.manifest.text is None else start_answers(self.bundle, graphs)
                 if answers is not None:
                     self._check_cache(answers)
-                if "answer.ids" in golden:
+                missing = [key for key in _ANSWER if key not in golden]
+                if not missing:
                     self._compare_answer(graphs, answers, pixels, golden)
+                elif len(missing) < len(_ANSWER):
+                    self._not_checked(name, f"the golden lacks {', '.join(missing)}", "export again")
                 else:
                     remedy = "export on a machine whose memory holds the decoder in float32 three times"
                     self._not_checked(name, "the desktop could not hold the decoder to answer with", remedy)
@@ -378,7 +386,7 @@ class _Check:
             photo = answers.see(pixels)
             tokens = answers.answer(photo, question, max_new_tokens=len(expected), past_end=True)
             got = np.asarray([token.id for token in tokens])
-        bounds = [bound_for(self.bundle.manifest.target, graph.name) for graph in self.bundle.manifest.graphs]
+        bounds = [bound_for(self.bundle.manifest, graph.name) for graph in self.bundle.manifest.graphs]
         exact = all(bound.least_overlap >= 1 for bound in bounds)
         self.answer = compare_answer(expected, got, margin=golden["answer.margin"], exact=exact)
         detail = f"{self.answer.same} of {len(expected)} greedy tokens as on the desktop"
@@ -434,7 +442,7 @@ class _Check:
         else:
             self._failed("kept tokens", _why_not_kept(result, prune.keep))
 
-    def _check_placement(self, session: Session) -> None:
+    def _check_placement(self, session: Session) -> Placement:
         graph, placement = session.graph, session.placement()
         self.placements.append(
             GraphPlacement(
@@ -448,23 +456,27 @@ class _Check:
         name = f"delegates of {graph.name}"
         if graph.name in (TOKEN_EMBEDDING, EMBED_TOKENS) and not placement.delegates:
             self._passed(name, "none, and none is needed: it looks rows up in a table")
-            return
+            return placement
         promised = sum(coverage.partitions for coverage in graph.coverage)
         calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
         if not placement.executed:
             self._passed(name, f"{plural(outside, 'operator')} in one program ({placement.source})")
-        elif graph.engine == "onnxruntime":
-            # Delegates of a phone cannot run here; what can be said is who ran the nodes.
+        elif graph.engine == "onnxruntime" and all(coverage.delegate == CPU for coverage in graph.coverage):
+            # No delegate was promised; what can be said is who ran the nodes.
             where = f"{plural(outside, 'node')} on the CPU provider, {plural(calls, 'part')} elsewhere"
             self._passed(name, f"{where} ({placement.source})")
         elif calls == 0:
             self._failed(name, f"no delegate took anything: the plain runtime runs all {outside} operators")
+        elif graph.engine == "onnxruntime" and outside > sum(coverage.outside_nodes for coverage in graph.coverage):
+            self._failed(name, f"the CPU runs {plural(outside, 'node')} that the manifest promises to a delegate")
         elif promised != calls:
             promise = f"the manifest says {plural(promised, 'partition')}"
             self._failed(name, f"{promise}, the program makes {plural(calls, 'delegate call')}")
         else:
             parts = ", ".join(f"{key} in {plural(count, 'partition')}" for key, count in placement.delegates.items())
-            self._passed(name, f"{parts}, {plural(outside, 'operator')} outside ({placement.source})")
+            how = f"{placement.source}; emulated, so not timed" if placement.emulated else placement.source
+            self._passed(name, f"{parts}, {plural(outside, 'operator')} outside ({how})")
+        return placement
 
     def _time(
         self, session: Session, inputs: dict[str, np.ndarray], twin: Bundle | None, *, warmup: int, runs: int

@@ -63,14 +63,23 @@ class Tokenizer:
         return ids[ids.index(self._image_id) + 1 :]
 
     def text(self, ids: Iterable[int]) -> Iterator[str]:
-        """The answer piece by piece; a character that takes several tokens comes out when it is whole."""
+        """The answer piece by piece; a character that takes several tokens comes out when it is whole.
+
+        What is left of one at the end comes out as the replacement character, as when all is decoded at once.
+        """
         from tokenizers.decoders import DecodeStream
 
         stream: Any = DecodeStream(skip_special_tokens=True)
+        seen, length = [], 0
         for token in ids:
+            seen.append(token)
             piece = stream.step(self._tokenizer, token)
             if piece:
+                length += len(piece)
                 yield piece
+        rest = self._tokenizer.decode(seen, skip_special_tokens=True)[length:]
+        if rest:
+            yield rest
 
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # The subset of golden vectors that lies beside the tests has no decoder: its weights alone are larger than the rest.
 if not (Path(os.environ.get("PRUNEPORT_GOLDEN") or ROOT / "tests" / "golden") / "decoder.json").exists():
     collect_ignore = ["test_decoder_golden.py"]
+
+# Programs that a machine may lack. Where .ci/run runs it has installed them, and their absence is a failure.
+CHROMIUM = Path("/usr/bin/chromium")
+needs_chromium = pytest.mark.skipif(
+    not CHROMIUM.exists() and "CI" not in os.environ, reason="needs Chromium: apt-get install chromium"
+)
+needs_node = pytest.mark.skipif(
+    not (shutil.which("node") and shutil.which("npm")) and "CI" not in os.environ,
+    reason="needs Node and npm: apt-get install nodejs npm",
+)
 
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from export.graphs.graph import Graph
 from export.targets import COREML, ONNX, XNNPACK
-from pruning import TokenPruner
+from pruning import ComparingPruner, TokenPruner
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 from runtime.engines import ENGINES, LoadedGraph
 
@@ -19,7 +19,7 @@ Engine = Literal["coreml", "executorch", "onnxruntime"]
 class PrunerGraph(Graph):
     """keys (1, N, Dk), hidden (1, N, D) -> tokens (1, keep, D), indices (1, keep) in the dtype of what it computes."""
 
-    def __init__(self, pruner: TokenPruner, *, key_width: int, hidden_width: int) -> None:
+    def __init__(self, pruner: TokenPruner | ComparingPruner, *, key_width: int, hidden_width: int) -> None:
         super().__init__()
         self.pruner = pruner
         self.key_width, self.hidden_width = key_width, hidden_width

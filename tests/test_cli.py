@@ -46,7 +46,7 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["export", "--kep=3"], "unknown argument '--kep', did you mean '--keep'?; see pruneport export --help"),
         (["export", "--model"], "argument --model: expected one argument; see pruneport export --help"),
-        (["export"], "the following arguments are required: --model, --keep, --target; see pruneport export --help"),
+        (["export"], "the following arguments are required: --model, --keep; see pruneport export --help"),
         (["verify"], "the following arguments are required: BUNDLE; see pruneport verify --help"),
         (["verify", "a", "b"], "unrecognized arguments: b; see pruneport --help"),
         (["verify", "a", "-v", "-q"], "-v and -q contradict each other; give one of them"),
@@ -90,6 +90,17 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
             "precision=fp16 does not go with quant_vision=8da8w",
         ),
         ({"quant_text": "4da4w"}, "unknown xnnpack quant_text '4da4w'"),
+        ({"quant_text": "int4"}, "unknown xnnpack quant_text 'int4'"),
+        (
+            {"quant_text": "8da4w", "backend": "onnx"},
+            "unknown onnx quant_text '8da4w'; allowed: none, int4, int4-g64, int4-g128, int8",
+        ),
+        ({"quant_text": "int3", "backend": "onnx"}, "unknown onnx quant_text 'int3', did you mean 'int"),
+        (
+            {"quant_text": "int8", "backend": "onnx", "prune_at": "projector"},
+            "quant_text=int8 does not go with prune_at=projector: transformers.js takes none, int4, ",
+        ),
+        ({"quant_text": "int4", "backend": "onnx", "only": "vision"}, "quant_text=int4 has nothing to quantise"),
         ({"quant_text": "8da8w", "only": "vision"}, "quant_text=8da8w has nothing to quantise"),
         ({"text_tokens": "191"}, "text_tokens=191 must lie in 192..1437 (pocket knows 2048 positions"),
         ({"text_tokens": "1438"}, "text_tokens=1438 must lie in 192..1437"),
@@ -144,6 +155,12 @@ def test_what_later_versions_will_do(changes: dict[str, str], message: str, tmp_
         ({"keep": "all"}, "pocket-keepall-android-xnnpack"),
         ({"keep": "576"}, "pocket-keepall-android-xnnpack"),
         ({"backend": "onnx"}, "pocket-keep64-android-onnx"),
+        ({"backend": "onnx", "quant_text": "none"}, "pocket-keep64-android-onnx"),
+        ({"backend": "onnx", "quant_text": "int8"}, "pocket-keep64-android-onnx-text-int8"),
+        (
+            {"backend": "onnx", "quant_text": "int4-g64", "prune_at": "projector"},
+            "pocket-keep64-android-onnx-text-int4-g64-projector",
+        ),
         ({"quant_vision": "8da8w"}, "pocket-keep64-android-xnnpack-8da8w"),
         ({"prune_at": "projector"}, "pocket-keep64-android-xnnpack-projector"),
         ({"prune_at": "projector", "weights": "random"}, "pocket-keep64-android-xnnpack-projector-random"),
@@ -169,6 +186,16 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
     assert precision(model="llava-1.5-7b", quant_vision="8da8w") == "fp32"
     assert precision(model="llava-1.5-7b", backend="onnx") == "fp32"
     assert precision(model="pocket") == "fp32"
+
+
+@pytest.mark.parametrize("placement", ["decoder", "projector"])
+def test_text_is_quantised_by_default_on_xnnpack_alone(tmp_path: Path, placement: str) -> None:
+    def quant_text(**changes: str) -> str | None:
+        return plan(request(tmp_path, weights="random", prune_at=placement, **changes)).quant_text
+
+    assert quant_text(model="llava-1.5-7b") == "8da4w"
+    assert quant_text(model="llava-1.5-7b", backend="onnx") is None
+    assert quant_text(model="pocket") is None
 
 
 def test_twin_is_planned_beside_the_bundle(tmp_path: Path) -> None:
@@ -273,7 +300,9 @@ def test_forecast_of_memory_covers_what_was_measured(root: Path, tmp_path: Path)
         words = result["command"].split()
         flags = {flag.removeprefix("--"): value for flag, value in pairwise(words) if flag.startswith("--")}
         needs = plan(
-            request(tmp_path, **{name: flags[name] for name in ("model", "weights", "precision") if name in flags})
+            request(
+                tmp_path, **{name: flags[name] for name in ("model", "weights", "precision", "only") if name in flags}
+            )
         ).needs
         peak_bytes = result["peak_rss_kib"] * 1024
         assert peak_bytes <= needs.ram_bytes <= 1.5 * peak_bytes, file.name

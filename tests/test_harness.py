@@ -306,3 +306,54 @@ def test_reports_that_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
 def test_no_bundle(tmp_path: Path, walk: Callable[[Path], Verdict]) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         walk(tmp_path / "nothing")
+
+
+# The answer of a bundle with text graphs
+
+
+def test_answer_and_perplexity_stand_in_the_reports(onnx_bundle: Path) -> None:
+    """The desktop's perplexity once more, by torch; and the numbers of parity.json in report.md."""
+    import torch
+
+    parity = msgspec.json.decode((onnx_bundle / "parity.json").read_bytes(), type=ParityFile)
+    golden = read_bundle(onnx_bundle).golden()
+    logits = torch.from_numpy(golden["text_prefill.out.logits"][0, :-1]).double()
+    ids = torch.from_numpy(golden["token_embedding.in.ids"][0, 1:])
+    expected = float(torch.nn.functional.cross_entropy(logits, ids).exp())
+    (text,) = [graph.text for graph in parity.graphs if graph.text is not None]
+    assert (text.tokens, text.same_top1) == (127, 1.0)
+    assert text.expected_perplexity == pytest.approx(expected, rel=1e-9)
+    assert text.got_perplexity == pytest.approx(expected, rel=1e-4)
+    assert parity.answer is not None
+    assert (parity.answer.same, parity.answer.expected_count) == (64, 64)
+    latency = msgspec.json.decode((onnx_bundle / "latency.json").read_bytes(), type=LatencyFile)
+    assert latency.answers is not None
+    assert latency.answers.bundle.question_tokens == len(golden["answer.question"])
+    report = (onnx_bundle / "report.md").read_text(encoding="utf-8")
+    rounded = f"{text.got_perplexity:.4g}, desktop {text.expected_perplexity:.4g}"
+    assert f"64 of 64 greedy tokens as on the desktop; perplexity {rounded}" in report
+    assert f"Perplexity over 127 tokens of a fixed text: {text.got_perplexity:.6g}, on the desktop" in report
+    assert f"after a question of {latency.answers.bundle.question_tokens} tokens" in report
+    assert f"KV cache | {latency.answers.bundle.kv_cache_bytes / 1e6:.1f} MB" in report
+
+
+def test_answer_that_differs_and_one_that_cannot_be_compared(onnx_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(onnx_bundle, tmp_path / "other"))
+    golden = read_bundle(bundle).golden()
+    ids, margin = golden["answer.ids"].copy(), golden["answer.margin"]
+    ids[[9, 20]] += 1
+    _change_golden(bundle, answer__ids=ids)
+    verdict = verify(bundle)
+    step = _step(verdict, "answer")
+    assert [step.name for step in verdict.failed_steps] == ["answer"]
+    assert step.detail == (
+        f"62 of 64 greedy tokens as on the desktop, the first different one at 9 "
+        f"(the desktop's logit led by {margin[9]:.1e})"
+    )
+    assert verdict.answer is not None
+    assert (verdict.answer.same, verdict.answer.passed) == (62, False)
+    _change_golden(bundle, answer__margin=None)
+    verdict = verify(bundle)
+    step = _step(verdict, "answer")
+    assert (step.status, step.detail, step.remedy) == ("not checked", "the golden lacks answer.margin", "export again")
+    assert verdict.answer is None

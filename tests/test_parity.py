@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from runtime.bundle import GraphInfo, Manifest, PruneInfo, TargetInfo
 from runtime.errors import BundleError
-from runtime.parity import BOUNDS, GraphParity, bound_for, compare, compare_kept, graph_parity
+from runtime.parity import (
+    BOUNDS,
+    Divergence,
+    GraphParity,
+    bound_for,
+    compare,
+    compare_answer,
+    compare_kept,
+    graph_parity,
+    text_parity,
+)
 from tests.sample_bundle import PREFIX, VISION, Arrays, Sample, fill, make_golden, noise_photo
 
 FP32, FP16, INT8 = BOUNDS["fp32"], BOUNDS["fp16"], BOUNDS["8da8w"]
@@ -27,6 +37,11 @@ def _off_by(expected: np.ndarray, rel: float, seed: int = 1) -> np.ndarray:
     """`expected` with noise of exactly this relative norm."""
     noise = _noise(expected.shape, seed).astype(np.float64)
     return np.asarray(expected + noise * (rel * np.linalg.norm(expected) / np.linalg.norm(noise)))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return fill(tmp_path_factory.mktemp("b"), "b", Sample(), noise_photo())
 
 
 # Metrics
@@ -147,27 +162,42 @@ def test_every_bound_gives_its_reason_and_judges_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "vision", "text", "graph", "expected"),
+    ("precision", "vision", "text", "graph", "placement", "expected"),
     [
-        ("fp32", None, None, "vision_encoder", "fp32"),
-        ("fp16", None, None, "text_decoder", "fp16"),
-        ("fp32", "8da8w", None, "vision_encoder", "8da8w"),
-        ("fp16", "8da8w", None, "text_prefill", "fp16"),
-        ("fp16", None, "8da4w-g32", "image_prefill", "8da4w"),
-        ("fp16", None, "8da4w", "vision_encoder", "fp16"),
-        ("fp16", None, "8da4w", "token_embedding", "fp16"),
+        ("fp32", None, None, "vision_encoder", "decoder", "fp32"),
+        ("fp16", None, None, "text_decoder", "decoder", "fp16"),
+        ("fp32", "8da8w", None, "vision_encoder", "decoder", "8da8w"),
+        ("fp16", "8da8w", None, "text_prefill", "decoder", "fp16"),
+        ("fp16", None, "8da4w-g32", "image_prefill", "decoder", "8da4w"),
+        ("fp32", None, "int4-g128", "text_decoder", "decoder", "int4"),
+        ("fp32", None, "int8", "vision_encoder", "projector", "fp32"),
+        ("fp16", None, "8da4w", "token_embedding", "decoder", "fp16"),
+        ("fp16", None, "8da4w", "embed_tokens", "projector", "fp16"),
+        # The decoder layers before the cut are in the vision graph, quantised as the text graphs.
+        ("fp16", None, "8da4w", "vision_encoder", "decoder", "8da4w"),
+        ("fp32", "8da8w", "8da4w-g64", "vision_encoder", "decoder", "8da4w"),
+        ("fp32", "8da8w", "8da4w", "vision_encoder", "projector", "8da8w"),
+        ("fp16", None, "8da4w", "vision_encoder", "projector", "fp16"),
     ],
 )
 def test_the_coarsest_arithmetic_decides(
-    precision: Literal["fp32", "fp16"], vision: str | None, text: str | None, graph: str, expected: str
+    manifest: Manifest,
+    precision: Literal["fp32", "fp16"],
+    vision: str | None,
+    text: str | None,
+    graph: str,
+    placement: Literal["decoder", "projector"],
+    expected: str,
 ) -> None:
     target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision, quant_text=text)
-    assert bound_for(target, graph).precision == expected
+    prune = msgspec.structs.replace(manifest.prune, placement=placement)
+    assert bound_for(msgspec.structs.replace(manifest, target=target, prune=prune), graph).precision == expected
 
 
-def test_a_scheme_without_a_bound_is_refused() -> None:
+def test_a_scheme_without_a_bound_is_refused(manifest: Manifest) -> None:
+    target = TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w")
     with pytest.raises(BundleError, match="no parity bound is stated for '2da2w'"):
-        bound_for(TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w"), "vision_encoder")
+        bound_for(msgspec.structs.replace(manifest, target=target), "vision_encoder")
 
 
 # Kept tokens
@@ -229,11 +259,6 @@ def test_overlap_equals_the_sets(got: set[int], order: list[int]) -> None:
 
 
 # Whole graphs
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return fill(tmp_path_factory.mktemp("b"), "b", Sample(), noise_photo())
 
 
 @pytest.fixture
@@ -392,3 +417,69 @@ def test_twin_is_compared_like_any_other(tmp_path_factory: pytest.TempPathFactor
     result = _judge(manifest, golden, _outputs(golden))
     assert result.passed
     assert result.kept_indices == tuple(range(16))
+
+
+# Text: perplexity, equal next tokens, and the greedy answer
+
+
+def _logits(*shares: tuple[float, ...]) -> np.ndarray:
+    """(1, T, V) logits of the given shares, each row moved by another constant: only differences count."""
+    rows = np.log(np.asarray(shares, np.float64))
+    return np.asarray(rows + np.arange(len(rows))[:, None] * 300.0 - 300.0)[None]
+
+
+def test_perplexity_by_hand() -> None:
+    """Behind ids 0, 2, 1, 0 come 2, 1, 0 and an end that nothing is known of."""
+    ids = np.array([0, 2, 1, 0])
+    expected = _logits((0.25, 0.25, 0.5), (0.25, 0.5, 0.25), (0.5, 0.25, 0.25), (0.1, 0.1, 0.8))
+    got = _logits((0.25, 0.5, 0.25), (0.25, 0.5, 0.25), (0.125, 0.75, 0.125), (0.8, 0.1, 0.1))
+    result = text_parity(ids, expected, got)
+    assert result.tokens == 3
+    assert result.expected_perplexity == pytest.approx(2.0)
+    assert result.got_perplexity == pytest.approx((4 * 2 * 8) ** (1 / 3))
+    assert result.same_top1 == pytest.approx(1 / 3)
+
+
+def test_perplexity_of_a_guess_is_the_size_of_the_vocabulary() -> None:
+    result = text_parity(np.arange(9), np.zeros((1, 9, 50), np.float32), np.full((1, 9, 50), -7e4, np.float32))
+    assert result.expected_perplexity == pytest.approx(50)
+    assert result.got_perplexity == pytest.approx(50)
+    assert (result.tokens, result.same_top1) == (8, 1.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, -1e30])
+def test_perplexity_beyond_all_numbers_is_none(bad: float) -> None:
+    got = np.zeros((1, 3, 4))
+    got[0, 1, 2] = bad
+    result = text_parity(np.array([0, 1, 2]), np.zeros((1, 3, 4)), got)
+    assert result.expected_perplexity == pytest.approx(4)
+    assert result.got_perplexity is None
+    msgspec.json.encode(result)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [0, 1, 4], [0, -1, 2], [0, 1, 2, 3]])
+def test_text_that_is_not_that_of_the_logits(ids: list[int]) -> None:
+    with pytest.raises(BundleError, match="its text is not 3 ids below 4"):
+        text_parity(np.array(ids), np.zeros((1, 3, 4)), np.zeros((1, 3, 4)))
+
+
+def test_answer_by_hand() -> None:
+    margin = np.array([0.5, 0.25, 0.125, 1.0], np.float32)
+    ids = np.array([7, 8, 9, 7])
+    same = compare_answer(ids, ids.copy(), margin=margin, exact=True)
+    assert (same.expected_count, same.same, same.first_divergence, same.passed) == (4, 4, None, True)
+    # One token differs and the next ones happen to be equal again.
+    other = np.array([7, 8, 1, 7])
+    judged = compare_answer(ids, other, margin=margin, exact=True)
+    assert (judged.same, judged.passed, judged.bound) == (3, False, "every token equal")
+    assert judged.first_divergence == Divergence(step=2, index=9, margin=0.125)
+    reported = compare_answer(ids, other, margin=margin, exact=False)
+    assert (reported.same, reported.passed, reported.bound) == (3, True, "reported only")
+    assert reported.first_divergence == judged.first_divergence
+
+
+def test_answers_of_different_lengths() -> None:
+    with pytest.raises(BundleError, match="the golden contradicts itself"):
+        compare_answer(np.arange(4), np.arange(3), margin=np.ones(4), exact=True)
+    with pytest.raises(BundleError, match="the golden contradicts itself"):
+        compare_answer(np.arange(4), np.arange(4), margin=np.ones(3), exact=False)

@@ -75,6 +75,18 @@ def test_text_streams_whole_characters(folder: Path, tokenizer: Tokenizer) -> No
     assert list(tokenizer.text([2, *ids, 2])) == pieces
 
 
+def test_text_cut_inside_a_character_is_what_decoding_it_whole_gives(folder: Path, tokenizer: Tokenizer) -> None:
+    import tokenizers
+
+    whole = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = whole.encode("漢字 naïve 🙂", add_special_tokens=False).ids
+    for end in range(len(ids) + 1):
+        assert "".join(tokenizer.text(ids[:end])) == whole.decode(ids[:end])
+    assert "".join(tokenizer.text(ids[:-1])).endswith("\N{REPLACEMENT CHARACTER}")
+    # A byte that no character continues holds back nothing behind it.
+    assert next(tokenizer.text([ids[1], *ids])).startswith("\N{REPLACEMENT CHARACTER}")
+
+
 def test_bundle_without_a_template_cannot_be_asked(folder: Path, tmp_path: Path, prompt: PromptInfo) -> None:
     with pytest.raises(BundleError, match="no chat template"):
         Tokenizer(folder / "tokenizer.json", PromptInfo(prefix_ids=(1, 2), special_ids=prompt.special_ids))

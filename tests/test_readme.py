@@ -11,6 +11,7 @@ import pytest
 
 from export.cli import build_parser
 from export.models import MODELS
+from export.targets import socs
 from runtime.bundle import Manifest
 from runtime.parity import BOUNDS
 
@@ -101,3 +102,19 @@ def test_precisions_are_the_measured_ones(readme: str, root: Path) -> None:
         ]
         for result in results(root, "export_memory-llava-1.5-7b-*.json")
     ]
+
+
+def test_what_the_npu_takes_is_the_measured_one(readme: str, root: Path) -> None:
+    (result,) = results(root, "qnn-emulated.json")
+    assert table(readme, "Snapdragon NPU") == [
+        [graph["graph"], str(graph["nodes_on_npu"]), str(graph["nodes_outside"]), f"{graph['worst_rel']:g}"]
+        for graph in result["bundle"]["graphs"]
+    ]
+    assert table(readme, "The pruner in float16") == [
+        [row["case"], f"{row['overlap']:.1%}"] for row in result["selections"]
+    ]
+
+
+def test_every_chip_is_listed(readme: str) -> None:
+    row = next(line for line in section(readme, "Flags").splitlines() if line.startswith("| `--soc`"))
+    assert re.findall(r"`([^`]+)`", row.split("|")[2]) == list(socs())

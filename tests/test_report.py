@@ -21,9 +21,8 @@ from runtime.harness import Step, Verdict, check_bundle
 from runtime.image import load_photo
 from runtime.parity import BOUNDS, GraphParity, compare_kept
 from runtime.report import terminal_table, write_reports
+from tests.conftest import CHROMIUM, needs_chromium
 from tests.sample_bundle import VISION, Sample, make_bundle
-
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 def _astronaut() -> np.ndarray:
@@ -301,7 +300,7 @@ def _chromium(tmp_path: Path, page: Path, *options: str) -> str:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium")
+@needs_chromium
 def test_dom_in_chromium(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) -> None:
     """What the browser made of the page: nothing was dropped and nothing was left unclosed."""
     page = _Page(_chromium(tmp_path, checked[2] / "report.html", "--dump-dom"))
@@ -312,7 +311,7 @@ def test_dom_in_chromium(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) 
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [1200, 500])
 def test_picture_in_chromium(checked: tuple[Bundle, Verdict, Path], tmp_path: Path, width: int) -> None:
     """The page is light, the photo is there, dropped patches are dark, kept ones as bright as in the photo."""

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
+
+from runtime.bundle import read_bundle
+from runtime.prompt import open_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +101,15 @@ def test_verify_without_torch(lean: Path, onnx_bundle: Path, tmp_path: Path) -> 
     done = run(lean / "pruneport", "verify", onnx_bundle, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parity" in done.stdout
+
+
+def test_ask_without_torch(lean: Path, onnx_bundle: Path, tmp_path: Path) -> None:
+    bundle = read_bundle(onnx_bundle)
+    Image.fromarray(bundle.golden()["photo"]).save(tmp_path / "photo.png")
+    question = "What is in this picture?"
+    done = run(lean / "pruneport", "ask", onnx_bundle, tmp_path / "photo.png", question, cwd=tmp_path)
+    answer = "".join(open_tokenizer(bundle).text(bundle.golden()["answer.ids"].tolist()))
+    assert (done.returncode, done.stdout) == (0, f"{answer}\n"), done.stderr
 
 
 def test_verify_without_the_engine_is_no_silent_pass(lean: Path, xnnpack_bundle: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from export.backends.tracing import trace
@@ -28,26 +31,70 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 
     Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic.
     """
-    with warnings.catch_warnings(), _rejections() as reasons:
+    # Inputs are read where the caller has them: copying them in would copy the whole KV cache for every token.
+    coverage = write_program(graphs, out_dir, trace=trace, copies_inputs=False)
+    return {name: LoweredGraph(file=FILE, extra_files=(), coverage=(taken,)) for name, taken in coverage.items()}
+
+
+def write_program(
+    graphs: Mapping[str, Graph],
+    out_dir: Path,
+    *,
+    trace: Callable[[Graph], torch.export.ExportedProgram],
+    copies_inputs: bool,
+    constants: Mapping[str, Any] | None = None,
+) -> dict[str, DelegateCoverage]:
+    """Traces, lowers and writes FILE, with a method that returns it for each of `constants`.
+
+    One graph after the other, and what the delegate packed lies on disk until the program is written, under the name
+    of its content: lowered together, five graphs that share their weights took five times the memory.
+    """
+    with TemporaryDirectory(dir=out_dir) as packed, warnings.catch_warnings(), _rejections() as reasons:
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.backends.xnnpack.utils.configs import get_transform_passes
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
+        from executorch.exir.program import EdgeProgramManager
 
-        edge = to_edge_transform_and_lower(
-            {name: trace(graph) for name, graph in graphs.items()},
-            partitioner={name: [XnnpackPartitioner()] for name in graphs},
-            transform_passes=get_transform_passes(),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        )
-        coverage = {name: _coverage(edge.exported_program(name), reasons) for name in graphs}
-        # Inputs are read where the caller has them: copying them in would copy the whole KV cache for every token.
-        planning = MemoryPlanningPass(alloc_graph_input=False)
+        config = EdgeCompileConfig(_check_ir_validity=False)
+        methods, coverage = {}, {}
+        for name, graph in graphs.items():
+            edge = to_edge_transform_and_lower(
+                {name: trace(graph)},
+                partitioner={name: [XnnpackPartitioner()]},
+                transform_passes=get_transform_passes(),
+                compile_config=config,
+            )
+            methods[name] = edge.exported_program(name)
+            coverage[name] = _coverage(methods[name], reasons)
+            _move_to_disk(methods[name], Path(packed))
+            reasons.clear()
+            del edge
+            gc.collect()
+        edge = EdgeProgramManager(methods, dict(constants or {}), config)
+        planning = MemoryPlanningPass(alloc_graph_input=copies_inputs)
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
         with open(out_dir / FILE, "wb") as out:
             program.write_to_file(out)
-    return {name: LoweredGraph(file=FILE, extra_files=(), coverage=(taken,)) for name, taken in coverage.items()}
+    return coverage
+
+
+def _move_to_disk(program: torch.export.ExportedProgram, folder: Path) -> None:
+    """Puts the delegate's packed weights into files named by their content, where other graphs' find the same ones."""
+    from executorch.exir._serialize._cord import FileBackedData
+    from executorch.exir.lowered_backend_module import get_lowered_backend_modules
+
+    for partition in get_lowered_backend_modules(program.graph_module):
+        stored = partition.named_data_store_output
+        if stored is None:
+            continue
+        for index, data in enumerate(stored.buffers):
+            digest = hashlib.sha256(data)
+            file = folder / digest.hexdigest()
+            if not file.exists():
+                file.write_bytes(data)
+            stored.buffers[index] = FileBackedData(str(file), sha256=digest.digest())
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends.executorch import FILE, _coverage, _rejections
+from export.backends.executorch import FILE, write_program
 from export.backends.tracing import trace
 from runtime.errors import CheckpointError, ExportError
 from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
     from export.models.llava import ModelEntry
-    from runtime.bundle import DelegateCoverage, GraphInfo
+    from runtime.bundle import GraphInfo
 
 
 def write_for_runner(
@@ -74,7 +72,7 @@ def write_for_runner(
     }
     if "eos" in prompt.special_ids:  # else the runner takes what its tokenizer says
         constants["get_eos_ids"] = [prompt.special_ids["eos"]]
-    coverage = _lower(graphs, constants, folder)
+    coverage = write_program(graphs, folder, trace=_trace, copies_inputs=True, constants=constants)
     return tuple(
         GraphInfo(
             name=name,
@@ -86,27 +84,6 @@ def write_for_runner(
         )
         for name, graph in graphs.items()
     )
-
-
-def _lower(graphs: Mapping[str, Graph], constants: Mapping[str, Any], folder: Path) -> dict[str, DelegateCoverage]:
-    with warnings.catch_warnings(), _rejections() as reasons:
-        warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.backends.xnnpack.utils.configs import get_transform_passes
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-        edge = to_edge_transform_and_lower(
-            {name: _trace(graph) for name, graph in graphs.items()},
-            partitioner={name: [XnnpackPartitioner()] for name in graphs},
-            transform_passes=get_transform_passes(),
-            constant_methods=dict(constants),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        )
-        coverage = {name: _coverage(edge.exported_program(name), reasons) for name in graphs}
-        program = edge.to_executorch()
-        with open(folder / FILE, "wb") as out:
-            program.write_to_file(out)
-    return coverage
 
 
 def _trace(graph: Graph) -> torch.export.ExportedProgram:

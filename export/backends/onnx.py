@@ -49,6 +49,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
                 )
             if made is None:
                 raise ExportError(f"the ONNX exporter returned nothing for {name}; run again with -v to see why")
+            _plain_bounds(made.model)
             shared = weights.move_out(made.model)
             onnx_ir.save(made.model, out_dir / f"{name}.onnx")
             lowered[name] = (f"{name}.onnx", (WEIGHTS_FILE,) if shared else ())
@@ -57,6 +58,23 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
         name: LoweredGraph(file=file, extra_files=extra, coverage=(coverage_of(out_dir / file),))
         for name, (file, extra) in lowered.items()
     }
+
+
+def _plain_bounds(model: Any) -> None:
+    """Lets each Clip of an `onnx_ir` model have its bounds as constants, as compilers of NPUs ask for.
+
+    The exporter casts them to the input's type, also where they are of that type already.
+    """
+    for node in model.graph:
+        if node.op_type != "Clip":
+            continue
+        for place, bound in enumerate(node.inputs[1:], start=1):
+            cast = None if bound is None else bound.producer()
+            if cast is None or cast.op_type != "CastLike":
+                continue
+            constant = cast.inputs[0].producer()
+            if constant is not None and constant.attributes["value"].as_tensor().dtype == node.inputs[0].dtype:
+                node.replace_input_with(place, cast.inputs[0])
 
 
 class _Weights:

@@ -6,7 +6,7 @@ config.json
     `text_config`: its model type and number of layers, by which the decoder's caches are counted; published files leave
     the number out. `image_token_index`: image features replace the embeddings of this id. `image_seq_length`: the
     image's length as Python's LlavaConfig defines it; transformers.js does not read it. `transformers.js_config`:
-    `dtype`, the precision that the graphs' file names end in, which browsers take for 8-bit otherwise, and
+    `dtype`, the precisions that the graphs' file names end in, which browsers take for 8-bit otherwise, and
     `use_external_data_format`, the graphs whose weights lie in a file of their own: browsers fetch only what is named.
 generation_config.json
     `eos_token_id`, at which an answer ends; made from the tokenizer where the checkpoint has no such file.
@@ -34,6 +34,7 @@ from export.backends.tracing import trace
 from export.models.llava import image_info, prompt_info
 from export.models.preprocessor import read_object, read_preprocessor
 from export.models.prompt import template_text
+from export.quantize import SCHEMES
 from runtime.errors import CheckpointError, ExportError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 # The runtime's own names: the folder of graphs (the rest lies beside it), and what a precision adds to a file's name.
 GRAPHS_FOLDER = "onnx"
-SUFFIXES = {"fp32": "", "fp16": "_fp16"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q4": "_q4"}
 # Protobuf ends at 2 GiB, and a browser would hold inlined weights twice, before and after parsing.
 _INLINE_LIMIT_BYTES = 256 * 2**20
 
@@ -64,14 +65,15 @@ def write_transformers_js(
 ) -> tuple[GraphInfo, ...]:
     """Writes graphs, configs and tokenizer into `folder`, which exists; returns the graphs, files relative to it.
 
-    The graphs, all in the precision of `vision` (`onnx/<name>.onnx`, in fp16 `onnx/<name>_fp16.onnx`; large weights
-    beside them in `<file>_data`): `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what
-    else `vision` gives; `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see
-    `MergedDecoder`. One image and one conversation at a time.
+    The graphs, all in the precision of `vision` but for a decoder with 4-bit weights (`onnx/<name>.onnx`, in fp16
+    `onnx/<name>_fp16.onnx`, with `quant_text` `onnx/<name>_q4.onnx`; large weights beside them in `<file>_data`):
+    `vision_encoder` pixel_values (1, 3, H, W) -> image_features (1, keep, D) and what else `vision` gives;
+    `embed_tokens` input_ids (1, T) -> inputs_embeds (1, T, D); `decoder_model_merged`, see `MergedDecoder`. One image
+    and one conversation at a time.
 
     Raises:
-        ExportError: a vision graph that prunes in the decoder; random weights, which come without a tokenizer; a graph
-            that cannot be made.
+        ExportError: a vision graph that prunes in the decoder; weights of the decoder in other than 4 bits; random
+            weights, which come without a tokenizer; a graph that cannot be made.
         CheckpointError: tokenizer, template or preprocessor files that are missing or cannot be used.
     """
     from export.graphs.vision import PRECISIONS
@@ -82,19 +84,20 @@ def write_transformers_js(
             "use --prune-at projector"
         )
     del text_tokens  # the cache grows as far as positions are known
-    if quant_text is not None:
-        raise ExportError(f"quant_text={quant_text!r} is not offered for transformers.js; leave --quant-text out")
+    if quant_text is not None and SCHEMES[quant_text].bits != 4:
+        raise ExportError(f"quant_text={quant_text!r}: transformers.js has no name for such weights; take int4")
     configs = _configs(checkpoint, entry, vision.keep)
     (precision,) = (name for name, dtype in PRECISIONS.items() if dtype == vision.dtype)
     graphs = folder / GRAPHS_FOLDER
     graphs.mkdir()
-    files = {name: graphs / f"{name}{SUFFIXES[precision]}.onnx" for name in (VISION, EMBEDDING, DECODER)}
+    dtypes = {VISION: precision, EMBEDDING: precision, DECODER: "q4" if quant_text else precision}
+    files = {name: graphs / f"{name}{SUFFIXES[dtype]}.onnx" for name, dtype in dtypes.items()}
     configs["config.json"]["transformers.js_config"] = {
-        "dtype": precision,
+        "dtype": dtypes,
         "use_external_data_format": {
             VISION: _save(trace(vision), (), None, files[VISION], vision.input_names, vision.output_names),
             EMBEDDING: _write_embedding(checkpoint, files[EMBEDDING], precision),
-            DECODER: _write_decoder(checkpoint, files[DECODER], precision),
+            DECODER: _write_decoder(checkpoint, files[DECODER], precision, quant_text),
         },
     }
     for name, content in configs.items():
@@ -201,10 +204,10 @@ def _write_embedding(checkpoint: Checkpoint, file: Path, precision: str) -> bool
     return _save(embedding, embedding.example_inputs(), free, file, ("input_ids",), embedding.output_names)
 
 
-def _write_decoder(checkpoint: Checkpoint, file: Path, precision: str) -> bool:
+def _write_decoder(checkpoint: Checkpoint, file: Path, precision: str, quant: str | None = None) -> bool:
     from export.graphs.merged_decoder import build_merged_decoder
 
-    decoder = build_merged_decoder(checkpoint, precision=precision)
+    decoder = build_merged_decoder(checkpoint, precision=precision, quant=quant)
     inputs = decoder.example_inputs()
     tokens, past, total = {1: "sequence_length"}, {2: "past_sequence_length"}, {1: "total_sequence_length"}
     free = (tokens, total, tokens, (past,) * (len(inputs) - 3))

@@ -29,10 +29,13 @@ class Context:
 
     The image part of a layer holds the prompt prefix and the image tokens that the layer saw: all of them below
     `layer`, the kept ones from there on. The text part follows it and has room for `text` tokens in every layer. Text
-    goes on at the position after the unpruned image, whatever was dropped, as in the paper's code.
+    goes on at the position after the unpruned image, whatever was dropped, as in the paper's code. `index` is the dtype
+    in which `vision_encoder` hands on positions.
     """
 
-    def __init__(self, geometry: LlavaGeometry, *, prefix: int, keep: int, layer: int, text: int) -> None:
+    def __init__(
+        self, geometry: LlavaGeometry, *, prefix: int, keep: int, layer: int, text: int, index: str = "int64"
+    ) -> None:
         self.layers = geometry.text.layers
         self.kv_heads, self.head_dim = geometry.text.kv_heads, geometry.text.head_dim
         self.layer = layer
@@ -40,6 +43,7 @@ class Context:
         self.keep = keep
         self.text = text
         self.first_text = prefix + geometry.image_tokens
+        self.index = index
 
     @property
     def positions(self) -> int:
@@ -126,7 +130,7 @@ class _Decoder(Graph):
 class ImagePrefill(_Decoder):
     """What is left to do for the image once it is pruned: the keys and values of the layers from the cut on.
 
-    hidden (1, P + keep, D) float32 and positions (1, P + keep) int64, as `vision_encoder` hands them on ->
+    hidden (1, P + keep, D) float32 and positions (1, P + keep), as `vision_encoder` hands them on ->
     `key_i`, `value_i` (1, Hkv, P + keep, d) for the layers i that `vision_encoder` has not run. Nothing here depends on
     the question. Of the last layer only keys and values are computed, because nothing follows it.
     """
@@ -144,7 +148,7 @@ class ImagePrefill(_Decoder):
 
         return (
             TensorInfo(name="hidden", shape=(1, self.tokens, self.width), dtype="float32"),
-            TensorInfo(name="positions", shape=(1, self.tokens), dtype="int64"),
+            TensorInfo(name="positions", shape=(1, self.tokens), dtype=self.context.index),
         )
 
     def output_infos(self) -> tuple[TensorInfo, ...]:

@@ -41,8 +41,8 @@ class Graph(nn.Module):
         """Inputs of the right shape from a fixed seed: a photo's range for numbers, zeros for ids and positions."""
         generator = torch.Generator().manual_seed(0)
         return tuple(
-            torch.zeros(info.shape, dtype=torch.int64)
-            if info.dtype == "int64"
+            torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
+            if info.dtype in ("int64", "int32")
             else torch.randn(info.shape, generator=generator).to(getattr(torch, info.dtype))
             for info in self.input_infos()
         )

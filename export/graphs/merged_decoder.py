@@ -11,6 +11,7 @@ from export.graphs.llama import HIDDEN, LlamaLayer, rope_tables
 from export.graphs.norms import RmsNorm
 from export.graphs.vision import PRECISIONS
 from export.graphs.weights import fill
+from export.quantize import quantize
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
@@ -92,11 +93,19 @@ class MergedDecoder(nn.Module):
         return logits.float(), *present
 
 
-def build_merged_decoder(checkpoint: Checkpoint, *, precision: str = "fp32") -> MergedDecoder:
-    """The decoder with the weights of `checkpoint`, ready to be traced (eval, no gradients)."""
-    graph, dtype = MergedDecoder(checkpoint.geometry), PRECISIONS[precision]
+def build_merged_decoder(checkpoint: Checkpoint, *, precision: str = "fp32", quant: str | None = None) -> MergedDecoder:
+    """The decoder with the weights of `checkpoint`, ready to be traced (eval, no gradients).
+
+    With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and computes in fp32 around it.
+    """
+    graph = MergedDecoder(checkpoint.geometry)
+    dtype = torch.float32 if quant is not None else PRECISIONS[precision]
     for index, layer in enumerate(graph.layers):
         fill(layer, checkpoint, f"language_model.layers.{index}", dtype)
+        if quant is not None:
+            quantize(layer, quant)
     fill(graph.norm, checkpoint, "language_model.norm", dtype)
     fill(graph.lm_head, checkpoint, "lm_head", dtype)
+    if quant is not None:
+        quantize(graph, quant)  # what is left of it: the output matrix
     return graph.to(dtype).eval().requires_grad_(False)

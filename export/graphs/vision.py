@@ -13,11 +13,12 @@ from export.graphs.graph import Graph
 from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
 from export.graphs.weights import fill
 from export.models.llava import LlavaGeometry, ModelEntry, prompt_info
+from export.quantize import quantize
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
-    from pruning import PruneSpec, TokenPruner
+    from pruning import ComparingPruner, PruneSpec, TokenPruner
     from runtime.bundle import TensorInfo
 
 Placement = Literal["decoder", "projector"]
@@ -33,7 +34,7 @@ class VisionEncoder(Graph):
     side) and on its raw output. The prompt in front of the image is always the same, and causal attention never looks
     ahead, so its hidden states, keys and values are constants of the graph. Outputs:
     `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
-    (1, Hkv, P + N, d) for each layer i, in the graph's precision.
+    (1, Hkv, P + N, d) for each layer i, in the precision that the layers compute in.
 
     Projector placement: tower, projector, pruner. Outputs: `image_features` (1, keep, D) float32 and
     `kept_indices` (1, keep) int64. No decoder layer has run, so its keys do not exist yet; in their place stand the
@@ -44,6 +45,8 @@ class VisionEncoder(Graph):
 
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
+
+    The "comparing" form of the pruner is for engines without int64: `positions` and `kept_indices` are int32 then.
 
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
@@ -65,6 +68,7 @@ class VisionEncoder(Graph):
         placement: Placement,
         layer: int,
         prefix_length: int,
+        form: str = "default",
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
@@ -74,16 +78,18 @@ class VisionEncoder(Graph):
         self.prefix_length = prefix_length if placement == "decoder" else 0
         self.image_tokens = geometry.image_tokens
         self.spec = spec
+        # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
+        self.index_dtype = torch.int32 if form == "comparing" else torch.int64
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
         self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(self.layer))
-        self.pruner: TokenPruner | None = None
+        self.pruner: TokenPruner | ComparingPruner | None = None
         if spec is not None and self.keep < self.image_tokens:
-            from pruning import TokenPruner
+            from pruning import FORMS
 
-            self.pruner = TokenPruner(spec)
-        everything = torch.arange(self.prefix_length + self.image_tokens)[None]
+            self.pruner = FORMS[form](spec)
+        everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
         if placement == "decoder":
             first, last = self.prefix_length, self.prefix_length + self.image_tokens
@@ -99,6 +105,11 @@ class VisionEncoder(Graph):
     def dtype(self) -> torch.dtype:
         """The precision that the tower computes in."""
         return self.tower.embeddings.class_embedding.dtype
+
+    @property
+    def index_name(self) -> str:
+        """The dtype of positions and indices, by its name in a manifest."""
+        return str(self.index_dtype).removeprefix("torch.")
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""
@@ -116,15 +127,15 @@ class VisionEncoder(Graph):
         if self.placement == "projector":
             return (
                 TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
-                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype="int64"),
+                TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=self.index_name),
                 *filled,
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
         cache = (1, text.kv_heads, seen, text.head_dim)
-        dtype = "float16" if self.dtype == torch.float16 else "float32"
+        dtype = "float16" if self.cos.dtype == torch.float16 else "float32"
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
-            TensorInfo(name="positions", shape=(1, kept), dtype="int64"),
+            TensorInfo(name="positions", shape=(1, kept), dtype=self.index_name),
             *(
                 TensorInfo(name=f"{part}_{index}", shape=cache, dtype=dtype)
                 for index in range(self.layer)
@@ -133,10 +144,16 @@ class VisionEncoder(Graph):
             *filled,
         )
 
-    def half_precision(self) -> VisionEncoder:
-        """Makes everything but the pruner, its inputs and the constant prefix states float16, in place."""
-        for part in (self.tower, self.projector, self.decoder_layers):
-            part.half()
+    def half_precision(self, *, layers: bool = True) -> VisionEncoder:
+        """Makes everything but the pruner, its inputs and the constant prefix states float16, in place.
+
+        Without `layers` the decoder layers and what they compute with stay as they are.
+        """
+        self.tower.half()
+        self.projector.half()
+        if not layers:
+            return self
+        self.decoder_layers.half()
         for name, buffer in list(self.named_buffers(recurse=False)):
             if buffer.is_floating_point() and name not in ("prefix_hidden", "prefix_positions", "first_position"):
                 setattr(self, name, buffer.half())
@@ -153,8 +170,9 @@ class VisionEncoder(Graph):
             if self.pruner is None:
                 return hidden.float(), self.all_positions
             tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
-            return tokens, indices.long(), filled
+            return tokens, indices.to(self.index_dtype), filled
         caches: list[Tensor] = []
+        hidden = hidden.to(self.cos.dtype)
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
@@ -164,10 +182,10 @@ class VisionEncoder(Graph):
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
         tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
         positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
-        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.long(), *caches, filled
+        return torch.cat([self.prefix_hidden, tokens], dim=1), positions.to(self.index_dtype), *caches, filled
 
     @staticmethod
-    def _pruned(pruner: TokenPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pruned(pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1), all float32"""
         tokens, indices, filled = pruner.select(keys.float(), hidden.float())
         return tokens, indices.float(), filled
@@ -181,15 +199,19 @@ def build_vision_encoder(
     placement: str,
     layer: int = 2,
     precision: str = "fp32",
+    quant_layers: str | None = None,
+    form: str = "default",
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
+    `form` is the static form of the pruner, a key of `pruning.FORMS`.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
-    layer that sees fewer tokens (ignored at the projector). Weights are read, cast and placed one at a time, so that
-    fp16 never holds the whole in float32.
+    layer that sees fewer tokens (ignored at the projector). With `quant_layers` (see export.quantize) the decoder
+    layers are quantised, exactly as the text graphs that share them, and compute in float32 around that. Weights are
+    read, cast and placed one at a time, so that fp16 never holds the whole in float32.
 
     Raises ExportError for a placement, layer, precision or grid that does not fit, CheckpointError for bad weights.
     """
@@ -199,16 +221,21 @@ def build_vision_encoder(
     prefix_ids = prompt_info(checkpoint, entry).prefix_ids if prefix_ids is None else prefix_ids
     with torch.no_grad():
         encoder = VisionEncoder(
-            geometry, spec, placement=cast(Placement, placement), layer=layer, prefix_length=len(prefix_ids)
+            geometry,
+            spec,
+            placement=cast(Placement, placement),
+            layer=layer,
+            prefix_length=len(prefix_ids),
+            form=form,
         )
         _fill_tower(encoder.tower, checkpoint, dtype)
         encoder.tower.to(dtype)
         fill(encoder.projector, checkpoint, "multi_modal_projector", dtype)
         encoder.projector.to(dtype)
         if encoder.placement == "decoder":
-            _fill_decoder(encoder, checkpoint, prefix_ids, dtype)
+            _fill_decoder(encoder, checkpoint, prefix_ids, dtype, quant_layers)
         if dtype == torch.float16:
-            encoder.half_precision()
+            encoder.half_precision(layers=quant_layers is None)
     return encoder.eval().requires_grad_(False)
 
 
@@ -238,7 +265,7 @@ def _fill_tower(tower: ClipTower, checkpoint: Checkpoint, dtype: torch.dtype) ->
 
 
 def _fill_decoder(
-    encoder: VisionEncoder, checkpoint: Checkpoint, prefix_ids: Sequence[int], dtype: torch.dtype
+    encoder: VisionEncoder, checkpoint: Checkpoint, prefix_ids: Sequence[int], dtype: torch.dtype, quant: str | None
 ) -> None:
     """Fills the decoder layers and runs the prefix through each while it is there in float32."""
     length = len(prefix_ids)
@@ -251,5 +278,8 @@ def _fill_decoder(
         hidden = out.hidden
         encoder.register_buffer(f"prefix_key_{index}", out.key.contiguous(), persistent=False)
         encoder.register_buffer(f"prefix_value_{index}", out.value.contiguous(), persistent=False)
-        layer.to(dtype)
+        if quant is None:
+            layer.to(dtype)
+        else:
+            quantize(layer, quant)
     encoder.register_buffer("prefix_hidden", hidden, persistent=False)

@@ -354,6 +354,14 @@ class LlavaGeometry:
             wanted += [f"language_model.layers.{i}." for i in range(layer)]
         return sum(math.prod(shape) for name, shape in self.tensor_shapes().items() if name.startswith(tuple(wanted)))
 
+    def text_parameter_count(self) -> int:
+        """Parameters of the language half: embedding, all decoder layers, output matrix."""
+        return sum(
+            math.prod(shape)
+            for name, shape in self.tensor_shapes().items()
+            if name.startswith(("language_model.", "lm_head."))
+        )
+
     def _tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         vision, text = self.vision, self.text
         width = vision.hidden

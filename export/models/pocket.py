@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of the cache folder's name: raise it whenever a byte of the checkpoint changes.
-RECIPE = 2
+RECIPE = 3
 # Of the seeds 20251202..20251217, the one whose selections on the demo photo stay farthest from ties.
 SEED = 20251216
 
@@ -298,6 +298,11 @@ def pocket_tensors() -> dict[str, NDArray[np.float16]]:
     made["multi_modal_projector.linear_2.bias"] = np.array(
         [-math.fsum(row) / (2 * math.sqrt(math.pi)) for row in second]
     )
+    # Printable ASCII and the end alone are said: lone bytes make no character, which some runtimes refuse to hand out.
+    bytes_from = len(_SPECIALS)
+    said = {_SPECIALS.index("</s>"), *(bytes_from + byte for byte in range(0x20, 0x7F))}
+    mute = set(range(bytes_from + 256)) - said
+    made["lm_head.weight"][sorted(mute)] = 0.0
     return {_hugging_face_name(name): array.astype(np.float16) for name, array in made.items()}
 
 

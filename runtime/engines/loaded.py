@@ -15,12 +15,14 @@ class Placement:
     `delegates`: calls into each accelerator library (empty when the engine has none of its own); `outside`: operators
     that the plain runtime runs, by name and count; `source`: where this was read, because engines differ in what they
     admit. `executed` is False where the graph is only evaluated, so that who would run it, and how fast, is not known.
+    `emulated`: a delegate's hardware is only imitated here, so that times say nothing about it.
     """
 
     delegates: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
     source: str
     executed: bool = True
+    emulated: bool = False
 
 
 class LoadedGraph(Protocol):

@@ -1,4 +1,4 @@
-"""Runs .onnx graphs on the CPU through ONNX Runtime."""
+"""Runs .onnx graphs through ONNX Runtime: on the CPU, or on the delegate that the manifest promises."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
+from runtime.engines import qnn
 from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
 
-_CPU = "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 DTYPE_BY_ONNX_TYPE = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -41,21 +42,28 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    engine = f"onnxruntime {onnxruntime.__version__}"
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[_CPU])
+        if any(coverage.delegate == qnn.QNN for coverage in graph.coverage):
+            session = qnn.open_on_htp(file, options)
+            engine += f" ({qnn.describe()})"
+        else:
+            session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
+    except EngineError:
+        raise
     # The bindings raise a family of classes derived from Exception alone, one per status code.
     except Exception as err:
         raise EngineError(f"ONNX Runtime cannot load {file}: {err}; export again") from err
     _check_interface(graph.inputs, session.get_inputs(), "inputs", file)
     _check_interface(graph.outputs, session.get_outputs(), "outputs", file)
-    return LoadedSession(onnxruntime.__version__, session, graph, file)
+    return LoadedSession(engine, session, graph, file)
 
 
 class LoadedSession:
     """One graph, ready to run."""
 
-    def __init__(self, version: str, session: Any, graph: GraphInfo, file: Path) -> None:
-        self.engine = f"onnxruntime {version}"
+    def __init__(self, engine: str, session: Any, graph: GraphInfo, file: Path) -> None:
+        self.engine = engine
         self._session = session
         self._inputs = [info.name for info in graph.inputs]
         self._outputs = [info.name for info in graph.outputs]
@@ -75,12 +83,15 @@ class LoadedSession:
         delegates: Counter[str] = Counter()
         outside: Counter[str] = Counter()
         for subgraph in self._session.get_provider_graph_assignment_info():
-            if subgraph.ep_name == _CPU:
+            if subgraph.ep_name == CPU:
                 outside.update(node.op_type for node in subgraph.get_nodes())
             else:
                 delegates[subgraph.ep_name] += 1
         return Placement(
-            delegates=dict(delegates), outside=dict(outside.most_common()), source="ONNX Runtime's node assignment"
+            delegates=dict(delegates),
+            outside=dict(outside.most_common()),
+            source="ONNX Runtime's node assignment",
+            emulated=qnn.QNN in delegates and qnn.emulated(),
         )
 
     def close(self) -> None:

@@ -1,0 +1,84 @@
+"""Graphs for the Snapdragon NPU: compiled ahead for one chip, opened by ONNX Runtime's QNN delegate."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.backends import onnx
+from export.targets import LoweredGraph, Soc
+from runtime.engines import qnn
+from runtime.engines.onnxruntime import CPU
+from runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    from export.graphs.graph import Graph
+    from runtime.bundle import DelegateCoverage
+
+
+def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    """Writes `<name>.onnx`, one node that stands for the graph, and `<name>_qnn.bin`, the chip's program for it.
+
+    The program holds its own weights, in float16, which is what the HTP computes in.
+
+    Raises ExportError when a shape is symbolic or when the NPU's compiler leaves a node to the CPU.
+    """
+    lowered = {}
+    # Inside the output's folder, which has room for it: the ONNX graphs are only a step on the way.
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix="onnx-") as folder:
+        for name, written in onnx.lower(graphs, Path(folder)).items():
+            file = f"{name}.onnx"
+            coverage = compile_for(soc, Path(folder) / written.file, out_dir / file)
+            lowered[name] = LoweredGraph(file=file, extra_files=(f"{name}_qnn.bin",), coverage=(coverage,))
+    return lowered
+
+
+def compile_for(soc: Soc, source: Path, target: Path) -> DelegateCoverage:
+    """Compiles an ONNX graph into `target` and a program beside it; says how many nodes the NPU took: all of them."""
+    from runtime.bundle import DelegateCoverage
+
+    settings = {"soc_model": str(soc.soc_model), "htp_arch": str(soc.htp_arch)}
+    options = _options()
+    options.add_session_config_entry("ep.context_enable", "1")
+    options.add_session_config_entry("ep.context_embed_mode", "0")
+    options.add_session_config_entry("ep.context_file_path", str(target))
+    try:
+        session = qnn.open_on_htp(source, options, settings)
+    # The bindings raise a family of classes derived from Exception alone, one per status code.
+    except Exception as error:
+        left = _left_to_the_cpu(source, settings)
+        why = f"it leaves {left} to the CPU" if left else str(error)
+        raise ExportError(
+            f"the compiler of the Snapdragon NPU cannot take {source.stem} whole for {soc.chip}: {why}; "
+            "choose another --backend, and please report this"
+        ) from error
+    parts = session.get_provider_graph_assignment_info()
+    taken = [len(part.get_nodes()) for part in parts if part.ep_name == qnn.QNN]
+    return DelegateCoverage(delegate=qnn.QNN, partitions=len(taken), nodes=sum(taken))
+
+
+def _left_to_the_cpu(source: Path, settings: Mapping[str, str]) -> str:
+    """Which operators the NPU's compiler refuses, and how often; nothing where that is not what went wrong."""
+    import onnxruntime
+
+    options = _options()
+    try:
+        qnn.add_to(options, settings)
+        session = onnxruntime.InferenceSession(str(source), options)
+    except Exception:  # noqa: BLE001 - whatever it was, the caller's own error says it
+        return ""
+    parts = session.get_provider_graph_assignment_info()
+    refused = Counter(node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes())
+    return ", ".join(f"{count} {op}" for op, count in refused.most_common())
+
+
+def _options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options

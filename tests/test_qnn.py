@@ -1,0 +1,305 @@
+"""The Snapdragon NPU, emulated: whole graphs, the right chip, and a fall to the CPU that never goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from export.backends.qnn import compile_for, lower
+from export.request import Request, plan
+from export.targets import socs
+from pruning import ComparingPruner, PruneSpec, SpecError, reference
+from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, read_bundle
+from runtime.engines import ENGINES, LoadedGraph, qnn
+from runtime.errors import EngineError, ExportError, NotYetError, RequestError
+from runtime.harness import Step, Verdict, check_bundle, verify
+from runtime.session import open_session
+from tests.conftest import CommandLine
+from tests.pruner_graph import PrunerGraph
+from tests.sample_bundle import VISION, Sample, fill, noise_photo
+from tests.test_pruner_golden import CASES, Case, _features, _program, _tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SOC = socs()["snapdragon-8-gen-3"]
+SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
+KEY_WIDTH, HIDDEN_WIDTH = 20, 40
+
+
+def _small(*, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five centres under noise, so that neither the first pass nor the pivots decide everything."""
+    chance = torch.Generator().manual_seed(seed)
+    centre = torch.randn(5, HIDDEN_WIDTH, generator=chance)
+    near = torch.randint(0, 5, (SMALL.tokens,), generator=chance)
+    keys = torch.randn(1, SMALL.tokens, KEY_WIDTH, generator=chance)
+    return keys, centre[near][None] + 0.9 * torch.randn(1, SMALL.tokens, HIDDEN_WIDTH, generator=chance)
+
+
+# The form of the pruner that the NPU takes, in PyTorch
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@torch.no_grad()
+def test_comparing_form_gives_the_golden_choices_in_fp32(case: Case) -> None:
+    tokens, indices, filled = ComparingPruner(case.spec).select(*_features(case.features))
+    assert filled.item() == 0.0
+    assert torch.equal(indices[0], _tensor(f"{case.name}.indices"))
+    torch.testing.assert_close(tokens[0], _tensor(f"{case.name}.tokens"), rtol=0.0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_comparing_form_equals_the_reference_on_small_grids() -> None:
+    for seed in range(30):
+        keys, hidden = _small(seed=seed)
+        spec = replace(SMALL, keep=1 + seed % 20, steps=SMALL.sure_steps + 12, token_batch=1 + seed % 6)
+        tokens, indices = ComparingPruner(spec)(keys, hidden)
+        expected_tokens, expected_indices = reference.prune(keys, hidden, spec)
+        assert torch.equal(indices, expected_indices), seed
+        torch.testing.assert_close(tokens, expected_tokens, rtol=0.0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_comparing_form_fills_up_when_steps_run_out() -> None:
+    keys, hidden = _small(seed=0)
+    tokens, indices, filled = ComparingPruner(replace(SMALL, steps=1)).select(keys, hidden)
+    assert filled.item() > 0
+    assert tokens.shape == (1, 16, HIDDEN_WIDTH)
+    assert bool((indices.diff() > 0).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e3])
+def test_comparing_form_stays_finite_in_fp16(scale: float) -> None:
+    """Squares of features this large are beyond float16; same tokens at every scale."""
+    keys, hidden = _small(seed=1)
+    tokens, indices = ComparingPruner(SMALL).half()((keys * scale).half(), (hidden * scale).half())
+    assert bool(tokens.isfinite().all())
+    expected = reference.prune(keys, hidden, SMALL)[1]
+    assert torch.isin(indices, expected).float().mean() >= 0.9
+
+
+def test_comparing_form_refuses_what_float16_cannot_count() -> None:
+    with pytest.raises(SpecError, match="has 1056 tokens; the float16 form can place 1024 at most"):
+        ComparingPruner(PruneSpec(grid=(32, 33)))
+
+
+# Asking for it
+
+
+def _request(folder: Path, **words: Any) -> Request:
+    return Request(model="pocket", keep="64", target="android", output_dir=str(folder), **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        ({"backend": "qnn"}, RequestError, r"compiles for one chip; name it with --soc: snapdragon-8-gen-1, .*elite"),
+        (
+            {"backend": "qnn", "soc": "snapdragon-8-gen-33"},
+            RequestError,
+            r"unknown soc 'snapdragon-8-gen-33', did you mean 'snapdragon-8-gen-3'\?; allowed: snapdragon-8-gen-1, ",
+        ),
+        ({"backend": "onnx", "soc": SOC.name}, RequestError, "soc=.* means nothing to backend onnx, .*leave --soc out"),
+        (
+            {"backend": "qnn", "soc": SOC.name, "precision": "fp32"},
+            RequestError,
+            "unknown qnn precision .*allowed: fp16",
+        ),
+        ({"backend": "qnn", "soc": SOC.name, "prune_at": "projector"}, NotYetError, "add --only vision"),
+    ],
+    ids=["no soc", "unknown", "elsewhere", "fp32", "ready-made"],
+)
+def test_requests_that_cannot_be_met(tmp_path: Path, words: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        plan(_request(tmp_path, **words))
+
+
+def test_plan_for_a_chip(tmp_path: Path) -> None:
+    planned = plan(_request(tmp_path, backend="qnn", soc=SOC.name))
+    assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3"
+    assert (planned.precision, planned.traced_precision) == ("fp16", "fp32")
+    assert planned.soc == SOC
+
+
+def test_export_without_the_delegate_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.request.find_spec", lambda name: None if name == "onnxruntime_qnn" else find_spec(name))
+    with pytest.raises(ExportError, match=r"needs onnxruntime_qnn, .*pip install 'pruneport\[export,qnn\]'"):
+        plan(_request(tmp_path, backend="qnn", soc=SOC.name))
+
+
+# Compiling and running
+
+
+def _opened(graph: PrunerGraph, folder: Path) -> LoadedGraph:
+    """The pruner alone, compiled for the chip and opened from disk: every node is on the NPU."""
+    written = lower(SOC, {"pruner": graph.eval()}, folder)["pruner"]
+    (coverage,) = written.coverage
+    assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
+    assert coverage.nodes > 400
+    assert sorted(path.name for path in folder.iterdir()) == ["pruner.onnx", "pruner_qnn.bin"]
+    info = GraphInfo(
+        name="pruner",
+        file=written.file,
+        extra_files=written.extra_files,
+        engine="onnxruntime",
+        inputs=graph.input_infos(),
+        outputs=graph.output_infos(),
+        coverage=written.coverage,
+    )
+    loaded = ENGINES["onnxruntime"](info, folder / written.file, (folder / written.extra_files[0],), 2)
+    placement = loaded.placement()
+    assert (placement.delegates, placement.outside, placement.emulated) == ({qnn.QNN: 1}, {}, True)
+    return loaded
+
+
+def test_small_pruner_runs_whole_and_keeps_the_right_tokens(tmp_path: Path) -> None:
+    graph = PrunerGraph(ComparingPruner(SMALL), key_width=KEY_WIDTH, hidden_width=HIDDEN_WIDTH)
+    loaded = _opened(graph, tmp_path)
+    for seed in range(3):
+        keys, hidden = _small(seed=seed)
+        tokens, indices = loaded.run([keys.numpy(), hidden.numpy()])
+        expected_tokens, expected_indices = reference.prune(keys, hidden, SMALL)
+        np.testing.assert_array_equal(np.rint(indices), expected_indices.numpy())
+        np.testing.assert_allclose(tokens, expected_tokens.numpy(), rtol=0.0, atol=5e-3)  # measured: 2.5e-3
+    loaded.close()
+
+
+@pytest.mark.parametrize("soc", socs().values(), ids=lambda soc: soc.name)
+def test_every_chip_of_the_table_is_compiled_for(tmp_path: Path, soc: Any) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    fill(folder, "x", Sample(), noise_photo())
+    coverage = compile_for(soc, folder / f"{VISION}.onnx", tmp_path / f"{VISION}.onnx")
+    assert (coverage.delegate, coverage.partitions) == (qnn.QNN, 1)
+
+
+def test_what_the_compiler_refuses_is_named(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, save_model
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Erf", ["x"], ["y"])], "odd", value[:1], value[1:])
+    save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "o.onnx"
+    )
+    with pytest.raises(ExportError, match="cannot take o whole for SM8650: it leaves 1 Erf to the CPU"):
+        compile_for(SOC, tmp_path / "o.onnx", tmp_path / "out.onnx")
+
+
+# Bundles
+
+
+def _bundle(target: Path, *, compiled: bool) -> Path:
+    """A sample bundle that promises the NPU; `compiled` or left as a plain ONNX graph, which the CPU could run too."""
+    promise = DelegateCoverage(delegate=qnn.QNN, partitions=1, nodes=9)
+    with BundleWriter(target) as writer:
+        manifest = fill(writer.path, target.name, Sample(), noise_photo())
+        (graph,) = manifest.graphs
+        if compiled:
+            plain = (writer.path / graph.file).rename(target.parent / "plain.onnx")
+            promise = compile_for(SOC, plain, writer.path / graph.file)
+        extra = (f"{VISION}_qnn.bin",) if compiled else ()
+        graph = msgspec.structs.replace(graph, coverage=(promise,), extra_files=extra)
+        on = msgspec.structs.replace(manifest.target, backend="qnn", precision="fp16", soc=SOC.name)
+        writer.commit(msgspec.structs.replace(manifest, graphs=(graph,), target=on))
+    return target
+
+
+def _step(verdict: Verdict, name: str) -> Step:
+    (step,) = [step for step in verdict.steps if step.name == name]
+    return step
+
+
+def test_bundle_is_checked_on_the_emulator_and_not_timed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bundle = _bundle(tmp_path / "b", compiled=True)
+    verdict = check_bundle(bundle, out_dir=tmp_path / "out")
+    assert verdict.passed, verdict.failed_steps
+    assert not verdict.unchecked_steps
+    detail = _step(verdict, f"delegates of {VISION}").detail
+    assert detail.startswith(f"{qnn.QNN} in 1 partition, 0 operators outside")
+    assert "emulated, so not timed" in detail
+    assert "HTP emulated on x86" in verdict.graphs[0].engine
+    assert json.loads((tmp_path / "out" / "latency.json").read_text())["graphs"] == []
+    assert capfd.readouterr().out == ""  # what the emulator has to say is no result
+
+
+def test_fall_to_the_cpu_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that cannot be loaded, with the CPU allowed: every output is right, and the check fails."""
+    import onnxruntime
+
+    bundle = _bundle(tmp_path / "b", compiled=False)
+    monkeypatch.setattr(qnn, "htp_library", lambda: "/nowhere/libQnnHtp.so")
+    with pytest.raises(EngineError, match="fallback to CPU EP has been explicitly disabled"):
+        open_session(read_bundle(bundle), VISION)
+
+    def careless(file: Path, options: Any) -> Any:
+        qnn.add_to(options)
+        options.log_severity_level = 4
+        return onnxruntime.InferenceSession(str(file), options)
+
+    monkeypatch.setattr(qnn, "open_on_htp", careless)
+    verdict = verify(bundle)
+    assert _step(verdict, f"parity of {VISION}").status == "passed"
+    assert [step.name for step in verdict.failed_steps] == [f"delegates of {VISION}"]
+    assert "no delegate took anything" in _step(verdict, f"delegates of {VISION}").detail
+
+
+def test_delegate_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = _bundle(tmp_path / "b", compiled=True)
+    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
+    verdict = verify(bundle)
+    (step,) = verdict.unchecked_steps
+    assert (step.name, step.remedy) == (f"parity of {VISION}", "pip install 'pruneport[qnn]'")
+
+
+# The real geometry, which the emulator takes minutes for
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_golden_choices_on_the_emulator(root: Path, tmp_path: Path) -> None:
+    """As near to the authors' choices as the README says, within one token of 64."""
+    result = json.loads((root / "benchmarks" / "results" / "qnn-emulated.json").read_text())
+    measured = {row["case"]: row["overlap"] for row in result["selections"]}
+    cases = [case for case in CASES if case.name in measured and case.spec.keep == 64]
+    (program,) = {_program(case) for case in cases}
+    pruner = ComparingPruner(program.spec)
+    loaded = _opened(PrunerGraph(pruner, key_width=program.key_width, hidden_width=program.hidden_width), tmp_path)
+    for case in cases:
+        keys, hidden = _features(case.features)
+        _, indices = loaded.run([keys.numpy(), hidden.numpy()])
+        kept = np.rint(indices[0]).astype(int)
+        assert bool((np.diff(kept) > 0).all())
+        expected = _tensor(f"{case.name}.indices").numpy()
+        assert np.isin(expected, kept).mean() >= measured[case.name] - 1 / 64, case.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path) -> None:
+    words = ["--model", "pocket", "--keep", "16", "--target", "android", "--backend", "qnn", "--only", "vision"]
+    env = {"PRUNEPORT_CACHE": str(tmp_path / "cache")}
+    done = command_line(
+        "export", *words, "--soc", SOC.name, "-q", "--output-dir", tmp_path / "out", env=env, timeout_s=1500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = read_bundle(Path(done.stdout.strip()))
+    (graph,) = bundle.manifest.graphs
+    (coverage,) = graph.coverage
+    assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
+    assert coverage.nodes > 1400
+    assert (bundle.manifest.target.soc, bundle.manifest.prune.form) == (SOC.name, "comparing")
+    parity = json.loads((bundle.path / "parity.json").read_text())
+    assert [step["status"] for step in parity["steps"]] == ["passed"] * len(parity["steps"])
+    assert parity["graphs"][0]["kept"]["exact"]
+    assert parity["placements"] == [
+        {"graph": VISION, "delegates": {qnn.QNN: 1}, "outside": {}, "source": "ONNX Runtime's node assignment"}
+    ]
