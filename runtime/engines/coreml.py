@@ -49,7 +49,11 @@ _BLOB_MARK = 0xDEADBEEF
 
 def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedPackage:
     """Reads a graph of a package and holds its inputs and outputs against the manifest. Raises EngineError."""
-    del extra_files, threads  # the package knows its files; numpy has threads of its own
+    del threads  # numpy has threads of its own
+    for path in sorted(file.rglob("*")):
+        # What the manifest does not list was not hashed, and may be a link to anywhere.
+        if path not in extra_files and (path.is_symlink() or not path.is_dir()):
+            raise EngineError(f"{path} is part of the package, but its manifest lacks it; export again")
     function = read_package(file).function(graph.name)
     for kind, declared, found in (
         ("inputs", graph.inputs, function.inputs),
@@ -156,12 +160,13 @@ class Function:
             seen.update(read)
         steps = []
         for op, unused in zip(operations, reversed(dead), strict=True):
+            if op.type != "const" and op.type not in OPERATORS:
+                named = ", ".join(output.name for output in op.outputs)
+                raise EngineError(f"{self.path} has the operator {op.type!r} ({named}), which is not known here")
             (output,) = op.outputs
             if op.type == "const":
                 constants[output.name] = weights.value(op.attributes["val"])
                 continue
-            if op.type not in OPERATORS:
-                raise EngineError(f"{self.path} has the operator {op.type!r} ({output.name}), which is not known here")
             arguments: dict[str, str | list[str]] = {}
             for parameter, argument in op.inputs.items():
                 names = []
