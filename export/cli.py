@@ -75,7 +75,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument("--precision", metavar="P", help="fp32 or fp16")
     what.add_argument("--quant-vision", metavar="Q", help="8da8w: 8-bit dynamic vision tower")
     what.add_argument(
-        "--quant-text", metavar="Q", help="text graphs: 8da4w[-g64|-g32], 8da8w; onnx int4[-g64|-g128], int8"
+        "--quant-text", metavar="Q", help="text graphs: 8da4w[-g64|-g32], 8da8w; onnx int4[-g64|-g128], int8; none"
     )
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
