@@ -115,6 +115,20 @@ def test_what_the_npu_takes_is_the_measured_one(readme: str, root: Path) -> None
     ]
 
 
+def test_core_ml_is_the_evaluated_one(readme: str, root: Path) -> None:
+    (result,) = results(root, "coreml-evaluated.json")
+    assert table(readme, "Core ML") == [
+        [
+            f"`{bundle['command'].removeprefix('pruneport export ').replace(' --target ios', '')}`",
+            str(bundle["operators"]),
+            f"{bundle['packages_bytes'] / 1e6:.1f}",
+            f"{bundle['worst_rel']:g}",
+            f"{bundle['kept_overlap']:.1%}",
+        ]
+        for bundle in result["bundles"]
+    ]
+
+
 def test_every_chip_is_listed(readme: str) -> None:
     row = next(line for line in section(readme, "Flags").splitlines() if line.startswith("| `--soc`"))
     assert re.findall(r"`([^`]+)`", row.split("|")[2]) == list(socs())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # Of ONNX Runtime's own operators, not of the ONNX standard.
 MATMUL_NBITS = "com.microsoft::MatMulNBits"
 # Lets the engine round a group's activations to 8 bits, so that it multiplies integers; where it has no kernel for
-# that, it computes in float32. The error is far below that of 4-bit weights and as large as that of 8-bit ones, and
+# that, it computes in float32. The error is far below that of 4-bit weights and about that of 8-bit ones, and
 # without it 8-bit weights have no kernel at all: one token through 4096 x 4096 weights took 0.4 ms on one core instead
 # of 130, with 4 bits 0.3 instead of 1.2.
 _ACTIVATIONS_IN_8_BITS = 4
