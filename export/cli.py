@@ -76,9 +76,11 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument("--backend", metavar="B", help="xnnpack (default for android), onnx, qnn; coreml (for ios)")
     what.add_argument("--soc", metavar="CHIP", help="the one chip to compile for, e.g. snapdragon-8-gen-3 (qnn)")
     what.add_argument("--precision", metavar="P", help="fp32 or fp16")
-    what.add_argument("--quant-vision", metavar="Q", help="8da8w: 8-bit dynamic vision tower")
+    what.add_argument("--quant-vision", metavar="Q", help="vision graph: 8da8w; coreml: int8, int4, pal4")
     what.add_argument(
-        "--quant-text", metavar="Q", help="text graphs: 8da4w[-g64|-g32] or 8da8w; onnx: int4[-g64|-g128], int8"
+        "--quant-text",
+        metavar="Q",
+        help="text graphs: 8da4w[-g64|-g32] or 8da8w; onnx: int4[-g64|-g128], int8; coreml: int4, int8, pal4",
     )
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(

@@ -137,7 +137,7 @@ def test_names_and_numbers_that_mean_nothing(changes: dict[str, str | bool], mes
     [
         (
             {"target": "ios", "prune_at": "projector"},
-            "prune_at=projector: backend coreml makes no text graphs for it yet; add --only vision",
+            "prune_at=projector on backend coreml: text graphs for a ready-made runtime are not made yet; add --only",
         ),
         ({"backend": "onnx", "quant_vision": "8da8w"}, "quant_vision=8da8w: not yet on backend onnx"),
     ],

@@ -28,7 +28,7 @@ from pruning import TokenPruner, reference
 from runtime.bundle import GraphInfo, TensorInfo, read_bundle
 from runtime.engines import coreml as engine
 from runtime.engines.coreml import OPERATORS, read_package
-from runtime.errors import BundleError, EngineError, EngineMissingError
+from runtime.errors import BundleError, EngineError, EngineMissingError, ExportError
 from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
 from runtime.harness import verify
 from runtime.session import open_session
@@ -39,7 +39,7 @@ from tests.tiny_llava import TINY, write_tiny
 
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
-Weights = Callable[[Any, np.ndarray], Any]
+More = Callable[[Any, Any], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # What a package holds is what the graph computes
 
 
+def load(graph: GraphInfo, package: Path) -> engine.LoadedPackage:
+    return engine.load(graph, package, tuple(path for path in package.rglob("*") if path.is_file()), 1)
+
+
 def opened(lowered: LoweredGraph, folder: Path, name: str) -> engine.LoadedPackage:
     assert lowered.inputs is not None
     assert lowered.outputs is not None
@@ -68,7 +72,7 @@ def opened(lowered: LoweredGraph, folder: Path, name: str) -> engine.LoadedPacka
         inputs=lowered.inputs,
         outputs=lowered.outputs,
     )
-    return engine.load(info, folder / lowered.file, (), 1)
+    return load(info, folder / lowered.file)
 
 
 def text_graphs(folder: Path, precision: str) -> dict[str, Graph]:
@@ -152,7 +156,7 @@ def test_a_width_that_blocks_do_not_divide(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(backend, "_BLOCK", 32)  # the model is 48 wide
     graphs = text_graphs(tmp_path / "tiny", "fp16")
     graphs[IMAGE_PREFILL].compression = "int4"
-    with pytest.raises(backend.ExportError, match=r"int4 cannot compress the \d+ x 48 weights of image_prefill"):
+    with pytest.raises(ExportError, match=r"int4 cannot compress the \d+ x 48 weights of image_prefill"):
         backend.lower({IMAGE_PREFILL: graphs[IMAGE_PREFILL]}, tmp_path)
 
 
@@ -267,7 +271,7 @@ class TestBundle:
 # What is not whole or not known is refused: one product with a matrix, and whatever a test puts behind it
 
 
-def save(folder: Path, more: Weights = lambda mb, x: x) -> tuple[GraphInfo, Path]:
+def save(folder: Path, more: More = lambda mb, x: x) -> tuple[GraphInfo, Path]:
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
 
@@ -298,7 +302,7 @@ def save(folder: Path, more: Weights = lambda mb, x: x) -> tuple[GraphInfo, Path
 
 def test_damaged_packages(tmp_path: Path) -> None:
     graph, package = save(tmp_path)
-    whole = engine.load(graph, package, (), 1)
+    whole = load(graph, package)
     x = np.ones((2, 64), np.float32)
     assert np.isfinite(whole.run([x])[0]).all()
     assert whole.engine.startswith("coreml program, evaluated by numpy")
@@ -307,38 +311,58 @@ def test_damaged_packages(tmp_path: Path) -> None:
     for size in (0, 50, 100, len(good) - 64):
         (package / WEIGHTS).write_bytes(good[:size])
         with pytest.raises(EngineError, match=r"weight\.bin.*export again"):
-            engine.load(graph, package, (), 1)
+            load(graph, package)
     (package / WEIGHTS).unlink()
     with pytest.raises(EngineError, match=r"weight\.bin, the weights of the package, cannot be read"):
-        engine.load(graph, package, (), 1)
+        load(graph, package)
     model = (package / MODEL).read_bytes()
     for size in (0, 7, len(model) // 2):
         (package / MODEL).write_bytes(model[:size])
         with pytest.raises(EngineError, match="export again"):
-            engine.load(graph, package, (), 1)
+            load(graph, package)
     (package / MODEL).unlink()
     with pytest.raises(EngineError, match=r"model\.mlmodel cannot be read"):
-        engine.load(graph, package, (), 1)
+        load(graph, package)
 
 
-def test_operators_that_are_not_known(tmp_path: Path) -> None:
-    graph, package = save(tmp_path, lambda mb, x: mb.cumsum(x=x, axis=1))
-    with pytest.raises(EngineError, match="has the operator 'cumsum'"):
-        engine.load(graph, package, (), 1)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("cumsum", lambda mb, x: mb.cumsum(x=x, axis=1)),
+        ("split", lambda mb, x: mb.concat(values=mb.split(x=x, num_splits=2, axis=1), axis=1)),
+    ],
+)
+def test_operators_that_are_not_known(name: str, more: More, tmp_path: Path) -> None:
+    graph, package = save(tmp_path, more)
+    with pytest.raises(EngineError, match=f"has the operator '{name}'"):
+        load(graph, package)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_files_that_the_manifest_lacks(link: bool, tmp_path: Path) -> None:
+    """Nobody has hashed them."""
+    graph, package = save(tmp_path)
+    listed = tuple(path for path in package.rglob("*") if path.is_file())
+    weights = package / WEIGHTS
+    if link:
+        weights.rename(tmp_path / "elsewhere")
+        weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match=r"weight\.bin is part of the package, but its manifest lacks it"):
+        engine.load(graph, package, tuple(path for path in listed if path != weights), 1)
 
 
 def test_a_parameter_that_is_not_known(tmp_path: Path) -> None:
     """Not every form of a known operator is: it is an error when it comes to it, not a guess."""
     graph, package = save(tmp_path, lambda mb, x: mb.gelu(x=x, mode="TANH_APPROXIMATION"))
     with pytest.raises(EngineError, match=r"the operator gelu .* cannot be evaluated: the mode 'TANH_APPROXIMATION'"):
-        engine.load(graph, package, (), 1).run([np.ones((2, 64), np.float32)])
+        load(graph, package).run([np.ones((2, 64), np.float32)])
 
 
 def test_another_interface_than_the_manifests(tmp_path: Path) -> None:
     graph, package = save(tmp_path)
     wrong = msgspec.structs.replace(graph.inputs[0], dtype="float16")
     with pytest.raises(EngineError, match=r"has the inputs x float32\[2, 64\]; its manifest says x float16\[2, 64\]"):
-        engine.load(msgspec.structs.replace(graph, inputs=(wrong,)), package, (), 1)
+        load(msgspec.structs.replace(graph, inputs=(wrong,)), package)
 
 
 def test_coremltools_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,19 +28,19 @@ TOGETHER = (IMAGE_PREFILL, TEXT_PREFILL, TEXT_DECODER)
 TOGETHER_FILE = f"{TEXT_DECODER}.mlpackage"
 # What Core ML has for what a graph declares: it knows no int64.
 _DTYPES = {"int64": "int32"}
-# The norms take means by linear layers of one or few rows, whose constants must stay what they are; they are at most 8192
-# wide, and no other layer is that small in a model that is worth compressing.
+# The norms take means by linear layers of one row, whose constants must stay what they are. They are at most 8192 wide,
+# and no other layer is that small in a model that is worth compressing.
 _LEAST_COMPRESSED = 8193
 _BLOCK = 32
 _PALETTE_ROWS = 16
 
 
 def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
-    """Writes `<name>.mlpackage` for each graph, for iOS 18; those of TOGETHER are functions of `text_decoder.mlpackage`.
+    """Writes `<name>.mlpackage` for each graph, for iOS 18; those of TOGETHER are functions of one, TOGETHER_FILE.
 
-    Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of their linear
-    layers are compressed as each says, which are none of the pruner's constants. Raises ExportError when a shape is
-    symbolic or a weight cannot be compressed.
+    Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of linear
+    layers are compressed as each graph says, which are none of the pruner's constants. Raises ExportError when a shape
+    is symbolic or a weight cannot be compressed.
     """
     with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
         together = TOGETHER if set(TOGETHER) <= graphs.keys() else ()
@@ -128,8 +128,8 @@ def _compressed(model: Any, name: str, scheme: str | None) -> Any:
         rows, width = (side.constant.size for side in weight.outputs[0].type.tensorType.dimensions)
         if weight.type == "const" and rows * width >= _LEAST_COMPRESSED:
             raise ExportError(
-                f"{scheme} cannot compress the {rows} x {width} weights of {name} ({op.outputs[0].name}); choose another "
-                "scheme"
+                f"{scheme} cannot compress the {rows} x {width} weights of {name} ({op.outputs[0].name}); "
+                "choose another scheme"
             )
     return model
 
@@ -138,7 +138,7 @@ def _prepared(graph: Graph) -> torch.export.ExportedProgram:
     """The exported program as the converter can take it."""
     import torch
 
-    program = trace(graph).run_decompositions({})
+    program: torch.export.ExportedProgram = trace(graph).run_decompositions({})
     nodes = program.graph
     for node in list(nodes.nodes):
         if node.op != "call_function":

@@ -12,7 +12,7 @@ import math
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,11 @@ _BLOB_MARK = 0xDEADBEEF
 
 def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedPackage:
     """Reads a graph of a package and holds its inputs and outputs against the manifest. Raises EngineError."""
-    del extra_files, threads  # the package knows its files; numpy has threads of its own
+    del threads  # numpy has threads of its own
+    for path in sorted(file.rglob("*")):
+        # What the manifest does not list was not hashed, and may be a link to anywhere.
+        if path not in extra_files and (path.is_symlink() or not path.is_dir()):
+            raise EngineError(f"{path} is part of the package, but its manifest lacks it; export again")
     function = read_package(file).function(graph.name)
     for kind, declared, found in (
         ("inputs", graph.inputs, function.inputs),
@@ -156,12 +160,13 @@ class Function:
             seen.update(read)
         steps = []
         for op, unused in zip(operations, reversed(dead), strict=True):
+            if op.type != "const" and op.type not in OPERATORS:
+                named = ", ".join(output.name for output in op.outputs)
+                raise EngineError(f"{self.path} has the operator {op.type!r} ({named}), which is not known here")
             (output,) = op.outputs
             if op.type == "const":
                 constants[output.name] = weights.value(op.attributes["val"])
                 continue
-            if op.type not in OPERATORS:
-                raise EngineError(f"{self.path} has the operator {op.type!r} ({output.name}), which is not known here")
             arguments: dict[str, str | list[str]] = {}
             for parameter, argument in op.inputs.items():
                 names = []
@@ -226,7 +231,7 @@ class _Weights:
         file = self._files[name]
         if offset + _BLOB.size > len(file):
             raise EngineError(f"{path} has {len(file)} bytes and no weight at {offset}; export again")
-        mark, _, size, start = _BLOB.unpack_from(file, offset)
+        mark, _, size, start = _BLOB.unpack(file[offset : offset + _BLOB.size].tobytes())
         if mark != _BLOB_MARK or start + size > len(file):
             raise EngineError(f"{path} has {len(file)} bytes and no whole weight at {offset}; export again")
         return file[start : start + size]
@@ -322,10 +327,12 @@ def _matmul(x: np.ndarray, y: np.ndarray, transpose_x: bool = False, transpose_y
     return product
 
 
-def _windows(x: np.ndarray, sizes: Sequence[int], strides: Sequence[int]) -> np.ndarray:
+def _windows(x: np.ndarray, sizes: Iterable[Any], strides: Iterable[Any]) -> np.ndarray:
     """(N, C, H, W) -> (N, C, rows, columns, *sizes)"""
-    windows = np.lib.stride_tricks.sliding_window_view(x, tuple(sizes), axis=(2, 3))
-    return windows[:, :, :: strides[0], :: strides[1]]
+    view: Callable[..., np.ndarray] = np.lib.stride_tricks.sliding_window_view
+    windows = view(x, tuple(map(int, sizes)), axis=(2, 3))
+    down, across = map(int, strides)
+    return windows[:, :, ::down, ::across]
 
 
 def _no_padding(pad_type: str, pad: np.ndarray | None) -> None:
@@ -374,7 +381,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.asarray(1.0 / (1.0 + np.exp(-x)), x.dtype)
 
 
-_erf = np.frompyfunc(math.erf, 1, 1)
+_erf: Callable[[Any], Any] = np.frompyfunc(math.erf, 1, 1)
 
 
 def _gelu(x: np.ndarray, mode: str = "EXACT") -> np.ndarray:
@@ -437,7 +444,8 @@ def _shifted_and_scaled(data: np.ndarray, scale: np.ndarray, offset: np.ndarray 
     whole = data.astype(np.float32)
     if offset is not None:
         whole = whole - _blown_up(offset.astype(np.float32), data.shape)
-    return whole * _blown_up(scale.astype(np.float32), data.shape)
+    scaled: np.ndarray = whole * _blown_up(scale.astype(np.float32), data.shape)
+    return scaled
 
 
 def _blown_up(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -457,6 +465,27 @@ def _looked_up(indices: np.ndarray, lut: np.ndarray) -> np.ndarray:
     return np.asarray(lut[(*places, indices, 0)])
 
 
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "abs": lambda x: np.abs(x),
+    "add": lambda x, y: x + y,
+    "clip": lambda x, alpha, beta: np.clip(x, alpha, beta),
+    "conv": _conv,
+    "gelu": _gelu,
+    "greater_equal": lambda x, y: x >= y,
+    "linear": _linear,
+    "matmul": _matmul,
+    "max_pool": _max_pool,
+    "minimum": lambda x, y: np.minimum(x, y),
+    "mul": lambda x, y: x * y,
+    "pad": _pad,
+    "real_div": lambda x, y: x / y,
+    "rsqrt": lambda x, epsilon: 1.0 / np.sqrt(x + epsilon),
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "softmax": _softmax,
+    "sqrt": lambda x: np.sqrt(x),
+    "sub": lambda x, y: x - y,
+}
 OPERATORS: dict[str, Callable[..., Any]] = {
     # These move values and leave their dtype alone.
     "cast": lambda x, dtype: x.astype(_CAST_DTYPES.get(dtype, dtype)),
@@ -471,28 +500,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "slice_by_index": _slice_by_index,
     "squeeze": lambda x, axes: np.squeeze(x, tuple(int(axis) for axis in axes)),
     "transpose": lambda x, perm: x.transpose([int(axis) for axis in perm]),
-    **{
-        name: _arithmetic(compute)
-        for name, compute in {
-            "abs": lambda x: np.abs(x),
-            "add": lambda x, y: x + y,
-            "clip": lambda x, alpha, beta: np.clip(x, alpha, beta),
-            "conv": _conv,
-            "gelu": _gelu,
-            "greater_equal": lambda x, y: x >= y,
-            "linear": _linear,
-            "matmul": _matmul,
-            "max_pool": _max_pool,
-            "minimum": lambda x, y: np.minimum(x, y),
-            "mul": lambda x, y: x * y,
-            "pad": _pad,
-            "real_div": lambda x, y: x / y,
-            "rsqrt": lambda x, epsilon: 1.0 / np.sqrt(x + epsilon),
-            "sigmoid": _sigmoid,
-            "silu": lambda x: x * _sigmoid(x),
-            "softmax": _softmax,
-            "sqrt": lambda x: np.sqrt(x),
-            "sub": lambda x, y: x - y,
-        }.items()
-    },
+    **{name: _arithmetic(compute) for name, compute in _ARITHMETIC.items()},
 }
