@@ -52,6 +52,7 @@ class FakeEncoder:
 
     keep: int
     prefix_length: int = 35
+    index_name: str = "int64"
 
     def example_inputs(self) -> tuple[object, ...]:
         return (object(),)
