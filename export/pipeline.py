@@ -117,7 +117,7 @@ class _Making:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
             device = self._write_golden(bundle, writer.path)
             stage.note(f"made on {device}")
-        ready = plan.placement == "projector" and plan.text_tokens is not None
+        ready = plan.ready_made
         graphs = (self._lower_ready_made if ready else self._lower)(bundle, writer.path)
         with self.progress.stage(_label("write the bundle", bundle)):
             for name in CARRIED_FILES:
@@ -151,7 +151,7 @@ class _Making:
                     ),
                     tools={"pruneport": self.version, **_tool_versions()},
                     text=None if ready else self._text_info(),
-                    ready_for=plan.backend.ready_for if ready else None,
+                    ready_for=ready.runtime if ready else None,
                 )
             )
 
@@ -253,11 +253,12 @@ class _Making:
 
     def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
         plan = self.plan
+        assert plan.ready_made is not None
         assert plan.text_tokens is not None
         with self.progress.stage(_label("build the graphs", bundle)):
             encoder = self._vision(bundle)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            graphs = plan.backend.load_ready_made()(
+            graphs = plan.ready_made.load()(
                 self.checkpoint,
                 plan.entry,
                 encoder,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from export.models.llava import ModelEntry
-    from export.targets import Backend, Precision, Soc, Target
+    from export.targets import Backend, Precision, ReadyMade, Soc, Target
     from pruning import PruneSpec
 
 Word = TypeVar("Word", bound=str)
@@ -124,6 +124,11 @@ class Plan:
         return DECODER_LAYER if self.placement == "decoder" else 0
 
     @property
+    def ready_made(self) -> ReadyMade | None:
+        """Whose runtime the bundle is laid out for: with text graphs at the projector."""
+        return self.backend.ready_made if self.placement == "projector" and self.text_tokens is not None else None
+
+    @property
     def traced_precision(self) -> Precision:
         """What graphs come to the backend in."""
         return self.backend.traced_precision or self.precision
@@ -168,20 +173,21 @@ def plan(request: Request) -> Plan:
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
-    if whole and placement == "projector" and not backend.ready_for:
+    ready_made = backend.ready_made if placement == "projector" else None
+    if whole and placement == "projector" and ready_made is None:
         raise NotYetError(
             f"prune_at=projector on backend {backend.name}: text graphs for a ready-made runtime are not made yet; "
             "add --only vision, or leave --prune-at out"
         )
-    schemes = backend.quant_text if placement == "decoder" else backend.ready_quant_text
+    schemes = ready_made.quant_text if ready_made else backend.quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
-        if wanted in backend.quant_text and schemes and wanted not in (*schemes, NONE):
+        if ready_made and wanted in backend.quant_text and wanted not in (*schemes, NONE):
             raise RequestError(
-                f"quant_text={wanted} does not go with prune_at={placement}: {backend.ready_for} takes "
+                f"quant_text={wanted} does not go with prune_at={placement}: {ready_made.runtime} takes "
                 f"{', '.join(schemes)}"
             )
         quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
@@ -275,8 +281,8 @@ def describe(plan: Plan) -> str:
     if plan.text_tokens is not None:
         precision += f", text {plan.quant_text}" if plan.quant_text else ""
         text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
-        if plan.placement == "projector":
-            text = f"as {plan.backend.ready_for} expects it; room for {plan.text_tokens} tokens"
+        if plan.ready_made:
+            text = f"as {plan.ready_made.runtime} expects it; room for {plan.text_tokens} tokens"
     if plan.weights == "random":
         weights = f"random, seed {plan.seed} (true geometry, meaningless answers)"
     else:

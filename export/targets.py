@@ -83,14 +83,22 @@ class WriteReadyMade(Protocol):
 
 
 @dataclass(frozen=True)
+class ReadyMade:
+    """A runtime of other people and what can be written for it; the first scheme for its text graphs is the default."""
+
+    runtime: str
+    quant_text: tuple[str, ...]
+    load: Callable[[], WriteReadyMade]
+
+
+@dataclass(frozen=True)
 class Backend:
     """A converter together with the engine that runs what it makes; the first precision is the default.
 
     So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A
-    quantised graph computes the rest in fp32, whatever the precision. `ready_for` is the runtime of other people that
-    `load_ready_made` writes for, `ready_quant_text` the schemes it can have there; empty where there is none.
-    `packages` are the modules without which nothing can be exported. Where a backend `compresses`, its schemes are for
-    the weights alone and applied by itself: a graph then computes in the precision all the same.
+    quantised graph computes the rest in fp32, whatever the precision. `packages` are the modules without which nothing
+    can be exported. Where a backend `compresses`, its schemes are for the weights alone and applied by itself: a graph
+    then computes in the precision all the same.
     """
 
     name: str
@@ -101,9 +109,8 @@ class Backend:
     pruner_form: str
     packages: tuple[str, ...]
     load: Callable[[], Lower]
-    ready_for: str
-    ready_quant_text: tuple[str, ...]
-    load_ready_made: Callable[[], WriteReadyMade]
+    # Whose runtime the projector placement is laid out for; None: it has the vision graph alone.
+    ready_made: ReadyMade | None = None
     compresses: bool = False
     # For a converter that goes down to the precision itself: what the graphs come to it in.
     traced_precision: Precision | None = None
@@ -160,10 +167,6 @@ def _no_soc() -> Lower:
     raise AssertionError("graphs for an NPU are compiled for one chip: ask for_soc")
 
 
-def _no_ready_made() -> WriteReadyMade:
-    raise AssertionError("no runtime of other people takes these graphs")
-
-
 def _runner() -> WriteReadyMade:
     from export.backends.executorch_runner import write_for_runner
 
@@ -186,9 +189,7 @@ XNNPACK = Backend(
     pruner_form="default",
     packages=("torch", "transformers", "executorch", "torchao"),
     load=_executorch,
-    ready_for=MULTIMODAL_RUNNER,
-    ready_quant_text=("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"),
-    load_ready_made=_runner,
+    ready_made=ReadyMade(MULTIMODAL_RUNNER, ("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"), _runner),
 )
 ONNX = Backend(
     name="onnx",
@@ -199,10 +200,8 @@ ONNX = Backend(
     pruner_form="default",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
-    ready_for=TRANSFORMERS_JS,
     # It names 4-bit weights; what it calls int8 and q8 is another format, which also rounds activations.
-    ready_quant_text=("none", "int4", "int4-g64", "int4-g128"),
-    load_ready_made=_transformers_js,
+    ready_made=ReadyMade(TRANSFORMERS_JS, ("none", "int4", "int4-g64", "int4-g128"), _transformers_js),
 )
 COREML = Backend(
     name="coreml",
@@ -214,9 +213,6 @@ COREML = Backend(
     pruner_form="default",
     packages=("torch", "transformers", "coremltools"),
     load=_coreml,
-    ready_for="",
-    ready_quant_text=(),
-    load_ready_made=_no_ready_made,
     compresses=True,
 )
 
@@ -230,9 +226,6 @@ QNN = Backend(
     pruner_form="comparing",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn"),
     load=_no_soc,
-    ready_for="",
-    ready_quant_text=(),
-    load_ready_made=_no_ready_made,
     traced_precision="fp32",
     load_for_soc=_qnn,
 )

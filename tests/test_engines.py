@@ -402,7 +402,8 @@ def test_ratio_sees_a_slower_graph(bundles: Callable[[Engine], Path], monkeypatc
         monkeypatch.setattr("time.perf_counter", lambda: sum(passed_ms) / 1e3)
         pair = measure_pair(a, inputs, b, inputs, warmup=0, runs=5)
     assert pair.ratio.median == pytest.approx(2)
-    assert (pair.bundle.median_ms, pair.twin.median_ms) == (pytest.approx(20), pytest.approx(10))
+    assert pair.bundle.median_ms == pytest.approx(20)
+    assert pair.twin.median_ms == pytest.approx(10)
 
 
 @pytest.mark.parametrize(("warmup", "runs"), [(-1, 1), (0, 0)])
