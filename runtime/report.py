@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from runtime.explain import rewrite_for
 from runtime.generation import VISION_ENCODER
 from runtime.image import view
 from runtime.session import default_threads
@@ -392,12 +393,12 @@ def _delegate_table(bundle: Bundle) -> Table | None:
 
 def _outside_table(bundle: Bundle) -> Table | None:
     rows = tuple(
-        (graph.name, coverage.delegate, op.op, str(op.count), op.reason)
+        (graph.name, coverage.delegate, op.op, str(op.count), op.reason, rewrite_for(coverage.delegate, op))
         for graph in bundle.manifest.graphs
         for coverage in graph.coverage
         for op in coverage.outside
     )
-    columns = ("graph", "delegate", "operator", "count", "why it stayed outside")
+    columns = ("graph", "delegate", "operator", "count", "why it stayed outside", "rewrite")
     return Table(columns=columns, rows=rows, numeric=frozenset(("count",))) if rows else None
 
 
