@@ -222,8 +222,13 @@ def explain(path: Path) -> Explanation:
             for graph in graphs
             for coverage in graph.coverage
         ),
-        lints=tuple(_lint(bundle, graph) for graph in graphs if graph.engine == "coreml"),
+        lints=lints(bundle),
     )
+
+
+def lints(bundle: Bundle) -> tuple[Lint, ...]:
+    """The lint of each graph that lies in a Core ML package. Raises EngineError for a damaged one."""
+    return tuple(_lint(bundle, graph) for graph in bundle.manifest.graphs if graph.engine == "coreml")
 
 
 def _lint(bundle: Bundle, graph: GraphInfo) -> Lint:
@@ -255,11 +260,11 @@ def lint(graph: str, declared: tuple[Operator, ...]) -> Lint:
 
 def in_short(explanation: Explanation) -> str:
     """One line: how much stayed outside, and for Core ML how much likely leaves the Neural Engine."""
-    lints = explanation.lints
     if not explanation.complete:
         return "not looked at"
-    if lints:
-        operators, leaving = sum(lint.operators for lint in lints), sum(lint.leaving for lint in lints)
+    if explanation.lints:
+        operators = sum(lint.operators for lint in explanation.lints)
+        leaving = sum(lint.leaving for lint in explanation.lints)
         return f"{leaving} of {operators} operators likely not on the Neural Engine"
     taken = explanation.taken
     return f"{sum(one.nodes for one in taken)} nodes taken, {sum(one.outside_nodes for one in taken)} outside"
@@ -283,10 +288,10 @@ def _taken_table(explanation: Explanation) -> RenderableType:
     if not explanation.taken:
         return _line(f"{explanation.name}: the manifest records no delegate")
     rows = []
-    lints = {lint.graph: lint for lint in explanation.lints}
+    undecided = {lint.graph for lint in explanation.lints}
     for taken in explanation.taken:
         outside = str(taken.outside_nodes)
-        if taken.graph in lints:  # who runs what is decided on the device
+        if taken.graph in undecided:  # who runs what is decided on the device
             outside = "not known"
         rows.append((taken.graph, taken.delegate, str(taken.nodes), str(taken.partitions), outside))
     return _table(explanation.name, ("graph", "delegate", "nodes taken", "partitions", "outside"), rows)

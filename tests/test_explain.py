@@ -18,6 +18,8 @@ from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, OutsideOp,
 from runtime.engines.coreml import Operator
 from runtime.errors import BundleError, EngineError
 from runtime.explain import NO_REWRITE, RULES_FILE, Rules, explain, in_short, lint, rewrite_for, rules
+from runtime.harness import Verdict
+from runtime.report import write_reports
 from tests.sample_bundle import VISION, Sample, edit_manifest, fill, make_bundle, noise_photo, rehash
 
 XNNPACK = "XnnpackBackend"
@@ -311,6 +313,19 @@ def test_what_likely_leaves_the_neural_engine(
     sources = {finding.rule.source for finding in found.findings}
     assert all(f": {source}\n" in out for source in sources)
     assert spoken(capsys, monkeypatch, ios, "-q")[1] == "2 of 4 operators likely not on the Neural Engine\n"
+
+
+def test_reports_tell_it_too(ios: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heading = "What likely leaves the Neural Engine or is slow on it"
+    bundle = read_bundle(ios)
+    write_reports(bundle, Verdict(bundle="b", device="CPU", steps=()), tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert heading in text
+        assert "1 x 1 convolution" in text
+    monkeypatch.setitem(sys.modules, "coremltools.proto", None)
+    write_reports(bundle, Verdict(bundle="b", device="CPU", steps=()), tmp_path)
+    assert heading not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_without_coremltools_nothing_is_looked_at(
