@@ -57,6 +57,7 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
         "export": _add_export(verbs, optimum=optimum),
         "verify": _add_verify(verbs),
         "ask": _add_ask(verbs),
+        "explain": _add_explain(verbs),
     }
 
 
@@ -142,6 +143,20 @@ def _add_ask(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
+def _add_explain(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    verb = verbs.add_parser(
+        "explain",
+        help="say what each delegate took, what stayed outside and why, and which rewrite would help",
+        description="Says what each delegate took, what stayed outside and why, and which rewrite would help; for Core "
+        "ML, what likely leaves the Neural Engine. Reads the bundle, opens no engine, hashes nothing.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verb.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    _add_verbosity(verb)
+    return verb
+
+
 def _add_verbosity(group: argparse._ActionsContainer) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries say")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
@@ -181,6 +196,8 @@ def main(argv: Sequence[str], *, version: str, optimum: bool = False) -> int:
             return _verify(args)
         if args.verb == "ask":
             return _ask(args)
+        if args.verb == "explain":
+            return _explain(args)
         build_parser()[0].print_help()
         return PASSED
     except PruneportError as error:
@@ -304,6 +321,24 @@ def _ask(args: argparse.Namespace) -> int:
     with library_noise(shown=args.verbose):
         ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
     return PASSED
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from export.progress import library_noise
+    from runtime.explain import explain, in_short, terminal_tables
+
+    with library_noise(shown=args.verbose):
+        explanation = explain(Path(args.bundle))
+    if args.quiet:
+        print(in_short(explanation))
+    else:
+        console = Console()
+        for shown in terminal_tables(explanation):
+            console.print(shown, soft_wrap=isinstance(shown, Text))  # an address is there to be copied
+    return PASSED if explanation.complete else NOT_CHECKED
 
 
 def _show(bundle: Bundle, verdict: Verdict, *, next_command: str) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from runtime.errors import BundleError, EngineError
+from runtime.explain import lints, rewrite_for
 from runtime.generation import VISION_ENCODER
 from runtime.image import view
 from runtime.session import default_threads
@@ -161,6 +163,7 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "twin": _twin_table(bundle, verdict),
         "delegates": _delegate_table(bundle),
         "outside": _outside_table(bundle),
+        "neural_engine": _neural_engine_table(bundle),
         "placements": [
             f"{placed.graph} as run here, from {placed.source}: delegate calls {_counts(placed.delegates)}; "
             f"plain runtime {_counts(placed.outside)}"
@@ -392,12 +395,34 @@ def _delegate_table(bundle: Bundle) -> Table | None:
 
 def _outside_table(bundle: Bundle) -> Table | None:
     rows = tuple(
-        (graph.name, coverage.delegate, op.op, str(op.count), op.reason)
+        (graph.name, coverage.delegate, op.op, str(op.count), op.reason, rewrite_for(coverage.delegate, op))
         for graph in bundle.manifest.graphs
         for coverage in graph.coverage
         for op in coverage.outside
     )
-    columns = ("graph", "delegate", "operator", "count", "why it stayed outside")
+    columns = ("graph", "delegate", "operator", "count", "why it stayed outside", "rewrite")
+    return Table(columns=columns, rows=rows, numeric=frozenset(("count",))) if rows else None
+
+
+def _neural_engine_table(bundle: Bundle) -> Table | None:
+    """What of Core ML packages likely leaves the Neural Engine; None where there is nothing to say."""
+    try:
+        found = lints(bundle)
+    except (BundleError, EngineError):  # the verdict tells it: the same package could not be evaluated
+        return None
+    rows = tuple(
+        (
+            lint.graph,
+            finding.rule.effect,
+            finding.rule.id,
+            str(finding.count),
+            finding.rule.likely,
+            finding.rule.rewrite,
+        )
+        for lint in found
+        for finding in lint.findings
+    )
+    columns = ("graph", "effect", "what", "count", "why", "rewrite")
     return Table(columns=columns, rows=rows, numeric=frozenset(("count",))) if rows else None
 
 

@@ -128,7 +128,9 @@ for name in {modules!r}:
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "executorch", "coremltools", "numpy", "PIL", "jinja2", "rich")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["export", "--help"], ["verify", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["export", "--help"], ["verify", "--help"], ["explain", "--help"], ["--version"]]
+)
 def test_help_loads_nothing_heavy(root: Path, words: list[str]) -> None:
     program = f"""
 import sys
@@ -166,7 +168,7 @@ def test_wheel_nests_the_rooms(wheel: Path, root: Path) -> None:
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert {name for name in names if name.startswith("pruneport/")} == expected
-    assert "pruneport/runtime/templates/report.html.j2" in expected
+    assert {"pruneport/runtime/templates/report.html.j2", "pruneport/runtime/rewrites.json"} <= expected
     assert "pruneport-0.1.0.dist-info/licenses/LICENSE" in names
 
 

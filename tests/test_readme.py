@@ -13,6 +13,7 @@ from export.cli import build_parser
 from export.models import MODELS
 from export.targets import socs
 from runtime.bundle import Manifest
+from runtime.explain import rules
 from runtime.parity import BOUNDS
 
 
@@ -76,6 +77,15 @@ def results(root: Path, pattern: str) -> list[dict[str, Any]]:
     found = sorted((root / "benchmarks" / "results").glob(pattern))
     assert found
     return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def test_rules_of_the_neural_engine_are_those_of_the_code(readme: str) -> None:
+    assert table(readme, "Explaining") == [[f"`{rule.id}`", rule.effect, rule.source] for rule in rules().neural_engine]
+
+
+def test_every_verb_is_named(readme: str) -> None:
+    for verb in build_parser()[1]:
+        assert f"pruneport {verb} " in section(readme, "Flags")
 
 
 def test_cost_of_pruning_is_the_measured_one(readme: str, root: Path) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import Bundle, DelegateCoverage, OutsideOp, read_bundle
+from runtime.explain import NO_REWRITE, rewrite_for
 from runtime.harness import Step, Verdict, check_bundle
 from runtime.image import load_photo
 from runtime.parity import BOUNDS, GraphParity, compare_kept
@@ -171,6 +172,29 @@ def test_hostile_names_stay_text(checked: tuple[Bundle, Verdict, Path], tmp_path
     assert "<script>" not in markdown.replace("\\<", "")
     assert not re.search(r"^# x", markdown, re.M)
     assert "](http" not in markdown.replace("\\]", "")
+
+
+def test_what_stayed_outside_is_told_with_its_rewrite(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) -> None:
+    bundle, verdict, _ = checked
+    evil = "<script>alert(1)</script> | `a`"
+    outside = (
+        OutsideOp(op="aten.embedding", count=3, reason="mixes float32 and int64"),
+        OutsideOp(op=evil, count=1, reason=evil),
+    )
+    taken = DelegateCoverage(delegate="XnnpackBackend", partitions=1, nodes=9, outside=outside)
+    graph = msgspec.structs.replace(bundle.graph(VISION), coverage=(taken,))
+    manifest = msgspec.structs.replace(bundle.manifest, graphs=(graph,))
+    html, markdown = _report(Bundle(bundle.path, manifest), verdict, tmp_path / "out")
+    page = _Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert "<script>" not in markdown
+    for text in (page.text, markdown.replace("\\", "")):
+        assert "What stayed outside, and why" in text
+        assert rewrite_for("XnnpackBackend", outside[0]) in text
+        assert evil in text
+        assert NO_REWRITE in text
+    rows = [line for line in markdown.splitlines() if "rewrite" in line or "aten.embedding" in line]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows[:2]}) == 1
 
 
 def test_random_weights_are_marked(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) -> None:

@@ -50,10 +50,7 @@ _BLOB_MARK = 0xDEADBEEF
 def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedPackage:
     """Reads a graph of a package and holds its inputs and outputs against the manifest. Raises EngineError."""
     del threads  # numpy has threads of its own
-    for path in sorted(file.rglob("*")):
-        # What the manifest does not list was not hashed, and may be a link to anywhere.
-        if path not in extra_files and (path.is_symlink() or not path.is_dir()):
-            raise EngineError(f"{path} is part of the package, but its manifest lacks it; export again")
+    check_listed(file, extra_files)
     function = read_package(file).function(graph.name)
     for kind, declared, found in (
         ("inputs", graph.inputs, function.inputs),
@@ -65,6 +62,13 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
                 f"{', '.join(map(str, declared))}; export again"
             )
     return LoadedPackage(function, graph, file)
+
+
+def check_listed(file: Path, extra_files: tuple[Path, ...]) -> None:
+    """EngineError when a package holds what the manifest does not list: it was not hashed, and may be a link."""
+    for path in sorted(file.rglob("*")):
+        if path not in extra_files and (path.is_symlink() or not path.is_dir()):
+            raise EngineError(f"{path} is part of the package, but its manifest lacks it; export again")
 
 
 def read_package(path: Path) -> Package:
@@ -135,6 +139,16 @@ class _Step:
     dead: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Operator:
+    """One operator of a function as the file declares it; `dtype` is numpy's name, or `type <n>` for one it lacks."""
+
+    kind: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Function:
     """One function of a package: its interface, its operators, its constants."""
 
@@ -145,6 +159,20 @@ class Function:
         self.inputs, self.outputs = inputs, outputs
         self.operators = Counter(op.type for op in block.operations if op.type != "const")
         self._block = block
+
+    def declared(self) -> tuple[Operator, ...]:
+        """Every operator but constants, an entry for each result; reads no weights and evaluates nothing."""
+        return tuple(
+            Operator(
+                kind=op.type,
+                name=output.name,
+                dtype=str(_DTYPES.get(output.type.tensorType.dataType, f"type {output.type.tensorType.dataType}")),
+                shape=_shape(output.type.tensorType),
+            )
+            for op in self._block.operations
+            if op.type != "const"
+            for output in op.outputs
+        )
 
     def prepare(self) -> tuple[dict[str, Any], list[_Step]]:
         """Constants by name, those of the weight file still on disk, and steps in order. Raises EngineError."""
