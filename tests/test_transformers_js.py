@@ -40,7 +40,7 @@ from tests.tiny_llava import TINY, write_tiny
 KEEP = 64
 TOKENS = 15
 PROGRAMS = Path(__file__).parent / "transformers_js"
-ASKED = [("china", "what is in this picture?"), ("flower", "what is in this picture?"), ("flower", "how many people?")]
+ASKED = [("china", "where is the ball?"), ("flower", "where is the ball?"), ("flower", "is there a tree?")]
 
 
 # The decoder, as a module
