@@ -207,7 +207,7 @@ def expected(
     """Prompt, pixels and greedy answer of everything in ASKED in float32, by nothing of ours but the paper's loop.
 
     The best token of these answers leads by 0.01 or more; float16 moves the logits by a tenth of that. With 4-bit
-    weights it leads by 0.038 or more, and the engine's 8-bit activations move the lead of such a token by 0.02 at most.
+    weights it leads by 0.032 or more, and the engine's 8-bit activations move the lead of such a token by 0.02 at most.
     """
     return {(photo, question): _eager(exported[0], checkpoint, photos, photo, question) for photo, question in ASKED}
 
