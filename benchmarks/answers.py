@@ -4,7 +4,7 @@
 
 Takes LLaVA-1.5-7B's geometry (CLIP ViT-L/14-336, decoder width 4096) with fewer decoder layers, so that memory holds it
 twice, and seeded random weights: the graphs do the same work whatever they see. Lowers the pruned graphs and their
-unpruned twin's, and runs both in turns:
+unpruned twin's, each in a process of its own, and then runs both in turns:
 
     image prefill   projected image features to the image's whole KV cache: decoder layers, pruner, `image_prefill`
     whole prefill   that and the question's chunk, up to its logits
@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,8 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     import numpy as np
 
-    from export.checkpoints import Checkpoint
     from export.graphs.decoder import Context
     from export.models.llava import ModelEntry, TextGeometry
-    from pruning import PruneSpec
-    from runtime.generation import Answers
     from runtime.session import Session
 
 QUESTION_TOKENS = 40
@@ -58,34 +56,30 @@ def main() -> None:
 
     import numpy as np
 
-    from export.checkpoints import open_checkpoint
-    from export.models import MODELS
-    from export.models.llava import ModelEntry
-    from pruning import PruneSpec
-    from runtime.latency import device_name, peak_rss_bytes
+    from runtime.latency import device_name
 
-    whole = MODELS["llava-1.5-7b"]
-    entry = ModelEntry(
-        name=f"llava-1.5-7b-{options.layers}-layers",
-        summary="the 7B model's geometry with fewer decoder layers",
-        hub_id=None,
-        config={**whole.config, "text_config": {**whole.config["text_config"], "num_hidden_layers": options.layers}},
-        prefix_tokens=whole.prefix_tokens,
-    )
-    checkpoint = open_checkpoint(entry, weights="random", seed=0)
+    entry = _entry(options.layers)
     chance = np.random.default_rng(0)
     pixels = chance.standard_normal((1, 3, 336, 336)).astype(np.float32)
     question = chance.integers(3, entry.geometry.text.vocab, QUESTION_TOKENS).tolist()
     with tempfile.TemporaryDirectory() as name:
-        sides, sizes, lowering_rss = {}, {}, 0
-        for side, spec in (("pruned", PruneSpec(keep=options.keep)), ("twin", None)):
-            folder = Path(name) / side
-            folder.mkdir()
-            sides[side] = _Side(checkpoint, entry, spec, folder, scheme=options.quant_text)
-            sizes[side] = sum(path.stat().st_size for path in folder.iterdir())
-            lowering_rss = max(lowering_rss, peak_rss_bytes())
-        for opened in sides.values():
-            opened.open(threads=options.threads)
+        folders = {side: Path(name) / side for side in ("pruned", "twin")}
+        lowering = [
+            multiprocessing.get_context("spawn").Process(
+                target=_lower,
+                args=(options.layers, options.keep if side == "pruned" else None, options.quant_text, folder),
+            )
+            for side, folder in folders.items()
+        ]
+        for process in lowering:
+            process.start()
+        for process in lowering:
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"lowering ended with {process.exitcode}")
+        lowering_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        sizes = {side: (folder / "model.pte").stat().st_size for side, folder in folders.items()}
+        sides = {side: _Side(entry, folder, threads=options.threads) for side, folder in folders.items()}
         times: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
         for run in range(1 + options.runs):
             for side in ("pruned", "twin") if run % 2 else ("twin", "pruned"):
@@ -117,6 +111,7 @@ def main() -> None:
         ),
         "kv_cache_bytes": caches,
         "file_bytes": sizes,
+        "weight_bytes": _weight_bytes(entry, options.quant_text),
         "peak_rss_of_lowering_bytes": lowering_rss,
     }
     label = f"{options.layers}layers-{options.quant_text}-keep{options.keep}"
@@ -132,78 +127,133 @@ def _spread(ratios: list[float]) -> dict[str, float]:
     }
 
 
-class _Side:
-    """All graphs of one model, pruned or not, lowered and then opened."""
+def _entry(layers: int) -> ModelEntry:
+    """The 7B model with fewer decoder layers."""
+    from export.models import MODELS
+    from export.models.llava import ModelEntry
 
-    def __init__(
-        self, checkpoint: Checkpoint, entry: ModelEntry, spec: PruneSpec | None, folder: Path, *, scheme: str
-    ) -> None:
-        import torch
+    whole = MODELS["llava-1.5-7b"]
+    return ModelEntry(
+        name=f"llava-1.5-7b-{layers}-layers",
+        summary="the 7B model's geometry with fewer decoder layers",
+        hub_id=None,
+        config={**whole.config, "text_config": {**whole.config["text_config"], "num_hidden_layers": layers}},
+        prefix_tokens=whole.prefix_tokens,
+    )
 
-        from export.backends.executorch import lower
-        from export.graphs.decoder import PROMPT_CHUNK, Context, build_text_graphs
-        from export.graphs.graph import Graph
-        from export.graphs.vision import build_vision_encoder
-        from runtime.bundle import GraphInfo, TensorInfo
-        from runtime.generation import VISION_ENCODER
 
-        encoder = build_vision_encoder(checkpoint, entry, spec, placement="decoder", layer=2, quant_layers=scheme)
-        self.text: TextGeometry = entry.geometry.text
-        self.chunk = PROMPT_CHUNK
-        self.context: Context = Context(
-            entry.geometry, prefix=encoder.prefix_length, keep=encoder.keep, layer=2, text=TEXT_TOKENS
+def _context(entry: ModelEntry, keep: int) -> Context:
+    from export.graphs.decoder import Context
+
+    return Context(entry.geometry, prefix=entry.prefix_tokens, keep=keep, layer=2, text=TEXT_TOKENS)
+
+
+def _weight_bytes(entry: ModelEntry, scheme: str) -> int:
+    """What the weights take when each is stored once: quantised ones, scales included, the others in float32."""
+    import math
+
+    from export.quantize import SCHEMES
+
+    known, unused = SCHEMES[scheme], entry.geometry.optional_tensors()
+    total = 0
+    for name, shape in entry.geometry.tensor_shapes().items():
+        numbers = math.prod(shape)
+        if name in unused:
+            continue
+        if len(shape) == 2 and name.startswith(("language_model.layers.", "lm_head.")):
+            scales = numbers // known.group if known.group else shape[0]
+            total += numbers * known.bits // 8 + scales * 2
+        else:
+            total += numbers * 4
+    return total
+
+
+def _lower(layers: int, keep: int | None, scheme: str, folder: Path) -> None:
+    """Lowers all graphs of one side into `folder`, and writes down there what they are."""
+    import msgspec
+    import torch
+
+    from export.backends.executorch import lower
+    from export.checkpoints import open_checkpoint
+    from export.graphs.decoder import build_text_graphs
+    from export.graphs.graph import Graph
+    from export.graphs.vision import build_vision_encoder
+    from pruning import PruneSpec
+    from runtime.bundle import GraphInfo, TensorInfo
+    from runtime.generation import VISION_ENCODER
+
+    entry = _entry(layers)
+    checkpoint = open_checkpoint(entry, weights="random", seed=0)
+    spec = None if keep is None else PruneSpec(keep=keep)
+    encoder = build_vision_encoder(checkpoint, entry, spec, placement="decoder", layer=2, quant_layers=scheme)
+    width, tokens = entry.geometry.text.hidden, encoder.image_tokens
+    context = _context(entry, encoder.keep)
+    if context.prefix != encoder.prefix_length:
+        raise SystemExit(f"the prompt has {encoder.prefix_length} tokens instead of {context.prefix}")
+
+    class AfterProjector(Graph):
+        """What `vision_encoder` does with image features (1, N, D), over the same layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def input_infos(self) -> tuple[TensorInfo, ...]:
+            return (TensorInfo(name="image_features", shape=(1, tokens, width), dtype="float32"),)
+
+        def output_infos(self) -> tuple[TensorInfo, ...]:
+            return encoder.output_infos()
+
+        def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.encoder.from_features(features, features)  # the tower's keys are not asked for here
+
+    graphs: dict[str, Graph] = {
+        VISION_ENCODER: encoder,
+        AFTER_PROJECTOR: AfterProjector().eval(),
+        **build_text_graphs(checkpoint, context, quant=scheme),
+    }
+    folder.mkdir()
+    lowered = lower(graphs, folder)
+    infos = [
+        GraphInfo(
+            name=name,
+            file=lowered[name].file,
+            engine="executorch",
+            inputs=graph.input_infos(),
+            outputs=graph.output_infos(),
+            coverage=lowered[name].coverage,
         )
-        width, tokens = entry.geometry.text.hidden, encoder.image_tokens
+        for name, graph in graphs.items()
+    ]
+    (folder / "graphs.json").write_bytes(msgspec.json.encode(infos))
 
-        class AfterProjector(Graph):
-            """What `vision_encoder` does with image features (1, N, D); it holds the same layers."""
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.encoder = encoder
+class _Side:
+    """All graphs of one model, pruned or not, open in the engine."""
 
-            def input_infos(self) -> tuple[TensorInfo, ...]:
-                return (TensorInfo(name="image_features", shape=(1, tokens, width), dtype="float32"),)
+    def __init__(self, entry: ModelEntry, folder: Path, *, threads: int) -> None:
+        import msgspec
 
-            def output_infos(self) -> tuple[TensorInfo, ...]:
-                return encoder.output_infos()
-
-            def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                return self.encoder.from_features(features, features)  # the tower's keys are not asked for here
-
-        graphs: dict[str, Graph] = {
-            VISION_ENCODER: encoder,
-            AFTER_PROJECTOR: AfterProjector().eval(),
-            **build_text_graphs(checkpoint, self.context, quant=scheme),
-        }
-        lowered = lower(graphs, folder)
-        self.folder = folder
-        self.infos = {
-            name: GraphInfo(
-                name=name,
-                file=lowered[name].file,
-                engine="executorch",
-                inputs=graph.input_infos(),
-                outputs=graph.output_infos(),
-                coverage=lowered[name].coverage,
-            )
-            for name, graph in graphs.items()
-        }
-        self.sessions: dict[str, Session] = {}
-        self.answers: Answers
-
-    def open(self, *, threads: int) -> None:
-        """Loads every graph into the engine."""
+        from export.graphs.decoder import PROMPT_CHUNK
+        from runtime.bundle import GraphInfo
         from runtime.engines import ENGINES
-        from runtime.generation import Answers
+        from runtime.generation import TEXT_DECODER, Answers
         from runtime.session import Session
 
-        for name, info in self.infos.items():
-            session = Session(info, ENGINES[info.engine](info, self.folder / info.file, (), threads), 0.0)
+        self.text: TextGeometry = entry.geometry.text
+        self.chunk = PROMPT_CHUNK
+        self.sessions: dict[str, Session] = {}
+        for info in msgspec.json.decode((folder / "graphs.json").read_bytes(), type=list[GraphInfo]):
+            session = Session(info, ENGINES[info.engine](info, folder / info.file, (), threads), 0.0)
             if session.threads != threads:
                 raise SystemExit(f"the engine runs {session.threads} threads instead of {threads}")
-            self.sessions[name] = session
-        self.answers = Answers(self.sessions, bundle=self.folder.name, first_text=self.context.first_text)
+            self.sessions[info.name] = session
+        kept = self.sessions["image_prefill"].graph.inputs[0].shape[1] - entry.prefix_tokens
+        self.context = _context(entry, kept)
+        self.answers = Answers(self.sessions, bundle=folder.name, first_text=self.context.first_text)
+        past = self.sessions[TEXT_DECODER].graph.inputs[2]
+        if past.shape[2] != self.context.entries(0):
+            raise SystemExit(f"{past} does not have {self.context.entries(0)} entries")
 
     def run(self, pixels: np.ndarray, question: list[int]) -> dict[str, float]:
         """Milliseconds of everything, once."""
@@ -213,15 +263,13 @@ class _Side:
 
         photo = self.answers.see(pixels)
         first, second, *_ = self.answers.answer(photo, question, max_new_tokens=3, past_end=True)
-        (features,) = self.infos[AFTER_PROJECTOR].inputs
+        (features,) = self.sessions[AFTER_PROJECTOR].graph.inputs
         some = np.random.default_rng(1).standard_normal(features.shape).astype(np.float32)
         start = time.perf_counter()
         seen = self.sessions[AFTER_PROJECTOR].run({"image_features": some})
         self.sessions[IMAGE_PREFILL].run({name: seen[name] for name in ("hidden", "positions")})
         image_ms = (time.perf_counter() - start) * 1e3
-        zeros: Mapping[str, np.ndarray] = {
-            info.name: np.zeros(info.shape, info.numpy_dtype) for info in self.infos[TEXT_PREFILL].inputs
-        }
+        zeros = {info.name: np.zeros(info.shape, info.numpy_dtype) for info in self.sessions[TEXT_PREFILL].graph.inputs}
         positions = self.context.first_text + np.arange(self.chunk, dtype=np.int64)[None]
         start = time.perf_counter()
         self.sessions[TEXT_PREFILL].run({**zeros, "positions": positions})
