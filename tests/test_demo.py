@@ -24,7 +24,7 @@ def test_demo_ends_with_the_table(demo: Run) -> None:
     assert "the same as on the desktop" in rows["kept tokens"]
     assert "twin" in rows["vision_encoder"]
     assert "pruned/twin" in rows["vision_encoder"]
-    assert "in 1 partition" in rows["delegates"]
+    assert "in 4 partitions of 5 graphs" in rows["delegates"]
     assert "files" in rows["files"]
     assert "desktop CPU" in rows["measured on"]
     assert demo.stdout.splitlines()[-1].startswith("next: ")

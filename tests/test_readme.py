@@ -100,6 +100,25 @@ def test_cost_of_pruning_is_the_measured_one(readme: str, root: Path) -> None:
     ]
 
 
+def test_what_pruning_brings_is_the_measured_one(readme: str, root: Path) -> None:
+    (result,) = results(root, "answers-*.json")
+    ms, faster, fewer = result["median_ms"], result["speedup"], result["flop_ratio"]
+    assert table(readme, "What pruning brings") == [
+        [
+            what,
+            f"{ms['twin'][what]:.1f}",
+            f"{ms['pruned'][what]:.1f}",
+            f"{faster[what]['median']:.2f}",
+            f"{fewer[what]:.2f}" if what in fewer else "",
+        ]
+        for what in ms["twin"]
+    ]
+    caches = result["kv_cache_bytes"]
+    part = readme.split("### What pruning brings\n", 1)[1].split("\n#", 1)[0]
+    assert f"{result['twins_full_ttft_over_pruned_ttft']['median']:.1f} times sooner" in " ".join(part.split())
+    assert f"{caches['pruned']:,} instead of {caches['twin']:,} bytes" in " ".join(part.split())
+
+
 def test_precisions_are_the_measured_ones(readme: str, root: Path) -> None:
     assert table(readme, "Precision") == [
         [
