@@ -205,7 +205,7 @@ def test_bundle_is_the_one_pruneport_makes(
     here = optimum_cli("export", "pruneport", *words, tmp_path / "here")
     there = command_line("export", *words, "--output-dir", tmp_path / "there")
     assert (here.returncode, here.stderr) == (there.returncode, there.stderr) == (0, "")
-    bundle = tmp_path / "here" / "pocket-keep64-android-onnx"
+    bundle = tmp_path / "here" / "pocket-keep64-android-onnx-vision"
     assert here.stdout == f"{bundle}\n"
     assert list(bundle.parent.iterdir()) == [bundle]
     assert made(bundle) == made(Path(there.stdout.strip()))
