@@ -121,9 +121,9 @@ class _Making:
         graphs = (self._lower_ready_made if ready else self._lower)(bundle, writer.path)
         with self.progress.stage(_label("write the bundle", bundle)):
             for name in CARRIED_FILES:
-                there = checkpoint.folder is not None and (checkpoint.folder / name).is_file()
-                if checkpoint.folder is not None and there and not (writer.path / name).exists():
-                    copyfile(checkpoint.folder / name, writer.path / name)
+                source = None if checkpoint.folder is None else checkpoint.folder / name
+                if source is not None and source.is_file() and not (writer.path / name).exists():
+                    copyfile(source, writer.path / name)
             return writer.write_manifest(
                 Manifest(
                     name=bundle.path.name,

@@ -20,6 +20,17 @@ if not (Path(os.environ.get("PRUNEPORT_GOLDEN") or ROOT / "tests" / "golden") / 
 
 # Programs that a machine may lack. Where .ci/run runs it has installed them, and their absence is a failure.
 CHROMIUM = Path("/usr/bin/chromium")
+HEADLESS_CHROMIUM = (
+    str(CHROMIUM),
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 needs_chromium = pytest.mark.skipif(
     not CHROMIUM.exists() and "CI" not in os.environ, reason="needs Chromium: apt-get install chromium"
 )

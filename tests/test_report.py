@@ -22,7 +22,7 @@ from runtime.harness import Step, Verdict, check_bundle
 from runtime.image import load_photo
 from runtime.parity import BOUNDS, GraphParity, compare_kept
 from runtime.report import terminal_table, write_reports
-from tests.conftest import CHROMIUM, needs_chromium
+from tests.conftest import HEADLESS_CHROMIUM, needs_chromium
 from tests.sample_bundle import VISION, Sample, make_bundle
 
 
@@ -299,15 +299,7 @@ def test_json_files_are_json(checked: tuple[Bundle, Verdict, Path]) -> None:
 def _chromium(tmp_path: Path, page: Path, *options: str) -> str:
     done = subprocess.run(
         [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
+            *HEADLESS_CHROMIUM,
             "--hide-scrollbars",
             f"--user-data-dir={tmp_path / 'profile'}",
             *options,

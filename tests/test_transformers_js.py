@@ -34,7 +34,7 @@ from export.quantize import SCHEMES, quantize
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
-from tests.conftest import CHROMIUM, needs_chromium, needs_node
+from tests.conftest import HEADLESS_CHROMIUM, needs_chromium, needs_node
 from tests.tiny_llava import TINY, write_tiny
 
 KEEP = 64
@@ -375,15 +375,7 @@ def _served(site: Path) -> Iterator[tuple[int, queue.Queue[bytes]]]:
 def _browse(address: str, posted: queue.Queue[bytes], profile: Path) -> dict[str, Any]:
     """What the page at `address` posts back. No other host can be reached, so nothing comes from outside."""
     words = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
+        *HEADLESS_CHROMIUM,
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={profile}",
         address,
