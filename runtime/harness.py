@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -295,15 +295,20 @@ class _Check:
             self._not_checked(name, f"the golden lacks {err.args[0]}", "export again")
             return
         self.say(f"checking {graph.name} in {graph.engine}")
+        with self._engine_errors(name), open_session(self.bundle, graph.name, threads=self.threads) as session:
+            self._compare(session, inputs, golden)
+            placement = self._check_placement(session)
+            if placement.emulated or not placement.executed:
+                self._timing = None
+            if self._timing is not None:
+                twin, warmup, runs = self._timing
+                self._time(session, inputs, twin, warmup=warmup, runs=runs)
+
+    @contextmanager
+    def _engine_errors(self, name: str) -> Iterator[None]:
+        """Makes a step of what the engine refuses: not checked where it is missing, else failed."""
         try:
-            with open_session(self.bundle, graph.name, threads=self.threads) as session:
-                self._compare(session, inputs, golden)
-                placement = self._check_placement(session)
-                if placement.emulated or not placement.executed:
-                    self._timing = None
-                if self._timing is not None:
-                    twin, warmup, runs = self._timing
-                    self._time(session, inputs, twin, warmup=warmup, runs=runs)
+            yield
         except EngineMissingError as err:
             what, _, remedy = str(err).rpartition("; ")
             self._not_checked(name, what, remedy)
@@ -312,14 +317,11 @@ class _Check:
 
     def _check_open(self, graph: GraphInfo) -> None:
         """A graph that takes any number of tokens has no outputs of its own to compare: the answer will tell."""
-        try:
-            with open_session(self.bundle, graph.name, threads=self.threads) as session:
-                self._check_placement(session)
-        except EngineMissingError as err:
-            what, _, remedy = str(err).rpartition("; ")
-            self._not_checked(f"delegates of {graph.name}", what, remedy)
-        except EngineError as err:
-            self._failed(f"delegates of {graph.name}", str(err))
+        with (
+            self._engine_errors(f"delegates of {graph.name}"),
+            open_session(self.bundle, graph.name, threads=self.threads) as session,
+        ):
+            self._check_placement(session)
 
     def _check_answer(self, golden: dict[str, np.ndarray]) -> None:
         """The sample question end to end, as a phone asks it; and how long that takes."""
@@ -329,30 +331,24 @@ class _Check:
             self._not_checked(name, "the golden holds no pixel_values", "export again")
             return
         self.say("answering the sample question")
-        try:
-            with ExitStack() as stack:
-                graphs = stack.enter_context(open_graphs(self.bundle, threads=self.threads))
-                answers = None if self.bundle.manifest.text is None else start_answers(self.bundle, graphs)
-                if answers is not None:
-                    self._check_cache(answers)
-                missing = [key for key in _ANSWER if key not in golden]
-                if not missing:
-                    self._compare_answer(graphs, answers, pixels, golden)
-                elif len(missing) < len(_ANSWER):
-                    self._not_checked(name, f"the golden lacks {', '.join(missing)}", "export again")
-                else:
-                    remedy = "export on a machine whose memory holds the decoder in float32 three times"
-                    self._not_checked(name, "the desktop could not hold the decoder to answer with", remedy)
-                if answers is None:
-                    return
-                question = golden.get("answer.question", golden[f"{TOKEN_EMBEDDING}.in.ids"][0, :16])
-                if self._timing is not None and all(placed.executed for placed in self.placements):
-                    self._time_answers(stack, graphs, answers, pixels, question.tolist())
-        except EngineMissingError as err:
-            what, _, remedy = str(err).rpartition("; ")
-            self._not_checked(name, what, remedy)
-        except EngineError as err:
-            self._failed(name, str(err))
+        with self._engine_errors(name), ExitStack() as stack:
+            graphs = stack.enter_context(open_graphs(self.bundle, threads=self.threads))
+            answers = None if self.bundle.manifest.text is None else start_answers(self.bundle, graphs)
+            if answers is not None:
+                self._check_cache(answers)
+            missing = [key for key in _ANSWER if key not in golden]
+            if not missing:
+                self._compare_answer(graphs, answers, pixels, golden)
+            elif len(missing) < len(_ANSWER):
+                self._not_checked(name, f"the golden lacks {', '.join(missing)}", "export again")
+            else:
+                remedy = "export on a machine whose memory holds the decoder in float32 three times"
+                self._not_checked(name, "the desktop could not hold the decoder to answer with", remedy)
+            if answers is None:
+                return
+            question = golden.get("answer.question", golden[f"{TOKEN_EMBEDDING}.in.ids"][0, :16])
+            if self._timing is not None and all(placed.executed for placed in self.placements):
+                self._time_answers(stack, graphs, answers, pixels, question.tolist())
 
     def _check_cache(self, answers: Answers) -> None:
         """The bytes that the KV cache takes, against the sum on paper."""
