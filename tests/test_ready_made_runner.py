@@ -175,7 +175,7 @@ class Desktop:
     def __init__(self, exported: Exported, pixels: torch.Tensor) -> None:
         from transformers import LlavaForConditionalGeneration
 
-        case = exported.case
+        self.case = case = exported.case
         model: Any = LlavaForConditionalGeneration.from_pretrained(exported.folder, dtype=torch.float32)
         model.eval()
         self.decoder, self.head = model.model.language_model, torch.nn.Sequential(model.lm_head)
@@ -194,14 +194,48 @@ class Desktop:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.decoder.config)
-        before, behind = (self.decoder.embed_tokens(torch.tensor([ids])) for ids in (prefix, suffix))
-        embeds = torch.cat([before, self.image, behind], dim=1)
+        embeds = self._embeds(prefix, suffix)
         said: list[int] = []
         while len(said) < TOKENS and 2 not in said:
             hidden = self.decoder(inputs_embeds=embeds, past_key_values=cache).last_hidden_state
             said.append(int(self.head(hidden[:, -1]).argmax()))
             embeds = self.decoder.embed_tokens(torch.tensor([said[-1:]]))
         return said
+
+    def check(self, prefix: Sequence[int], suffix: Sequence[int], said: list[int]) -> None:
+        """Asserts that an answer is this desktop's.
+
+        Where activations are rounded to 8 bits, an embedding that is off in its last bit rounds some of them the other
+        way, and processors sum in their own order: then each token must be the best one, given those before it, as far
+        as logits are determined at all.
+        """
+        if self.case.quant is None:
+            assert said == self.answer(prefix, suffix)
+            return
+        assert len(said) == TOKENS
+        logits = self._logits(prefix, suffix, said)
+        rounded = [self._logits(prefix, suffix, said, seed=seed) for seed in range(4)]
+        undetermined = 2 * max(float((other - logits).abs().max()) for other in rounded)
+        best = logits.max(dim=1, keepdim=True).values
+        allowed = logits >= best - undetermined
+        assert allowed.float().mean() < 0.01  # of the vocabulary: what said anything else would not pass
+        assert allowed[torch.arange(TOKENS), torch.tensor(said)].all(), (said, logits.argmax(dim=1).tolist())
+
+    def _embeds(self, prefix: Sequence[int], suffix: Sequence[int]) -> torch.Tensor:
+        before, behind = (self.decoder.embed_tokens(torch.tensor([ids])) for ids in (prefix, suffix))
+        return torch.cat([before, self.image, behind], dim=1)
+
+    @torch.no_grad()
+    def _logits(
+        self, prefix: Sequence[int], suffix: Sequence[int], said: list[int], *, seed: int | None = None
+    ) -> torch.Tensor:
+        """(TOKENS, vocabulary): what each token of an answer was chosen by; `seed` moves the last bits of the input."""
+        embeds = torch.cat([self._embeds(prefix, suffix), self.decoder.embed_tokens(torch.tensor([said[:-1]]))], dim=1)
+        if seed is not None:
+            embeds = embeds * (1 + 1e-7 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(seed)))
+        hidden = self.decoder(inputs_embeds=embeds).last_hidden_state[0, -len(said) :]
+        logits: torch.Tensor = self.head(hidden)
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +252,10 @@ def test_answers_as_transformers(exported: Exported, desktop: Desktop, pixels: t
     pieces: list[str] = []
     stats: list[Any] = []
     exported.runner().generate(inputs, _greedy(), pieces.append, stats.append)
-    expected = desktop.answer(prefix, suffix)
-    assert len(expected) == TOKENS
-    assert len(set(expected)) > 4
-    assert exported.ids(pieces) == expected
+    said = exported.ids(pieces)
+    assert len(said) == TOKENS
+    assert len(set(said)) > 4
+    desktop.check(prefix, suffix, said)
     assert stats[0].num_prompt_tokens == len(prefix) + exported.case.keep + len(suffix)
 
 
@@ -234,7 +268,7 @@ def test_photo_first_question_later(exported: Exported, desktop: Desktop, pixels
         runner.reset()  # what the cache holds from before must not show
         runner.prefill([llm.make_token_input(prefix), llm.make_image_input(pixels)])
         runner.generate([llm.make_token_input(suffix)], _greedy(), pieces.append)
-        assert exported.ids(pieces) == desktop.answer(prefix, suffix)
+        desktop.check(prefix, suffix, exported.ids(pieces))
 
 
 @pytest.mark.slow
@@ -248,7 +282,7 @@ def test_text_through_the_runners_own_tokenizer(exported: Exported, desktop: Des
     behind = info.suffix_text.replace(QUESTION, QUESTIONS[0])
     inputs = [llm.make_text_input(info.prefix_text), llm.make_image_input(pixels), llm.make_text_input(behind)]
     exported.runner().generate(inputs, _greedy(num_bos=1), pieces.append)
-    assert exported.ids(pieces) == desktop.answer(*exported.prompt(QUESTIONS[0]))
+    desktop.check(*exported.prompt(QUESTIONS[0]), exported.ids(pieces))
 
 
 @pytest.mark.slow
@@ -268,8 +302,7 @@ def test_batch_of_the_transformers_processor(exported: Exported) -> None:
     assert int((batch["input_ids"] == image_id).sum()) == 576
     pieces: list[str] = []
     exported.runner().generate_hf(batch, _greedy(), image_token_id=image_id, token_callback=pieces.append)
-    expected = Desktop(exported, batch["pixel_values"]).answer(*exported.prompt(QUESTIONS[0]))
-    assert exported.ids(pieces) == expected
+    Desktop(exported, batch["pixel_values"]).check(*exported.prompt(QUESTIONS[0]), exported.ids(pieces))
 
 
 @pytest.mark.slow
