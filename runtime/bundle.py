@@ -104,12 +104,25 @@ class OutsideOp(_Record, frozen=True):
 
 
 class DelegateCoverage(_Record, frozen=True):
-    """How much of a graph one delegate took when it was lowered."""
+    """How much of a graph one delegate took when it was lowered.
+
+    `runs`, where the order is known: in the order they are executed, the nodes of each partition, and as negative
+    numbers those outside between two of them.
+    """
 
     delegate: Name
     partitions: Count
     nodes: Count
     outside: tuple[OutsideOp, ...] = ()
+    runs: tuple[Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)], ...] = ()
+
+    def __post_init__(self) -> None:
+        taken, left = sum(run for run in self.runs if run > 0), -sum(run for run in self.runs if run < 0)
+        if self.runs and (0 in self.runs or (taken, left) != (self.nodes, self.outside_nodes)):
+            raise ValueError(
+                f"runs of {self.delegate!r} hold {taken} nodes taken and {left} outside, not {self.nodes} and "
+                f"{self.outside_nodes}"
+            )
 
     @property
     def outside_nodes(self) -> int:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -179,13 +180,15 @@ class Finding(_Record, frozen=True):
 class Lint(_Record, frozen=True):
     """What of a package's graph likely leaves the Neural Engine (`leaving` of `operators`) or slows it.
 
-    `not_looked_at` says why nothing is known.
+    `runs` counts them in the order of the program: those that may stay, and as negative numbers those between that
+    likely leave. `not_looked_at` says why nothing is known.
     """
 
     graph: str
     operators: Count = 0
     leaving: Count = 0
     findings: tuple[Finding, ...] = ()
+    runs: tuple[int, ...] = ()
     not_looked_at: str | None = None
 
 
@@ -252,7 +255,10 @@ def lint(graph: str, declared: tuple[Operator, ...]) -> Lint:
             found.append(Finding(rule=rule, operators=dict(Counter(op.kind for op in held).most_common())))
         if rule.effect == "leaves":
             leaving |= {op.name for op in held}
-    return Lint(graph=graph, operators=len(operators), leaving=len(leaving), findings=tuple(found))
+    runs = (
+        sum(1 if stays else -1 for _ in ops) for stays, ops in groupby(operators, key=lambda op: op.name not in leaving)
+    )
+    return Lint(graph=graph, operators=len(operators), leaving=len(leaving), findings=tuple(found), runs=tuple(runs))
 
 
 # In the terminal

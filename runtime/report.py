@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runtime.parity import Bound, KeptParity, TextParity
 
 _TEMPLATES = Path(__file__).parent / "templates"
+NEURAL_ENGINE = "Neural Engine, likely"
 _PHOTO_EDGE = 672  # pixels of the longer edge in the report: sharp on dense screens, some 100 kB as JPEG
 
 
@@ -162,6 +163,7 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "device": verdict.device,
         "twin": _twin_table(bundle, verdict),
         "delegates": _delegate_table(bundle),
+        "strips": _strips(bundle),
         "outside": _outside_table(bundle),
         "neural_engine": _neural_engine_table(bundle),
         "placements": [
@@ -391,6 +393,59 @@ def _delegate_table(bundle: Bundle) -> Table | None:
     )
     columns = ("graph", "delegate", "partitions", "nodes taken", "nodes outside")
     return Table(columns=columns, rows=rows, numeric=frozenset(columns[2:])) if rows else None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Nodes that run one after the other in one place; x and width in nodes, widened where they would not be seen."""
+
+    x: float
+    width: float
+    taken: bool
+    words: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A graph from its first node to its last, coloured by who runs them."""
+
+    graph: str
+    words: str
+    bars: tuple[Bar, ...]
+
+    @property
+    def width(self) -> float:
+        return self.bars[-1].x + self.bars[-1].width
+
+
+def _strips(bundle: Bundle) -> list[Strip]:
+    """A strip for each graph whose order of execution is known: for Core ML by what likely leaves the Neural Engine."""
+    try:
+        found = [(lint.graph, NEURAL_ENGINE, lint.runs) for lint in lints(bundle)]
+    except (BundleError, EngineError):  # the verdict tells it: the same package could not be evaluated
+        found = []
+    if not found:
+        for graph in bundle.manifest.graphs:
+            for coverage in graph.coverage:
+                whole = (coverage.nodes,) if coverage.partitions == 1 and not coverage.outside else ()
+                found.append((graph.name, coverage.delegate, coverage.runs or whole))
+    return [_strip(graph, delegate, runs) for graph, delegate, runs in found if any(runs)]
+
+
+def _strip(graph: str, delegate: str, runs: tuple[int, ...]) -> Strip:
+    least = sum(map(abs, runs)) / 250
+    bars: list[Bar] = []
+    x = 0.0
+    for run in runs:
+        width = max(abs(run), least)
+        place = delegate if run > 0 else "outside"
+        bars.append(
+            Bar(x=round(x, 2), width=round(width, 2), taken=run > 0, words=f"{place}: {plural(abs(run), 'node')}")
+        )
+        x += width
+    inside, outside = ([abs(run) for run in runs if (run > 0) is taken] for taken in (True, False))
+    words = f"{plural(sum(inside), 'node')} in {plural(len(inside), 'run')}, {sum(outside)} outside"
+    return Strip(graph=graph, words=f"{delegate}: {words}", bars=tuple(bars))
 
 
 def _outside_table(bundle: Bundle) -> Table | None:

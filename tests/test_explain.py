@@ -305,7 +305,7 @@ def test_what_likely_leaves_the_neural_engine(
         "sort": {"topk": 2},
         "linear": {"linear": 1},
     }
-    assert (found.operators, found.leaving) == (4, 2)
+    assert (found.operators, found.leaving, found.runs) == (4, 2, (1, -2, 1))
     code, out, _ = spoken(capsys, monkeypatch, ios)
     assert code == 0
     for text in ("not known", f"{VISION} x 2", "likely", "1 x 1 convolution", "Only Core ML"):

@@ -317,6 +317,8 @@ def test_delegate_takes_all_but_cache_and_lookup(exported: Exported) -> None:
     # output matrix, which is only asked about the last token.
     layers = exported.checkpoint.geometry.text.layers
     assert coverage["text_decoder"].partitions == layers + 2
+    assert sum(run > 0 for run in coverage["text_decoder"].runs) == layers + 2
+    assert coverage["token_embedding"].runs == (-1,)
     assert not {op for op in outside["text_decoder"] if "mm" in op or "linear" in op or "mul" in op}
     attention = [op.count for op in coverage["text_decoder"].outside if op.op == "llama.custom_sdpa"]
     assert attention == [layers]

@@ -197,6 +197,40 @@ def test_what_stayed_outside_is_told_with_its_rewrite(checked: tuple[Bundle, Ver
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows[:2]}) == 1
 
 
+def _bars(html: str) -> list[tuple[str | None, float, float]]:
+    """Class, place and width of each bar of the graphs' pictures."""
+    bars = [attributes for tag, attributes in _Page(html).tags if tag == "rect"]
+    return [(bar["class"], float(bar["x"] or "nan"), float(bar["width"] or "nan")) for bar in bars]
+
+
+def test_graph_is_drawn_by_placement(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) -> None:
+    bundle, verdict, _ = checked
+
+    def bars(*coverage: DelegateCoverage) -> list[tuple[str | None, float, float]]:
+        graph = msgspec.structs.replace(bundle.graph(VISION), coverage=coverage)
+        manifest = msgspec.structs.replace(bundle.manifest, graphs=(graph,))
+        html, _ = _report(Bundle(bundle.path, manifest), verdict, tmp_path / str(len(list(tmp_path.iterdir()))))
+        return _bars(html)
+
+    left = OutsideOp(op="aten.embedding", count=3, reason="mixes float32 and int64")
+    pieces = DelegateCoverage(delegate="X", partitions=2, nodes=47, outside=(left,), runs=(40, -2, 7, -1))
+    assert bars(pieces) == [("in", 0, 40), ("out", 40, 2), ("in", 42, 7), ("out", 49, 1)]
+    assert bars(DelegateCoverage(delegate="X", partitions=1, nodes=9)) == [("in", 0, 9)]
+    # In what order these run nobody wrote down.
+    assert not bars(DelegateCoverage(delegate="X", partitions=2, nodes=9))
+    one = msgspec.structs.replace(left, count=1)
+    wide = bars(DelegateCoverage(delegate="X", partitions=1, nodes=5000, outside=(one,), runs=(5000, -1)))
+    assert wide[1][2] > 10  # one of 5001 nodes can still be seen
+
+
+@pytest.mark.parametrize("runs", [(9, -2), (8, -1), (9, 0, -1), (-1,)])
+def test_runs_that_do_not_add_up_are_refused(runs: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="runs of 'X' hold"):
+        DelegateCoverage(
+            delegate="X", partitions=1, nodes=9, outside=(OutsideOp(op="a", count=1, reason="b"),), runs=runs
+        )
+
+
 def test_random_weights_are_marked(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) -> None:
     bundle, verdict, _ = checked
     weights = msgspec.structs.replace(bundle.manifest.weights, source="random", seed=7)

@@ -127,25 +127,30 @@ def _coverage(program: torch.export.ExportedProgram, reasons: dict[str, str]) ->
     from operator import getitem
 
     from executorch.exir.delegate import executorch_call_delegate
-    from executorch.exir.lowered_backend_module import get_lowered_backend_modules
 
     from runtime.bundle import DelegateCoverage, OutsideOp
 
-    partitions = get_lowered_backend_modules(program.graph_module)
-    nodes = sum(
-        node.op == "call_function" and node.target is not getitem
-        for partition in partitions
-        for node in partition.original_module.graph.nodes
-    )
     outside: Counter[tuple[str, str]] = Counter()
+    runs: list[int] = []
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target not in (executorch_call_delegate, getitem):
-            outside[_operator(node), _reason(node, reasons)] += 1
+        if node.op != "call_function" or node.target is getitem:
+            continue
+        if node.target is executorch_call_delegate:
+            partition = getattr(program.graph_module, node.args[0].name).original_module.graph
+            runs.append(sum(part.op == "call_function" and part.target is not getitem for part in partition.nodes))
+            continue
+        outside[_operator(node), _reason(node, reasons)] += 1
+        if runs and runs[-1] < 0:
+            runs[-1] -= 1
+        else:
+            runs.append(-1)
+    taken = [run for run in runs if run > 0]
     return DelegateCoverage(
         delegate="XnnpackBackend",
-        partitions=len(partitions),
-        nodes=nodes,
+        partitions=len(taken),
+        nodes=sum(taken),
         outside=tuple(OutsideOp(op=op, count=count, reason=why) for (op, why), count in outside.most_common()),
+        runs=tuple(runs),
     )
 
 
