@@ -405,7 +405,8 @@ def _check_weights(weights: str | None) -> None:
 def _check_installed(backend: Backend) -> None:
     missing = [package for package in backend.packages if find_spec(package) is None]
     if missing:
-        extras = "export,qnn" if "onnxruntime_qnn" in missing else "export"
+        delegates = {"onnxruntime_qnn": "qnn", "onnxruntime_ep_webgpu": "webgpu"}
+        extras = ",".join(["export", *(delegates[name] for name in missing if name in delegates)])
         raise ExportError(
             f"backend {backend.name} needs {', '.join(missing)}, not installed here; "
             f"run: pip install 'pruneport[{extras}]'"

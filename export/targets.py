@@ -163,6 +163,12 @@ def _qnn(soc: Soc) -> Lower:
     return partial(lower, soc)
 
 
+def _webgpu() -> Lower:
+    from export.backends.webgpu import lower
+
+    return lower
+
+
 def _no_soc() -> Lower:
     raise AssertionError("graphs for an NPU are compiled for one chip: ask for_soc")
 
@@ -230,7 +236,19 @@ QNN = Backend(
     load_for_soc=_qnn,
 )
 
+WEBGPU = Backend(
+    name="webgpu",
+    engine="onnxruntime",
+    # What a software GPU computes in, too: an fp16 graph could not be checked without hardware.
+    precisions=("fp32",),
+    quant_vision=(),
+    quant_text=(),
+    pruner_form="default",
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_ep_webgpu"),
+    load=_webgpu,
+)
+
 TARGETS: dict[str, Target] = {
-    "android": Target(name="android", backends=(XNNPACK, ONNX, QNN)),
+    "android": Target(name="android", backends=(XNNPACK, ONNX, WEBGPU, QNN)),
     "ios": Target(name="ios", backends=(COREML,)),
 }

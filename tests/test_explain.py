@@ -57,6 +57,7 @@ OUTSIDE = [
     (XNNPACK, "aten.constant_pad_nd", "XNNPACK does not support negative padding values", "negative-padding"),
     (XNNPACK, "aten.unsqueeze_copy", "unsqueeze_copy only supported on the trailing dimension", "views"),
     ("QNNExecutionProvider", "TopK", "", "npu"),
+    ("WebGpuExecutionProvider", "Cast", "", "webgpu-whole-numbers"),
 ]
 
 HALF, SINGLE = "float16", "float32"

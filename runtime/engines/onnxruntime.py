@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
-from runtime.engines import qnn
+from runtime.engines import qnn, webgpu
 from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
 
@@ -44,9 +44,14 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     engine = f"onnxruntime {onnxruntime.__version__}"
     try:
-        if any(coverage.delegate == qnn.QNN for coverage in graph.coverage):
+        promised = {coverage.delegate for coverage in graph.coverage}
+        if qnn.QNN in promised:
             session = qnn.open_on_htp(file, options)
             engine += f" ({qnn.describe()})"
+        elif webgpu.WEBGPU in promised:
+            whole = all(coverage.outside_nodes == 0 for coverage in graph.coverage)
+            session = webgpu.open_on_gpu(file, options, whole=whole)
+            engine += f" ({webgpu.describe()})"
         else:
             session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
     except EngineError:
@@ -80,22 +85,35 @@ class LoadedSession:
             raise EngineError(f"ONNX Runtime failed in {self._file}: {err}") from err
 
     def placement(self) -> Placement:
+        _, outside = assigned(self._session)
         delegates: Counter[str] = Counter()
-        outside: Counter[str] = Counter()
         for subgraph in self._session.get_provider_graph_assignment_info():
-            if subgraph.ep_name == CPU:
-                outside.update(node.op_type for node in subgraph.get_nodes())
-            else:
+            if subgraph.ep_name == webgpu.WEBGPU:  # takes nodes one by one, each a part of its own
+                delegates[webgpu.WEBGPU] = 1
+            elif subgraph.ep_name != CPU:
                 delegates[subgraph.ep_name] += 1
         return Placement(
             delegates=dict(delegates),
             outside=dict(outside.most_common()),
             source="ONNX Runtime's node assignment",
-            emulated=qnn.QNN in delegates and qnn.emulated(),
+            emulated=(qnn.QNN in delegates and qnn.emulated()) or (webgpu.WEBGPU in delegates and webgpu.emulated()),
         )
 
     def close(self) -> None:
         self._session = None
+
+
+def assigned(session: Any) -> tuple[Counter[str], Counter[str]]:
+    """Nodes of an InferenceSession that recorded its assignment: by delegate, and those on the CPU by operator."""
+    delegates: Counter[str] = Counter()
+    outside: Counter[str] = Counter()
+    for subgraph in session.get_provider_graph_assignment_info():
+        kinds = [node.op_type for node in subgraph.get_nodes()]
+        if subgraph.ep_name == CPU:
+            outside.update(kinds)
+        else:
+            delegates[subgraph.ep_name] += len(kinds)
+    return delegates, outside
 
 
 def _check_interface(declared: tuple[TensorInfo, ...], found: list[Any], kind: str, file: Path) -> None:
