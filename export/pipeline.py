@@ -246,6 +246,7 @@ class _Making:
                 engine=plan.backend.engine,
                 inputs=lowered[name].inputs or graph.input_infos(),
                 outputs=lowered[name].outputs or graph.output_infos(),
+                states=lowered[name].states,
                 coverage=lowered[name].coverage,
             )
             for name, graph in graphs.items()
@@ -317,6 +318,7 @@ class _Making:
             context,
             precision=plan.traced_precision,
             quant=None if plan.backend.compresses else plan.quant_text,
+            states=plan.states,
         )
         return {VISION_ENCODER: encoder, **text}
 

@@ -129,6 +129,11 @@ class Plan:
         return self.backend.ready_made if self.placement == "projector" and self.text_tokens is not None else None
 
     @property
+    def states(self) -> bool:
+        """Whether the engine keeps the KV cache: its states are float16."""
+        return self.backend.states and self.precision == "fp16" and self.text_tokens is not None
+
+    @property
     def traced_precision(self) -> Precision:
         """What graphs come to the backend in."""
         return self.backend.traced_precision or self.precision
@@ -281,6 +286,8 @@ def describe(plan: Plan) -> str:
     if plan.text_tokens is not None:
         precision += f", text {plan.quant_text}" if plan.quant_text else ""
         text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
+        if plan.backend.states:
+            text += ", KV cache as states" if plan.states else ", KV cache as inputs and outputs (states are fp16)"
         if plan.ready_made:
             text = f"as {plan.ready_made.runtime} expects it; room for {plan.text_tokens} tokens"
     if plan.weights == "random":

@@ -50,6 +50,7 @@ class LoweredGraph:
     coverage: tuple[DelegateCoverage, ...]
     inputs: tuple[TensorInfo, ...] | None = None
     outputs: tuple[TensorInfo, ...] | None = None
+    states: tuple[TensorInfo, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.file, *self.extra_files):
@@ -112,6 +113,8 @@ class Backend:
     # Whose runtime the projector placement is laid out for; None: it has the vision graph alone.
     ready_made: ReadyMade | None = None
     compresses: bool = False
+    # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.
+    states: bool = False
     # For a converter that goes down to the precision itself: what the graphs come to it in.
     traced_precision: Precision | None = None
     # Where graphs are compiled for one chip: `for_soc` must be asked for the backend that knows it.
@@ -220,6 +223,7 @@ COREML = Backend(
     packages=("torch", "transformers", "coremltools"),
     load=_coreml,
     compresses=True,
+    states=True,
 )
 
 QNN = Backend(

@@ -133,7 +133,8 @@ class DelegateCoverage(_Record, frozen=True):
 class GraphInfo(_Record, frozen=True):
     """One exported graph: its files, the engine it is for, its inputs and outputs in order, and who runs it.
 
-    For Core ML `file` is a package, which is a folder: `extra_files` are the files in it.
+    For Core ML `file` is a package, which is a folder: `extra_files` are the files in it. `states` are buffers that the
+    engine keeps between runs and that the graph writes; graphs of one file have those of one name in common.
     """
 
     name: Name
@@ -143,6 +144,7 @@ class GraphInfo(_Record, frozen=True):
     outputs: tuple[TensorInfo, ...]
     extra_files: tuple[str, ...] = ()
     coverage: tuple[DelegateCoverage, ...] = ()
+    states: tuple[TensorInfo, ...] = ()
 
     def __post_init__(self) -> None:
         for file in (self.file, *self.extra_files):
@@ -155,6 +157,14 @@ class GraphInfo(_Record, frozen=True):
                 raise ValueError(f"graph {self.name!r} has no {kind}")
             if len(set(names)) != len(names):
                 raise ValueError(f"graph {self.name!r} names two {kind} alike: {names}")
+        taken = [info.name for info in (*self.inputs, *self.states)]
+        if len(set(taken)) != len(taken):
+            raise ValueError(f"graph {self.name!r} names two inputs or states alike: {taken}")
+
+    @property
+    def cache(self) -> tuple[TensorInfo, ...]:
+        """The KV cache, be it inputs or states."""
+        return tuple(info for info in (*self.inputs, *self.states) if info.name.startswith("past_"))
 
     @property
     def files(self) -> tuple[str, ...]:

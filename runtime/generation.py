@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.bundle import Bundle, GraphInfo
+from runtime.bundle import Bundle, GraphInfo, TensorInfo
 from runtime.errors import BundleError, OutputError, RequestError
 from runtime.session import Session, open_session
 
@@ -176,19 +176,25 @@ class Answers:
         self.bundle = bundle
         self.first_text = first_text
         self.end_ids = frozenset(end_ids)
-        shapes = {info.name: info for info in graphs[TEXT_PREFILL].graph.inputs}
-        if {info.name: info for info in graphs[TEXT_DECODER].graph.inputs if info.name.startswith("past_")} != {
-            name: info for name, info in shapes.items() if name.startswith("past_")
-        }:
+        prefill = graphs[TEXT_PREFILL].graph
+        shapes = {info.name: info for info in (*prefill.inputs, *prefill.states)}
+        if set(graphs[TEXT_DECODER].graph.cache) != set(prefill.cache):
             raise BundleError(
                 f"{bundle}: {TEXT_PREFILL} and {TEXT_DECODER} have different caches; they come from different exports"
             )
+        self._stateful = bool(prefill.states)
+        image = graphs[IMAGE_PREFILL].graph
         made = {
             info.name: info
-            for name in (VISION_ENCODER, IMAGE_PREFILL)
-            for info in graphs[name].graph.outputs
+            for info in (*graphs[VISION_ENCODER].graph.outputs, *image.outputs)
             if info.name.startswith(("key_", "value_"))
         }
+        if self._stateful:  # these it does not hand out, but writes
+            entries = next(info for info in image.inputs if info.name == "hidden").shape[1]
+            for state in image.states:
+                name = state.name.removeprefix("past_")
+                shape = (*state.shape[:2], entries, state.shape[3])
+                made.setdefault(name, TensorInfo(name=name, shape=shape, dtype=state.dtype))
         if {f"past_{name}" for name in made} != {name for name in shapes if name.startswith("past_")}:
             raise BundleError(
                 f"{bundle}: {VISION_ENCODER} and {IMAGE_PREFILL} do not fill the cache of {TEXT_PREFILL}; export again"
@@ -216,10 +222,17 @@ class Answers:
         start = time.perf_counter()
         self._asked += 1  # an answer that is still streaming loses its cache here
         seen = self._graphs[VISION_ENCODER].run({"pixel_values": pixel_values})
-        later = self._graphs[IMAGE_PREFILL].run({name: seen[name] for name in ("hidden", "positions")})
-        made = {**seen, **later}
-        caches = {name: made[name] for name in self._image_entries}
-        self._take(caches)
+        prefill = self._graphs[IMAGE_PREFILL]
+        taken = {info.name: seen[info.name] for info in prefill.graph.inputs}
+        if self._stateful:
+            prefill.run({**taken, **self._past})
+            caches = {
+                name: self._past[f"past_{name}"][:, :, :entries].copy() for name, entries in self._image_entries.items()
+            }
+        else:
+            made = {**seen, **prefill.run(taken)}
+            caches = {name: made[name] for name in self._image_entries}
+            self._take(caches)
         photo = Prefill(self.bundle, caches, (time.perf_counter() - start) * 1e3)
         self._seen = photo
         return photo
@@ -263,6 +276,9 @@ class Answers:
             self._seen = photo
         done, logits = 0, np.zeros(0)
         while done < len(ids):
+            if self._stateful and len(ids) - done > 1:
+                # A chunk is written whole and must fit: the last one may begin earlier and write the same once more.
+                done = min(done, self.room - self.chunk)
             some = ids[done : done + self.chunk]
             logits = self._decode(some, done)
             done += len(some)
@@ -293,7 +309,7 @@ class Answers:
         embeds = self._graphs[TOKEN_EMBEDDING].run({"ids": padded})["inputs_embeds"][:, :size]
         whole = next(info for info in graph.graph.inputs if info.name == "positions").numpy_dtype
         out = graph.run({"inputs_embeds": embeds, "positions": positions[None].astype(whole), **self._past})
-        for name, entries in self._image_entries.items():
+        for name, entries in () if self._stateful else self._image_entries.items():
             at = entries + done
             self._past[f"past_{name}"][:, :, at : at + len(ids)] = out[name][:, :, : len(ids)]
         return np.asarray(out["logits"][0, len(ids) - 1])

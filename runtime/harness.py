@@ -49,8 +49,6 @@ Progress = Callable[[str], None]
 _PIXELS = "pixel_values"
 # Inputs that are what another graph gives.
 _FED_BY = {
-    f"{IMAGE_PREFILL}.hidden": f"{VISION_ENCODER}.out.hidden",
-    f"{IMAGE_PREFILL}.positions": f"{VISION_ENCODER}.out.positions",
     f"{TEXT_PREFILL}.inputs_embeds": f"{TOKEN_EMBEDDING}.out.inputs_embeds",
 }
 _ANSWER = ("answer.question", "answer.ids", "answer.margin")
@@ -356,9 +354,9 @@ class _Check:
         prune, text = manifest.prune, manifest.text
         assert text is not None
         decoder = self.bundle.graph(TEXT_DECODER)
-        _, heads, _, width = next(info for info in decoder.inputs if info.name == "past_key_0").shape
-        number = next(info for info in decoder.inputs if info.name == "past_key_0").numpy_dtype.itemsize
-        layers = sum(info.name.startswith("past_key_") for info in decoder.inputs)
+        _, heads, _, width = next(info for info in decoder.cache if info.name == "past_key_0").shape
+        number = next(info for info in decoder.cache if info.name == "past_key_0").numpy_dtype.itemsize
+        layers = sum(info.name.startswith("past_key_") for info in decoder.cache)
         prefix = text.first_position - prune.image_tokens
         seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
         entries = prune.layer * seen[0] + (layers - prune.layer) * seen[1]
@@ -420,7 +418,12 @@ class _Check:
 
     def _compare(self, session: Session, inputs: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> None:
         graph, prune = session.graph, self.bundle.manifest.prune
-        result = graph_parity(self.bundle.manifest, graph, golden, session.run(inputs), engine=session.engine)
+        before = {info.name: inputs[info.name].copy() for info in graph.states}
+        got = session.run(inputs)
+        if graph.states:
+            graph, golden, written = self._states(graph, before, inputs, golden)
+            got |= written
+        result = graph_parity(self.bundle.manifest, graph, golden, got, engine=session.engine)
         self.graphs.append(result)
         bad = [tensor.name for tensor in result.tensors if not tensor.passed]
         worst = max((tensor.rel for tensor in result.tensors if tensor.rel is not None), default=0.0)
@@ -437,6 +440,34 @@ class _Check:
             self._passed("kept tokens", f"{prune.image_tokens} -> {kept.got_count} image tokens, {how}")
         else:
             self._failed("kept tokens", _why_not_kept(result, prune.keep))
+
+    def _states(
+        self,
+        graph: GraphInfo,
+        before: dict[str, np.ndarray],
+        after: dict[str, np.ndarray],
+        golden: dict[str, np.ndarray],
+    ) -> tuple[GraphInfo, dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """What a graph wrote into its states, as outputs like the golden's; a step of whether it wrote nothing else."""
+        outputs = {info.name: info for info in graph.outputs}
+        wanted, written, touched = dict(golden), {}, []
+        for info in graph.states:
+            part = info.name.removeprefix("past_")
+            key = f"{graph.name}.out.{part}"
+            wanted.setdefault(key, golden.get(f"{VISION_ENCODER}.out.{part}", np.zeros(0)))
+            start = sum(golden[known].shape[2] for known in _filled(graph.name, part, golden))
+            end = start + wanted[key].shape[2]
+            written[part] = after[info.name][:, :, start:end]
+            outputs[part] = msgspec.structs.replace(info, name=part, shape=written[part].shape)
+            rest = [(array[:, :, :start], array[:, :, end:]) for array in (before[info.name], after[info.name])]
+            if not all(np.array_equal(a, b) for a, b in zip(*rest, strict=True)):
+                touched.append(info.name)
+        name = f"states of {graph.name}"
+        if touched:
+            self._failed(name, f"{', '.join(touched)} changed beside the entries of the new tokens")
+        else:
+            self._passed(name, f"{plural(len(graph.states), 'state')}, nothing changed but the new tokens' entries")
+        return msgspec.structs.replace(graph, outputs=tuple(outputs.values())), wanted, written
 
     def _check_placement(self, session: Session) -> Placement:
         graph, placement = session.graph, session.placement()
@@ -517,25 +548,34 @@ def golden_inputs(graph: GraphInfo, golden: dict[str, np.ndarray]) -> dict[str, 
     An input that is another graph's output is stored once, as that; a cache is made of what the graphs before left.
     """
     inputs = {}
-    for info in graph.inputs:
+    for info in (*graph.inputs, *graph.states):
         name = info.name
         if name.startswith("past_"):
             array = np.zeros(info.shape, info.numpy_dtype)
-            part = name.removeprefix("past_")
-            image = f"{VISION_ENCODER}.out.{part}"
-            filled = [image if image in golden else f"{IMAGE_PREFILL}.out.{part}"]
-            if graph.name == TEXT_DECODER:
-                filled.append(f"{TEXT_PREFILL}.out.{part}")
             start = 0
-            for key in filled:
+            for key in _filled(graph.name, name.removeprefix("past_"), golden):
                 end = start + golden[key].shape[2]
                 array[:, :, start:end] = golden[key]
                 start = end
         else:
             key = f"{graph.name}.in.{name}"
-            array = golden[key if key in golden else _FED_BY.get(f"{graph.name}.{name}", key)]
+            fed = (
+                f"{VISION_ENCODER}.out.{name}"
+                if graph.name == IMAGE_PREFILL
+                else _FED_BY.get(f"{graph.name}.{name}", key)
+            )
+            array = golden[key if key in golden else fed]
         inputs[name] = array.astype(info.numpy_dtype, copy=False)
     return inputs
+
+
+def _filled(graph: str, part: str, golden: dict[str, np.ndarray]) -> list[str]:
+    """The golden's tensors that fill a layer's cache, one behind the other, before `graph` runs."""
+    if graph == IMAGE_PREFILL:
+        return []
+    image = f"{VISION_ENCODER}.out.{part}"
+    filled = [image if image in golden else f"{IMAGE_PREFILL}.out.{part}"]
+    return [*filled, f"{TEXT_PREFILL}.out.{part}"] if graph == TEXT_DECODER else filled
 
 
 def _why_not_kept(result: GraphParity, keep: int) -> str:

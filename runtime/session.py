@@ -45,6 +45,8 @@ class Session:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the graph once, one caller at a time: a graph has one place for what it computes.
 
+        A graph with states takes them among the inputs, by name, and writes into them.
+
         Raises EngineError when an input or output is not what the manifest says.
         """
         with self._lock:
@@ -57,15 +59,19 @@ class Session:
         return {info.name: array for info, array in zip(self.graph.outputs, outputs, strict=True)}
 
     def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The inputs in the graph's order, contiguous; EngineError for a wrong name, shape or dtype."""
-        expected = {info.name for info in self.graph.inputs}
+        """The inputs in the graph's order, then its states; EngineError for a wrong name, shape or dtype."""
+        wanted = (*self.graph.inputs, *self.graph.states)
+        expected = {info.name for info in wanted}
         if inputs.keys() != expected:
             raise EngineError(f"{self.graph.name} takes the inputs {sorted(expected)}, got {sorted(inputs)}")
-        for info in self.graph.inputs:
+        for info in wanted:
             array = inputs[info.name]
             if not info.fits(str(array.dtype), array.shape):
                 raise EngineError(f"{self.graph.name} takes {info}, got {array.dtype}{list(array.shape)}")
-        return [np.ascontiguousarray(inputs[info.name]) for info in self.graph.inputs]
+        return [
+            *(np.ascontiguousarray(inputs[info.name]) for info in self.graph.inputs),
+            *(inputs[info.name] for info in self.graph.states),
+        ]
 
     def placement(self) -> Placement:
         """Who runs what inside the graph, from the engine or the loaded file."""

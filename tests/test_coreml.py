@@ -75,11 +75,11 @@ def opened(lowered: LoweredGraph, folder: Path, name: str) -> engine.LoadedPacka
     return load(info, folder / lowered.file)
 
 
-def text_graphs(folder: Path, precision: str) -> dict[str, Graph]:
+def text_graphs(folder: Path, precision: str, *, states: bool = False) -> dict[str, Graph]:
     checkpoint = FolderCheckpoint(write_tiny(folder), TINY)
     prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
     context = Context(TINY.geometry, prefix=prefix, keep=6, layer=2, text=24)
-    return build_text_graphs(checkpoint, context, chunk=4, precision=precision)
+    return build_text_graphs(checkpoint, context, chunk=4, precision=precision, states=states)
 
 
 def cosines(graph: Graph, loaded: engine.LoadedPackage, made: LoweredGraph) -> list[float]:
@@ -149,6 +149,68 @@ def test_functions_share_their_weights(tmp_path: Path) -> None:
         for folder, file in ((tmp_path, made[TEXT_PREFILL].file), (tmp_path / "alone", alone.file))
     ]
     assert sizes[0] < 1.1 * sizes[1]
+
+
+@pytest.mark.slow
+def test_the_cache_as_states(tmp_path: Path) -> None:
+    """Functions that share their states leave in them what the same graphs with a cache of inputs and outputs give."""
+    plain = text_graphs(tmp_path / "plain", "fp16")
+    graphs = text_graphs(tmp_path / "tiny", "fp16", states=True)
+    made = backend.lower(graphs, tmp_path)
+    infos = made[TEXT_DECODER].states
+    assert [info.name for info in infos[:2]] == ["past_key_0", "past_value_0"]
+    assert {info.shape[2] for info in infos} == {7 + 16 + 24, 7 + 6 + 24}  # ragged
+    assert made[IMAGE_PREFILL].states == made[TEXT_PREFILL].states == infos
+    chance = torch.Generator().manual_seed(3)
+
+    def run(name: str, given: list[torch.Tensor], states: list[np.ndarray]) -> np.ndarray:
+        low = made[name]
+        assert low.inputs is not None
+        assert low.outputs is not None
+        info = GraphInfo(
+            name=name,
+            file=low.file,
+            extra_files=low.extra_files,
+            engine="coreml",
+            inputs=low.inputs,
+            outputs=low.outputs,
+            states=low.states,
+        )
+        arrays = [x.numpy().astype(one.dtype) for x, one in zip(given, low.inputs, strict=True)]
+        (out,) = load(info, tmp_path / low.file).run([*arrays, *states])
+        return out
+
+    def near(got: np.ndarray, expected: torch.Tensor) -> None:
+        a, b = got.astype(np.float64).ravel(), expected.double().numpy().ravel()
+        assert float(np.linalg.norm(a - b)) < 0.005 * float(np.linalg.norm(b))
+
+    def noise(info: TensorInfo) -> torch.Tensor:
+        return torch.randn(info.shape, generator=chance).to(getattr(torch, info.dtype))
+
+    states = [np.zeros(info.shape, np.float16) for info in infos]
+    hidden = noise(plain[IMAGE_PREFILL].input_infos()[0])
+    positions = torch.arange(13)[None]
+    seen = [noise(info) for info in graphs[IMAGE_PREFILL].input_infos()[2:]]
+    with torch.no_grad():
+        expected = [*seen, *plain[IMAGE_PREFILL](hidden, positions)]
+    near(run(IMAGE_PREFILL, [hidden, positions, *seen], states), expected[-2])
+    for state, part in zip(states, expected, strict=True):
+        near(state[:, :, : part.shape[2]], part)
+        assert not state[:, :, part.shape[2] :].any()
+    done = 0
+    for name, tokens in ((TEXT_PREFILL, 4), (TEXT_DECODER, 1)):
+        embeds = noise(plain[name].input_infos()[0])
+        positions = torch.arange(23 + done, 23 + done + tokens)[None]
+        before = [state.copy() for state in states]
+        with torch.no_grad():
+            logits, *new = plain[name](embeds, positions, *map(torch.from_numpy, before))
+        near(run(name, [embeds, positions], states), logits)
+        for state, old, part, image in zip(states, before, new, expected, strict=True):
+            start = image.shape[2] + done
+            near(state[:, :, start : start + tokens], part)
+            state = np.delete(state, range(start, start + tokens), axis=2)
+            assert np.array_equal(state, np.delete(old, range(start, start + tokens), axis=2))
+        done += tokens
 
 
 @pytest.mark.usefixtures("compressible")

@@ -74,6 +74,7 @@ def _lowered(name: str, graph: Graph, package: Path) -> LoweredGraph:
         coverage=(DelegateCoverage(delegate="CoreML", partitions=1, nodes=sum(function.operators.values())),),
         inputs=_in_order(graph.input_names, function.inputs),
         outputs=_in_order(graph.output_names, function.outputs),
+        states=_in_order(tuple(info.name for info in graph.state_infos()), function.states),
     )
 
 
@@ -87,6 +88,10 @@ def _in_order(names: tuple[str, ...], infos: tuple[TensorInfo, ...]) -> tuple[Te
 def _convert(ct: Any, graph: Graph) -> Any:
     import numpy as np
 
+    passes = ct.PassPipeline()
+    # It looks behind the operator whose result goes into a state, where it may just have removed what it finds; all that
+    # it does is to move such a write up to there.
+    passes.remove_passes({"common::canonicalize_inplace_pattern"})
     return ct.convert(
         _prepared(graph),
         minimum_deployment_target=ct.target.iOS18,
@@ -96,6 +101,7 @@ def _convert(ct: Any, graph: Graph) -> Any:
             for info in graph.output_infos()
         ],
         skip_model_load=True,
+        pass_pipeline=passes,
     )
 
 
@@ -152,6 +158,15 @@ def _prepared(graph: Graph) -> torch.export.ExportedProgram:
                 half = nodes.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
             half.meta = dict(node.meta)
             node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
+    for name in program.graph_signature.inputs_to_buffers:
+        if program.graph_signature.inputs_to_buffers[name] in program.graph_signature.buffers_to_mutate.values():
+            # The converter reads states into float32.
+            (node,) = (node for node in nodes.nodes if node.op == "placeholder" and node.name == name)
+            first = next(other for other in nodes.nodes if other.op != "placeholder")
+            with nodes.inserting_before(first):
+                half = nodes.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
+            half.meta = dict(node.meta)
+            node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
     # The converter names inputs after the placeholders, which for `*past` are numbered.
     names = iter(graph.input_names)
     for spec in program.graph_signature.input_specs:
@@ -179,6 +194,35 @@ def _is_half_division(op: Any) -> bool:
     )
 
 
+def _teach_writing() -> None:
+    """Tells the converter what `pruneport::written` is: a slice of a state that is updated in place."""
+    import numpy as np
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY, register_torch_op
+
+    import export.graphs.stateful  # noqa: F401 - defines the operator
+
+    def pruneport_written(context: Any, node: Any) -> None:
+        cache, new, start = ops._get_inputs(context, node, expected=3)
+        before, behind = np.zeros(2, np.int32), np.zeros(1, np.int32)
+        end = mb.add(x=start, y=np.int32(new.shape[2]))
+        masks = [True, True, False, True]
+        made = mb.slice_update(
+            x=cache,
+            update=new,
+            begin=mb.concat(values=[before, start, behind], axis=0),
+            end=mb.concat(values=[before, end, behind], axis=0),
+            begin_mask=masks,
+            end_mask=masks,
+            name=node.name,
+        )
+        context.add(made)
+
+    if "pruneport::written" not in _TORCH_OPS_REGISTRY:
+        register_torch_op(pruneport_written, torch_alias=["pruneport::written"])
+
+
 @contextmanager
 def _converter() -> Iterator[Any]:
     """coremltools, which warns about versions of its neighbours and sets up logging for the whole process."""
@@ -190,6 +234,7 @@ def _converter() -> Iterator[Any]:
         try:
             import coremltools
 
+            _teach_writing()
             yield coremltools
         finally:
             logging.root.setLevel(level)

@@ -236,6 +236,19 @@ class TextDecoder(_Decoder):
         return logits.float(), *caches
 
 
+def _stateful(
+    geometry: LlavaGeometry, context: Context, *, chunk: int
+) -> tuple[TextDecoder, TextDecoder, ImagePrefill]:
+    from export.graphs.stateful import StatefulImagePrefill, StatefulTextDecoder, cache_buffers
+
+    cache = cache_buffers(context)
+    return (
+        StatefulTextDecoder(geometry, context, cache, tokens=chunk),
+        StatefulTextDecoder(geometry, context, cache, tokens=1),
+        StatefulImagePrefill(geometry, context, cache),
+    )
+
+
 def build_token_embedding(checkpoint: Checkpoint, *, tokens: int, precision: str = "fp32") -> TokenEmbedding:
     """The embedding of `tokens` ids with the checkpoint's weights, ready to be traced."""
     graph = TokenEmbedding(checkpoint.geometry, tokens=tokens)
@@ -250,15 +263,26 @@ def build_text_graphs(
     precision: str = "fp32",
     quant: str | None = None,
     chunk: int = PROMPT_CHUNK,
+    states: bool = False,
 ) -> dict[str, Graph]:
     """Everything behind `vision_encoder`, by the names a bundle knows: `image_prefill`, `token_embedding`,
     `text_prefill` for `chunk` tokens at a time and `text_decoder` for one.
 
     They share their layers, so that memory holds each weight once; with `quant` (see export.quantize) each layer is
-    quantised as soon as it is filled, and computes in fp32 around that. Ready to be traced.
+    quantised as soon as it is filled, and computes in fp32 around that. With `states` (fp16 only) they keep the KV
+    cache in buffers that they write, the same ones in each. Ready to be traced.
     """
     dtype = torch.float32 if quant is not None else PRECISIONS[precision]
-    whole = TextDecoder(checkpoint.geometry, context, tokens=chunk)
+    geometry = checkpoint.geometry
+    whole, one, image = (
+        _stateful(geometry, context, chunk=chunk)
+        if states
+        else (
+            TextDecoder(geometry, context, tokens=chunk),
+            TextDecoder(geometry, context, tokens=1),
+            ImagePrefill(geometry, context),
+        )
+    )
     for index, layer in enumerate(whole.layers):
         fill(layer, checkpoint, f"language_model.layers.{index}", dtype)
         if quant is not None:
@@ -267,7 +291,6 @@ def build_text_graphs(
     fill(whole.lm_head, checkpoint, "lm_head", dtype)
     if quant is not None:
         quantize(whole, quant)  # what is left of it: the output matrix
-    one, image = TextDecoder(checkpoint.geometry, context, tokens=1), ImagePrefill(checkpoint.geometry, context)
     one.layers, one.norm, one.lm_head = whole.layers, whole.norm, whole.lm_head
     image.layers = whole.layers[context.layer :]
     decoders: dict[str, _Decoder] = {IMAGE_PREFILL: image, TEXT_PREFILL: whole, TEXT_DECODER: one}

@@ -27,6 +27,10 @@ class Graph(nn.Module):
         """Name, shape and dtype of each output."""
         raise NotImplementedError
 
+    def state_infos(self) -> tuple[TensorInfo, ...]:
+        """Name, shape and dtype of each buffer that the graph writes and the engine keeps; most graphs have none."""
+        return ()
+
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""

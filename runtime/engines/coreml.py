@@ -23,6 +23,7 @@ from runtime.bundle import GraphInfo, TensorInfo
 from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
 
+WRITE_STATE = "write_state"
 MAIN = "main"  # what the only function of a package is called
 _MODEL, _WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights"
 # MIL's data types by their numbers in MIL.proto, and those of inputs and outputs in FeatureTypes.proto.
@@ -55,6 +56,7 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
     for kind, declared, found in (
         ("inputs", graph.inputs, function.inputs),
         ("outputs", graph.outputs, function.outputs),
+        ("states", graph.states, function.states),
     ):
         if {info.name: info for info in declared} != {info.name: info for info in found}:
             raise EngineError(
@@ -115,13 +117,15 @@ class Package:
         try:
             block = code.block_specializations[code.opset]
             inputs, outputs = tuple(map(_feature, about.input)), tuple(map(_feature, about.output))
-            return Function(self.path, block, inputs=inputs, outputs=outputs)
+            states = tuple(map(_feature, about.state))
+            return Function(self.path, block, inputs=inputs, outputs=outputs, states=states)
         except (KeyError, ValueError, IndexError, TypeError) as err:
             raise EngineError(f"{self.path} cannot be understood ({err!r}); export again") from err
 
 
 def _feature(feature: Any) -> TensorInfo:
-    array = feature.type.multiArrayType
+    kind = feature.type
+    array = kind.stateType.arrayType if kind.WhichOneof("Type") == "stateType" else kind.multiArrayType
     return TensorInfo(name=feature.name, shape=tuple(array.shape), dtype=_FEATURE_DTYPES[array.dataType])
 
 
@@ -153,10 +157,16 @@ class Function:
     """One function of a package: its interface, its operators, its constants."""
 
     def __init__(
-        self, path: Path, block: Any, *, inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]
+        self,
+        path: Path,
+        block: Any,
+        *,
+        inputs: tuple[TensorInfo, ...],
+        outputs: tuple[TensorInfo, ...],
+        states: tuple[TensorInfo, ...] = (),
     ) -> None:
         self.path = path
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs, self.outputs, self.states = inputs, outputs, states
         self.operators = Counter(op.type for op in block.operations if op.type != "const")
         self._block = block
 
@@ -178,7 +188,7 @@ class Function:
         """Constants by name, those of the weight file still on disk, and steps in order. Raises EngineError."""
         constants: dict[str, Any] = {}
         weights = _Weights(self.path)
-        needed = list(self._block.outputs)
+        needed = [*self._block.outputs, *(info.name for info in self.states)]
         dead: list[tuple[str, ...]] = []
         seen = set(needed)
         operations = list(self._block.operations)
@@ -186,11 +196,27 @@ class Function:
             read = [binding.name for argument in op.inputs.values() for binding in argument.arguments if binding.name]
             dead.append(tuple(dict.fromkeys(name for name in read if name not in seen)))
             seen.update(read)
-        steps = []
+        steps: list[_Step] = []
+        states = {info.name: info for info in self.states}
         for op, unused in zip(operations, reversed(dead), strict=True):
             if op.type != "const" and op.type not in OPERATORS:
                 named = ", ".join(output.name for output in op.outputs)
                 raise EngineError(f"{self.path} has the operator {op.type!r} ({named}), which is not known here")
+            if op.type == WRITE_STATE:  # what it gives is the state itself
+                state, data = op.inputs["input"].arguments[0].name, op.inputs["data"].arguments[0].name
+                steps.append(
+                    _Step(
+                        name=state,
+                        kind=op.type,
+                        compute=OPERATORS[op.type],
+                        arguments={"data": data},
+                        output=state,
+                        dtype=states[state].numpy_dtype,
+                        shape=states[state].shape,
+                        dead=tuple(name for name in unused if name not in constants),
+                    )
+                )
+                continue
             (output,) = op.outputs
             if op.type == "const":
                 constants[output.name] = weights.value(op.attributes["val"])
@@ -293,13 +319,18 @@ class LoadedPackage:
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         values = dict(self._constants)
-        values.update((info.name, array) for info, array in zip(self._graph.inputs, inputs, strict=True))
+        taken = (*self._graph.inputs, *self._graph.states)
+        values.update((info.name, array) for info, array in zip(taken, inputs, strict=True))
         with np.errstate(all="ignore"):  # an overflow is a result here, which parity will see
             for step in self._steps:
                 values[step.output] = self._result(step, values)
                 for name in step.dead:
                     del values[name]
-        return [np.ascontiguousarray(values[info.name]) for info in self._graph.outputs]
+        outputs = [np.ascontiguousarray(values[info.name]) for info in self._graph.outputs]
+        for info, array in zip(self._graph.states, inputs[len(self._graph.inputs) :], strict=True):
+            if values[info.name] is not array:
+                array[...] = values[info.name]
+        return outputs
 
     def _result(self, step: _Step, values: dict[str, Any]) -> np.ndarray:
         arguments = {
@@ -449,6 +480,24 @@ def _slice_by_index(
     return x[tuple(parts())]
 
 
+def _slice_update(
+    x: np.ndarray,
+    update: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    begin_mask: np.ndarray | None = None,
+    end_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    # Core ML's behaviour outside of the tensor is not defined; numpy would cut the slice off.
+    masks = [np.zeros(x.ndim, bool) if mask is None else mask for mask in (begin_mask, end_mask)]
+    first, last = np.where(masks[0], 0, begin), np.where(masks[1], x.shape, end)
+    if (first < 0).any() or (last > x.shape).any():
+        raise ValueError(f"the slice {first.tolist()} to {last.tolist()} reaches outside of {list(x.shape)}")
+    whole = x.copy()
+    whole[tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))] = update
+    return whole
+
+
 def _reshape(x: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return x.reshape([x.shape[axis] if size == 0 else int(size) for axis, size in enumerate(shape)])
 
@@ -523,10 +572,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "expand_dims": lambda x, axes: np.expand_dims(x, tuple(int(axis) for axis in axes)),
     "gather": _gather,
     "identity": lambda x: x,
+    "read_state": lambda input: input,
     "reshape": _reshape,
     "select": lambda cond, a, b: np.where(cond, a, b),
     "slice_by_index": _slice_by_index,
+    "slice_update": _slice_update,
     "squeeze": lambda x, axes: np.squeeze(x, tuple(int(axis) for axis in axes)),
     "transpose": lambda x, perm: x.transpose([int(axis) for axis in perm]),
+    WRITE_STATE: lambda data: data,
     **{name: _arithmetic(compute) for name, compute in _ARITHMETIC.items()},
 }

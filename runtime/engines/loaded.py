@@ -36,7 +36,7 @@ class LoadedGraph(Protocol):
         ...
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Runs the graph once; EngineError when the engine refuses."""
+        """Runs the graph once; EngineError when the engine refuses. Behind the inputs come states, written in place."""
         ...
 
     def placement(self) -> Placement:
