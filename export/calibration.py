@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.errors import ImageError, RequestError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -26,6 +28,9 @@ SAMPLE_PHOTOS = (
     ("skimage", "data/rocket.jpg"),
 )
 SCENES = 12
+# Fewer say little about what a model's activations can be; more than MOST only take memory and time.
+LEAST_PHOTOS = 8
+MOST_PHOTOS = 64
 
 
 def default_photos() -> dict[str, NDArray[np.uint8]]:
@@ -38,6 +43,38 @@ def default_photos() -> dict[str, NDArray[np.uint8]]:
 
     photos = {path.name: load_photo(path) for path in sample_paths()}
     return photos | {f"scene-{number}": rendered_scene(number) for number in range(SCENES)}
+
+
+def read_photos(folder: Path) -> dict[str, NDArray[np.uint8]]:
+    """The photos in a folder, uint8 (H, W, 3) RGB, by file name in alphabetical order.
+
+    Names that begin with a dot are left out; everything else must be a photo. Raises RequestError for a folder that is
+    missing or holds fewer than LEAST_PHOTOS or more than MOST_PHOTOS, ImageError for a file that is no photo.
+    """
+    from runtime.image import MAX_ASPECT, load_photo
+
+    if not folder.exists():
+        raise RequestError(f"calibration={folder} does not exist; give a folder of JPEG, PNG or WebP photos")
+    if not folder.is_dir():
+        raise RequestError(f"calibration={folder} is a file; give a folder of JPEG, PNG or WebP photos")
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise RequestError(f"calibration={folder} cannot be read: {error.strerror}") from error
+    if not LEAST_PHOTOS <= len(paths) <= MOST_PHOTOS:
+        bound = f"at least {LEAST_PHOTOS}" if len(paths) < LEAST_PHOTOS else f"at most {MOST_PHOTOS}"
+        raise RequestError(f"calibration={folder} holds {len(paths)} images; {bound} are needed")
+    photos = {}
+    for path in paths:
+        # A pipe would be waited for, a device never ends.
+        if not path.is_file():
+            raise ImageError(f"{path} is not a plain file; a folder to calibrate with holds photos and nothing else")
+        photo = load_photo(path)
+        height, width = photo.shape[:2]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise ImageError(f"{path} is {width} x {height}; its long side may be at most {MAX_ASPECT} times the short")
+        photos[path.name] = photo
+    return photos
 
 
 def sample_paths() -> tuple[Path, ...]:
@@ -85,4 +122,5 @@ def rendered_scene(number: int) -> NDArray[np.uint8]:
         scene = np.where(inside[:, :, None], np.where(striped[:, :, None], colour, other), scene)
     light = 24 + 40 * number  # of 160
     grain = drawn(25, height * width).reshape(height, width, 1) - 12
-    return np.clip(scene * light // 160 + grain, 0, 255).astype(np.uint8)
+    painted: NDArray[np.uint8] = np.clip(scene * light // 160 + grain, 0, 255).astype(np.uint8)
+    return painted
