@@ -72,7 +72,8 @@ def _error(got: np.ndarray, expected: np.ndarray) -> float:
 def _eager(encoder: VisionEncoder, pixels: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
         out = dict(zip(encoder.output_names, encoder(pixels), strict=True))["key_1"]
-    return out.float().numpy()
+    shown: np.ndarray = out.float().numpy()
+    return shown
 
 
 def test_layer_that_overflows_is_wrong_without_an_island_and_right_with_it(tmp_path: Path) -> None:
