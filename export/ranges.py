@@ -1,0 +1,147 @@
+"""How large the numbers inside a vision graph become, and float32 islands for the modules that float16 cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from export.graphs.norms import LayerNorm, RmsNorm
+from export.graphs.vision import VisionEncoder
+from runtime.errors import ExportError
+
+# What is measured on a few photos may be this many times larger on another.
+SAFETY = 2.0
+LARGEST = 65504.0 / SAFETY
+# The norms bring their input near 1 by its mean magnitude; the factor is no longer precise above this (2^-14 / 32).
+LARGEST_MEAN = 512.0
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The largest absolute number in each module of a graph, and the modules that must compute in float32."""
+
+    largest: dict[str, float]
+    islands: tuple[str, ...]
+
+    @property
+    def worst(self) -> str:
+        """The module with the largest number."""
+        return max(self.largest, key=self.largest.__getitem__)
+
+
+class Island(nn.Module):
+    """A module that computes in float32 inside a float16 graph, with casts around it."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args: Any) -> Any:
+        """What `inside` makes of float32 copies of its inputs, in float16."""
+        out = self.inside(*tree_map_only(Tensor, Tensor.float, args))
+        return tree_map_only(Tensor, Tensor.half, out)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these two untyped
+    """Notes the largest absolute result of every operator under the module that runs it.
+
+    Not looked at: the pruner, which computes in float32 whatever the rest does, the insides of norms, which scale
+    before they square in float16, and sums with a mask.
+    """
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest: dict[str, float] = {}
+        self.norm_inputs: dict[str, float] = {}
+        self._running: list[tuple[str, nn.Module]] = []
+        self._mask = encoder.mask.data_ptr() if encoder.placement == "decoder" else None
+        self.handles = []
+        for name, module in encoder.named_modules():
+            if name and not name.startswith("pruner"):
+                self.handles += [
+                    module.register_forward_pre_hook(self._enter(name)),
+                    module.register_forward_hook(self._leave, always_call=True),
+                ]
+
+    def _enter(self, name: str) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(module, LayerNorm | RmsNorm):
+                mean = float(args[0].abs().mean(-1).max())
+                self.norm_inputs[name] = max(mean, self.norm_inputs.get(name, 0.0))
+            self._running.append((name, module))
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        name, _ = self._running.pop()
+        if isinstance(module, LayerNorm | RmsNorm):
+            self._note(name, out)
+
+    def _note(self, name: str, out: Any) -> None:
+        if isinstance(out, Tensor) and out.is_floating_point() and out.numel():
+            largest = float(out.abs().max())
+            # A number that is none compares with nothing: it counts as beyond all.
+            largest = largest if largest == largest else float("inf")
+            self.largest[name] = max(largest, self.largest.get(name, 0.0))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._running and not isinstance(self._running[-1][1], LayerNorm | RmsNorm):
+            masked = any(isinstance(arg, Tensor) and arg.data_ptr() == self._mask for arg in args)
+            if not masked:
+                for one in out if isinstance(out, tuple | list) else (out,):
+                    self._note(self._running[-1][0], one)
+        return out
+
+
+@torch.no_grad()
+def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor]) -> Ranges:
+    """Runs the float32 `encoder` on each of `pixel_values` (1, 3, H, W) and finds what float16 could not hold.
+
+    Islands are named by their path in the encoder. Raises ExportError where no island helps, because the numbers
+    between the modules are too large.
+    """
+    recorder = _Recorder(encoder)
+    try:
+        with recorder:
+            for pixels in pixel_values:
+                encoder(pixels)
+    finally:
+        for handle in recorder.handles:
+            handle.remove()
+    islands = {name for name, mean in recorder.norm_inputs.items() if mean > LARGEST_MEAN}
+    # The innermost first, so that an error names the module where it begins.
+    for name, largest in sorted(recorder.largest.items(), key=lambda item: -item[0].count(".")):
+        if largest > LARGEST:
+            islands.add(_island_of(name, largest))
+    return Ranges(recorder.largest, tuple(sorted(islands)))
+
+
+def make_islands(encoder: VisionEncoder, precise: VisionEncoder, islands: Iterable[str]) -> None:
+    """Lets the modules named `islands` of a float16 `encoder` compute in float32, in place, with `precise`'s weights.
+
+    `precise` gives its modules away.
+    """
+    for name in islands:
+        parent, _, last = name.rpartition(".")
+        setattr(encoder.get_submodule(parent), last, Island(precise.get_submodule(name)))
+
+
+def _island_of(name: str, largest: float) -> str:
+    """The smallest module around `name` whose input and output are not themselves what is too large."""
+    parts = name.split(".")
+    for kind in ("mlp", "self_attn"):
+        if kind in parts:
+            return ".".join(parts[: parts.index(kind) + 1])
+    if parts[0] == "projector":
+        return "projector"
+    raise ExportError(
+        f"{name} of the vision graph reaches {largest:.3g}, float16 holds 65504 (with a safety factor of {SAFETY:g}), "
+        "and what it hands on stays as large: no float32 island helps; give --precision fp32"
+    )
