@@ -89,8 +89,8 @@ def _convert(ct: Any, graph: Graph) -> Any:
     import numpy as np
 
     passes = ct.PassPipeline()
-    # It looks behind the operator whose result goes into a state, where it may just have removed what it finds; all that
-    # it does is to move such a write up to there.
+    # It looks behind the operator whose result goes into a state, where it may just have removed what it finds; all it
+    # does is to move such a write up to there.
     passes.remove_passes({"common::canonicalize_inplace_pattern"})
     return ct.convert(
         _prepared(graph),
