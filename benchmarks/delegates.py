@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    from runtime.bundle import GraphInfo
     from runtime.generation import RunningGraph
 
 SNAPDRAGON = "--target android --backend qnn --soc snapdragon-8-gen-3"
@@ -51,21 +49,17 @@ DELEGATES = {
 EACH = 5  # sample photos, and as many rendered scenes
 
 
-@dataclass
 class Recorded:
     """An open graph that remembers what it gave last."""
 
-    session: RunningGraph
-    last: dict[str, np.ndarray] | None = None
+    def __init__(self, session: RunningGraph) -> None:
+        self._session = session
+        self.graph = session.graph
+        self.last: dict[str, np.ndarray] = {}
 
-    @property
-    def graph(self) -> GraphInfo:
-        """The manifest's account of the graph."""
-        return self.session.graph
-
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs the graph."""
-        self.last = self.session.run(inputs)
+        self.last = self._session.run(inputs)
         return self.last
 
 
@@ -133,7 +127,6 @@ def _answers(
             want, kept = expected[name]["answer.ids"].tolist(), set(expected[name]["kept_indices"].tolist())
             tokens = answers.answer(answers.see(pixels), question, max_new_tokens=len(want), past_end=True)
             got = [token.id for token in tokens]
-            assert vision.last is not None
             ours = set((np.rint(vision.last["positions"].reshape(-1)[prefix:]).astype(int) - prefix).tolist())
             same = [a == b for a, b in zip(want, got, strict=True)]
             lead = None if all(same) else round(float(expected[name]["answer.margin"][same.index(False)]), 4)
