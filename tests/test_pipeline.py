@@ -28,10 +28,11 @@ from export.models.pocket import POCKET
 from export.pipeline import stage_count
 from export.progress import Progress
 from export.request import Request, plan
-from export.targets import TARGETS, XNNPACK, LoweredGraph
+from export.targets import ONNX, TARGETS, XNNPACK, LoweredGraph
 from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
 from runtime.errors import ExportError, OutputError
 from runtime.harness import Step, Verdict
+from tests.test_converters import TwirlingGraph
 
 WORDS = ["--model", "pocket", "--keep", "64", "--target", "android"]
 
@@ -123,6 +124,20 @@ STEPS: list[tuple[object, str]] = [
 
 def left_behind(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.usefixtures("light")
+def test_an_operator_that_cannot_be_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_lower(monkeypatch, lambda graphs, folder: ONNX.load()({"vision_encoder": TwirlingGraph().eval()}, folder))
+    assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tmp_path / "out")], version="0") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(
+        "pruneport: error: the ONNX exporter cannot convert the operator pruneport_tests.twirled, which"
+    )
+    assert left_behind(tmp_path) == []
 
 
 @pytest.mark.usefixtures("light")

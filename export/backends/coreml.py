@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends.tracing import trace
+from export.backends.tracing import converting, trace
 from export.targets import LoweredGraph
 from runtime.bundle import DelegateCoverage, TensorInfo
 from runtime.engines.coreml import MAIN, read_package
@@ -40,14 +40,18 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 
     Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of linear
     layers are compressed as each graph says, which are none of the pruner's constants. Raises ExportError when a shape
-    is symbolic or a weight cannot be compressed.
+    is symbolic, an operator cannot be converted or a weight cannot be compressed.
     """
     with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
         together = TOGETHER if set(TOGETHER) <= graphs.keys() else ()
         packages = {}
         for name, graph in graphs.items():
             package = (Path(parts) if name in together else out_dir) / f"{name}.mlpackage"
-            _compressed(_convert(ct, graph), name, graph.compression).save(str(package))
+            programs = {name: trace(graph)}
+            with converting("Core ML", programs):
+                programs[name] = _prepared(graph, programs[name])
+                model = _compressed(_convert(ct, graph, programs[name]), name, graph.compression)
+            model.save(str(package))
             packages[name] = package
         if together:
             functions = ct.utils.MultiFunctionDescriptor()
@@ -85,7 +89,7 @@ def _in_order(names: tuple[str, ...], infos: tuple[TensorInfo, ...]) -> tuple[Te
     return tuple(by_name[name] for name in names)
 
 
-def _convert(ct: Any, graph: Graph) -> Any:
+def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram) -> Any:
     import numpy as np
 
     passes = ct.PassPipeline()
@@ -93,7 +97,7 @@ def _convert(ct: Any, graph: Graph) -> Any:
     # does is to move such a write up to there.
     passes.remove_passes({"common::canonicalize_inplace_pattern"})
     return ct.convert(
-        _prepared(graph),
+        program,
         minimum_deployment_target=ct.target.iOS18,
         compute_precision=ct.transform.FP16ComputePrecision(op_selector=_is_half_division),
         outputs=[
@@ -140,11 +144,11 @@ def _compressed(model: Any, name: str, scheme: str | None) -> Any:
     return model
 
 
-def _prepared(graph: Graph) -> torch.export.ExportedProgram:
+def _prepared(graph: Graph, traced: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The exported program as the converter can take it."""
     import torch
 
-    program: torch.export.ExportedProgram = trace(graph).run_decompositions({})
+    program: torch.export.ExportedProgram = traced.run_decompositions({})
     nodes = program.graph
     for node in list(nodes.nodes):
         if node.op != "call_function":

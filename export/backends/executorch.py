@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from export.backends.tracing import trace
+from export.backends.tracing import converting, trace
 from export.targets import LoweredGraph
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ FILE = "model.pte"
 def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
     """Writes one program with a method for each graph, everything that XNNPACK takes lowered to it.
 
-    Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic.
+    Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic or an
+    operator cannot be converted.
     """
     # Inputs are read where the caller has them: copying them in would copy the whole KV cache for every token.
     coverage = write_program(graphs, out_dir, trace=trace, copies_inputs=False)
@@ -60,21 +61,24 @@ def write_program(
         config = EdgeCompileConfig(_check_ir_validity=False)
         methods, coverage = {}, {}
         for name, graph in graphs.items():
-            edge = to_edge_transform_and_lower(
-                {name: trace(graph)},
-                partitioner={name: [XnnpackPartitioner()]},
-                transform_passes=get_transform_passes(),
-                compile_config=config,
-            )
+            traced = {name: trace(graph)}
+            with converting("ExecuTorch", traced):
+                edge = to_edge_transform_and_lower(
+                    traced,
+                    partitioner={name: [XnnpackPartitioner()]},
+                    transform_passes=get_transform_passes(),
+                    compile_config=config,
+                )
             methods[name] = edge.exported_program(name)
             coverage[name] = _coverage(methods[name], reasons)
             _move_to_disk(methods[name], Path(packed))
             reasons.clear()
-            del edge
+            del edge, traced
             gc.collect()
-        edge = EdgeProgramManager(methods, dict(constants or {}), config)
         planning = MemoryPlanningPass(alloc_graph_input=copies_inputs)
-        program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
+        with converting("ExecuTorch", methods):
+            edge = EdgeProgramManager(methods, dict(constants or {}), config)
+            program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
         with open(out_dir / FILE, "wb") as out:
             program.write_to_file(out)
     return coverage

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from export.backends.tracing import trace
+from export.backends.tracing import converting, trace
 from export.targets import LoweredGraph
 from runtime.errors import ExportError
 
@@ -27,7 +27,7 @@ _ALIGNMENT_BYTES = 64
 def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
     """Writes `<name>.onnx` for each graph; their weights go into one file beside them, each tensor once.
 
-    Raises ExportError when a shape is symbolic.
+    Raises ExportError when a shape is symbolic or an operator cannot be converted.
     """
     import onnx_ir
     import torch
@@ -35,10 +35,15 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
     lowered = {}
     with _Weights(out_dir / WEIGHTS_FILE) as weights:
         for name, graph in graphs.items():
-            with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
+            program = trace(graph)
+            with (
+                warnings.catch_warnings(),
+                quiet("torch.onnx", "onnxscript", "onnx_ir"),
+                converting("the ONNX exporter", {name: program}),
+            ):
                 warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
                 made = torch.onnx.export(
-                    trace(graph),
+                    program,
                     dynamo=True,
                     opset_version=OPSET,
                     input_names=list(graph.input_names),
@@ -53,7 +58,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
             shared = weights.move_out(made.model)
             onnx_ir.save(made.model, out_dir / f"{name}.onnx")
             lowered[name] = (f"{name}.onnx", (WEIGHTS_FILE,) if shared else ())
-            del made
+            del made, program
     return {
         name: LoweredGraph(file=file, extra_files=extra, coverage=(coverage_of(out_dir / file),))
         for name, (file, extra) in lowered.items()

@@ -30,7 +30,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 from export.backends.onnx import OPSET, coverage_of, quiet
-from export.backends.tracing import trace
+from export.backends.tracing import converting, trace
 from export.models.llava import image_info, prompt_info
 from export.models.preprocessor import read_object, read_preprocessor
 from export.models.prompt import template_text
@@ -229,19 +229,21 @@ def _save(
     import onnx_ir
     import torch
 
+    traced = model if isinstance(model, torch.export.ExportedProgram) else None
     with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
-        made = torch.onnx.export(
-            model,
-            inputs,
-            dynamo=True,
-            dynamic_shapes=free,
-            opset_version=OPSET,
-            input_names=list(input_names),
-            output_names=list(output_names),
-            optimize=False,  # as in export.backends.onnx
-            verbose=False,
-        )
+        with converting("the ONNX exporter", {file.stem: traced}):
+            made = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                dynamic_shapes=free,
+                opset_version=OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                optimize=False,  # as in export.backends.onnx
+                verbose=False,
+            )
         if made is None:
             raise ExportError(f"the ONNX exporter returned nothing for {file.stem}; run again with -v to see why")
         weights = [value.const_value for value in made.model.graph.initializers.values()]
