@@ -38,7 +38,7 @@ SNAPDRAGON = "--target android --backend qnn --soc snapdragon-8-gen-3"
 DELEGATES = {
     "xnnpack-fp32": "--target android --backend xnnpack --precision fp32",
     "xnnpack-fp16": "--target android --backend xnnpack --precision fp16",
-    "xnnpack-8da4w": "--target android --backend xnnpack --precision fp32 --quant-text 8da4w",
+    "xnnpack-8da4w-g32": "--target android --backend xnnpack --precision fp32 --quant-text 8da4w-g32",
     "onnx-fp32": "--target android --backend onnx --precision fp32",
     "onnx-fp16": "--target android --backend onnx --precision fp16",
     "onnx-int4": "--target android --backend onnx --precision fp32 --quant-text int4",

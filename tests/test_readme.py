@@ -144,6 +144,21 @@ def test_what_the_npu_takes_is_the_measured_one(readme: str, root: Path) -> None
     ]
 
 
+def test_answers_by_delegate_are_the_measured_ones(readme: str, root: Path) -> None:
+    (result,) = results(root, "delegates-keep*.json")
+    assert len({len(row["photos"]) for row in result["delegates"]} | {10}) == 1
+    assert table(readme, "Answers by delegate") == [
+        [
+            row["delegate"],
+            "evaluated" if not row["executed"] else "emulated" if row["emulated"] else "ran",
+            f"{row['mean_kept']:.1%}",
+            f"{row['mean_same']:g}",
+            str(sum(photo["same"] == 64 for photo in row["photos"])),
+        ]
+        for row in result["delegates"]
+    ]
+
+
 def test_core_ml_is_the_evaluated_one(readme: str, root: Path) -> None:
     (result,) = results(root, "coreml-evaluated.json")
     assert table(readme, "Core ML") == [
