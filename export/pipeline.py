@@ -7,6 +7,7 @@ import platform
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from shutil import copyfile
@@ -19,6 +20,7 @@ from runtime.ready_made import EMBED_TOKENS
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
     from export.checkpoints import Checkpoint
     from export.golden import SampleText
@@ -26,7 +28,16 @@ if TYPE_CHECKING:
     from export.graphs.vision import VisionEncoder
     from export.progress import Progress, Stage
     from export.request import BundlePlan, Plan
-    from runtime.bundle import Bundle, BundleWriter, DelegateCoverage, GraphInfo, Manifest, PruneInfo, TextInfo
+    from runtime.bundle import (
+        Bundle,
+        BundleWriter,
+        DelegateCoverage,
+        GraphInfo,
+        Manifest,
+        PruneInfo,
+        RangesInfo,
+        TextInfo,
+    )
     from runtime.harness import Verdict
 
 GOLDEN_FILE = "golden.safetensors"
@@ -34,6 +45,8 @@ GOLDEN_FILE = "golden.safetensors"
 CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
 # The whole numbers of float16 are exact up to here.
 HALF_COUNTS = 2048
+# How many default photos, beside the photo of the check, show how large the numbers inside a float16 graph become.
+RANGE_PHOTOS = 4
 # Packages whose version can change what a bundle computes.
 TOOLS = (
     "torch",
@@ -96,6 +109,14 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
 
 
 @dataclass(frozen=True)
+class _Half:
+    """What float16 means for a vision graph: what was measured, and the float32 modules it needs, by their paths."""
+
+    info: RangesInfo
+    islands: dict[str, nn.Module]
+
+
+@dataclass(frozen=True)
 class _Making:
     """What all bundles of one export are made from."""
 
@@ -152,6 +173,7 @@ class _Making:
                     tools={"pruneport": self.version, **_tool_versions()},
                     text=None if ready else self._text_info(),
                     ready_for=ready.runtime if ready else None,
+                    ranges=self._half.info if self._half else None,
                 )
             )
 
@@ -228,8 +250,8 @@ class _Making:
         from runtime.bundle import GraphInfo
 
         plan = self.plan
-        with self.progress.stage(_label("build the graphs", bundle)):
-            graphs = self._build(bundle)
+        with self.progress.stage(_label("build the graphs", bundle)) as stage:
+            graphs = self._build(bundle, stage)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
             if plan.backend.compresses:
                 for name, graph in graphs.items():
@@ -256,8 +278,8 @@ class _Making:
         plan = self.plan
         assert plan.ready_made is not None
         assert plan.text_tokens is not None
-        with self.progress.stage(_label("build the graphs", bundle)):
-            encoder = self._vision(bundle)
+        with self.progress.stage(_label("build the graphs", bundle)) as stage:
+            encoder = self._vision(bundle, stage)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
             graphs = plan.ready_made.load()(
                 self.checkpoint,
@@ -284,12 +306,12 @@ class _Making:
                 "acceleration; run again with -v to see why, or choose another --backend"
             )
 
-    def _build(self, bundle: BundlePlan) -> dict[str, Graph]:
+    def _build(self, bundle: BundlePlan, stage: Stage) -> dict[str, Graph]:
         """The vision graph and, where they are wanted, the text graphs, in the order in which a phone runs them."""
         from export.graphs.decoder import Context, build_text_graphs
 
         plan = self.plan
-        encoder = self._vision(bundle)
+        encoder = self._vision(bundle, stage)
         if plan.text_tokens is None:
             return {VISION_ENCODER: encoder}
         geometry = self.checkpoint.geometry
@@ -322,11 +344,63 @@ class _Making:
         )
         return {VISION_ENCODER: encoder, **text}
 
-    def _vision(self, bundle: BundlePlan) -> VisionEncoder:
+    @cached_property
+    def _half(self) -> _Half | None:
+        """What float16 means for the vision graph of every bundle here; None where it does not compute in that.
+
+        Measured on the float32 graph, of which only the islands are left when this returns. It takes as much memory
+        as two float16 ones, while nothing else is there; lowering takes more (`export.request`). ExportError where
+        float16 cannot hold the numbers and the backend has no way to compute a part in float32.
+        """
+        plan, checkpoint = self.plan, self.checkpoint
+        if plan.precision != "fp16" or (plan.quant_vision and not plan.backend.compresses):
+            return None
+        import torch
+
+        from export.calibration import default_photos
+        from export.graphs.vision import build_vision_encoder
+        from export.models.llava import image_info
+        from export.ranges import SAFETY, measure
+        from runtime.bundle import FLOAT16_LARGEST, RangesInfo
+        from runtime.image import preprocess
+
+        # The pruner is none of it, and quantised decoder layers compute in float32.
+        quantised = plan.placement == "decoder" and plan.quant_text and not plan.backend.compresses
+        precise = build_vision_encoder(
+            checkpoint, plan.entry, None, placement="projector" if quantised else plan.placement, layer=plan.layer
+        )
+        # Spread over the whole set: photos first, then scenes from night to glare.
+        known = list(default_photos().items())
+        photos = dict(known[:: len(known) // RANGE_PHOTOS][:RANGE_PHOTOS]) | {plan.photo_path.name: plan.photo}
+        image = image_info(checkpoint, plan.entry)
+        pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
+        ranges = measure(precise, pixels, norms_scale=plan.traced_precision == "fp16")
+        if ranges.beyond and plan.traced_precision != "fp16":
+            others = [other.name for other in plan.target.backends if other.traced_precision is None]
+            raise ExportError(
+                f"{ranges.worst} of the vision graph reaches {ranges.largest[ranges.worst]:.3g}; backend "
+                f"{plan.backend.name} computes everything in float16, which holds {FLOAT16_LARGEST:.0f} (with a safety "
+                f"factor of {SAFETY:g}); take a backend that can compute such modules in float32: {', '.join(others)}"
+            )
+        return _Half(
+            RangesInfo(
+                worst_module=ranges.worst,
+                worst_value=ranges.largest[ranges.worst],
+                safety=SAFETY,
+                photos=tuple(photos),
+                islands=ranges.islands,
+            ),
+            {name: precise.get_submodule(name) for name in ranges.islands},
+        )
+
+    def _vision(self, bundle: BundlePlan, stage: Stage) -> VisionEncoder:
         from export.graphs.vision import build_vision_encoder
         from export.quantize import quantize
 
         plan = self.plan
+        if self._half is not None:
+            gc.collect()  # the float32 graph
+            stage.note(f"fp16 range: {self._half.info}")
         encoder = build_vision_encoder(
             self.checkpoint,
             plan.entry,
@@ -343,6 +417,10 @@ class _Making:
             raise ExportError(
                 f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
             )
+        if self._half is not None and self._half.islands:
+            from export.ranges import make_islands
+
+            make_islands(encoder, self._half.islands)
         if plan.quant_vision and not plan.backend.compresses:
             quantize(encoder, plan.quant_vision)
         return encoder

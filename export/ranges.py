@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +14,37 @@ from torch.utils._pytree import tree_map_only
 
 from export.graphs.norms import LayerNorm, RmsNorm
 from export.graphs.vision import VisionEncoder
+from runtime.bundle import FLOAT16_LARGEST
 from runtime.errors import ExportError
 
 # What is measured on a few photos may be this many times larger on another.
 SAFETY = 2.0
-LARGEST = 65504.0 / SAFETY
+LARGEST = FLOAT16_LARGEST / SAFETY
 # The norms bring their input near 1 by its mean magnitude; the factor is no longer precise above this (2^-14 / 32).
 LARGEST_MEAN = 512.0
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """The largest absolute number in each module of a graph, and the modules that must compute in float32."""
+    """The largest absolute number in each module of a graph, and the modules whose numbers float16 may not hold."""
 
     largest: dict[str, float]
-    islands: tuple[str, ...]
+    beyond: tuple[str, ...]
 
     @property
     def worst(self) -> str:
         """The module with the largest number."""
         return max(self.largest, key=self.largest.__getitem__)
+
+    @property
+    def islands(self) -> tuple[str, ...]:
+        """The modules that must compute in float32, by their path in the encoder.
+
+        Raises ExportError where no island helps, because the numbers between the modules are too large.
+        """
+        # The innermost first, so that an error names the module where it begins.
+        inside_out = sorted(self.beyond, key=lambda name: -name.count("."))
+        return tuple(sorted({_island_of(name, self.largest[name]) for name in inside_out}))
 
 
 class Island(nn.Module):
@@ -51,12 +63,13 @@ class Island(nn.Module):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these two untyped
     """Notes the largest absolute result of every operator under the module that runs it.
 
-    Not looked at: the pruner, which computes in float32 whatever the rest does, the insides of norms, which scale
-    before they square in float16, and sums with a mask.
+    Not looked at: the pruner, which computes in float32 whatever the rest does, the insides of norms that scale before
+    they square, views, and sums with a mask.
     """
 
-    def __init__(self, encoder: VisionEncoder) -> None:
+    def __init__(self, encoder: VisionEncoder, *, norms_scale: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._closed: tuple[type[nn.Module], ...] = (LayerNorm, RmsNorm) if norms_scale else ()
         self.largest: dict[str, float] = {}
         self.norm_inputs: dict[str, float] = {}
         self._running: list[tuple[str, nn.Module]] = []
@@ -71,7 +84,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if isinstance(module, LayerNorm | RmsNorm):
+            if isinstance(module, self._closed):
                 mean = float(args[0].abs().mean(-1).max())
                 self.norm_inputs[name] = max(mean, self.norm_inputs.get(name, 0.0))
             self._running.append((name, module))
@@ -80,19 +93,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         name, _ = self._running.pop()
-        if isinstance(module, LayerNorm | RmsNorm):
+        if isinstance(module, self._closed):
             self._note(name, out)
 
     def _note(self, name: str, out: Any) -> None:
         if isinstance(out, Tensor) and out.is_floating_point() and out.numel():
-            largest = float(out.abs().max())
+            low, high = torch.aminmax(out)
+            largest = max(-float(low), float(high))
             # A number that is none compares with nothing: it counts as beyond all.
             largest = largest if largest == largest else float("inf")
             self.largest[name] = max(largest, self.largest.get(name, 0.0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._running and not isinstance(self._running[-1][1], LayerNorm | RmsNorm):
+        if self._running and not func.is_view and not isinstance(self._running[-1][1], self._closed):
             masked = any(isinstance(arg, Tensor) and arg.data_ptr() == self._mask for arg in args)
             if not masked:
                 for one in out if isinstance(out, tuple | list) else (out,):
@@ -101,13 +115,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 
 @torch.no_grad()
-def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor]) -> Ranges:
+def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor], *, norms_scale: bool = True) -> Ranges:
     """Runs the float32 `encoder` on each of `pixel_values` (1, 3, H, W) and finds what float16 could not hold.
 
-    Islands are named by their path in the encoder. Raises ExportError where no island helps, because the numbers
-    between the modules are too large.
+    `norms_scale` says whether the graph in question has the norms in their float16 form, which scales before it
+    squares. Raises ExportError for numbers that float32 does not hold either.
     """
-    recorder = _Recorder(encoder)
+    recorder = _Recorder(encoder, norms_scale=norms_scale)
     try:
         with recorder:
             for pixels in pixel_values:
@@ -115,33 +129,35 @@ def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor]) -> Ranges:
     finally:
         for handle in recorder.handles:
             handle.remove()
-    islands = {name for name, mean in recorder.norm_inputs.items() if mean > LARGEST_MEAN}
-    # The innermost first, so that an error names the module where it begins.
-    for name, largest in sorted(recorder.largest.items(), key=lambda item: -item[0].count(".")):
-        if largest > LARGEST:
-            islands.add(_island_of(name, largest))
-    return Ranges(recorder.largest, tuple(sorted(islands)))
+    beyond = {name for name, mean in recorder.norm_inputs.items() if mean > LARGEST_MEAN}
+    beyond |= {name for name, largest in recorder.largest.items() if largest > LARGEST}
+    ranges = Ranges(recorder.largest, tuple(sorted(beyond)))
+    if not math.isfinite(ranges.largest[ranges.worst]):
+        raise ExportError(
+            f"{ranges.worst} of the vision graph gives numbers that are NaN or infinite in float32, too: the "
+            "checkpoint's weights are damaged or not meant for this model; take others with --weights"
+        )
+    return ranges
 
 
-def make_islands(encoder: VisionEncoder, precise: VisionEncoder, islands: Iterable[str]) -> None:
-    """Lets the modules named `islands` of a float16 `encoder` compute in float32, in place, with `precise`'s weights.
-
-    `precise` gives its modules away.
-    """
-    for name in islands:
+def make_islands(encoder: VisionEncoder, islands: Mapping[str, nn.Module]) -> None:
+    """Puts float32 modules in the place of those of a float16 `encoder`, by their paths in it."""
+    for name, precise in islands.items():
         parent, _, last = name.rpartition(".")
-        setattr(encoder.get_submodule(parent), last, Island(precise.get_submodule(name)))
+        setattr(encoder.get_submodule(parent), last, Island(precise).eval())
 
 
 def _island_of(name: str, largest: float) -> str:
     """The smallest module around `name` whose input and output are not themselves what is too large."""
     parts = name.split(".")
+    if largest <= LARGEST:
+        return name  # a norm, whose input alone is large
     for kind in ("mlp", "self_attn"):
         if kind in parts:
             return ".".join(parts[: parts.index(kind) + 1])
     if parts[0] == "projector":
         return "projector"
     raise ExportError(
-        f"{name} of the vision graph reaches {largest:.3g}, float16 holds 65504 (with a safety factor of {SAFETY:g}), "
-        "and what it hands on stays as large: no float32 island helps; give --precision fp32"
+        f"{name} of the vision graph reaches {largest:.3g}, float16 holds {FLOAT16_LARGEST:.0f} (with a safety "
+        f"factor of {SAFETY:g}), and what it hands on stays as large: no float32 island helps; give --precision fp32"
     )

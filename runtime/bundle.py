@@ -20,6 +20,8 @@ from runtime.errors import BundleError, CheckpointError, OutputError, PruneportE
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# The largest number of float16.
+FLOAT16_LARGEST = 65504.0
 REPORT_FILES = ("parity.json", "latency.json", "report.md", "report.html")
 # What the harness and the phones agree to exchange; bfloat16 is absent because numpy has no such type.
 DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -334,6 +336,33 @@ class TargetInfo(_Record, frozen=True):
     quant_text: Name | None = None
 
 
+class RangesInfo(_Record, frozen=True):
+    """How near the vision graph comes to what float16 holds: its largest absolute number on `photos`, and where it is.
+
+    `islands` are the modules that compute in float32 because on another photo, with numbers `safety` times as large,
+    float16 might not do.
+    """
+
+    worst_module: Name
+    worst_value: Annotated[float, msgspec.Meta(ge=0)]
+    safety: Annotated[float, msgspec.Meta(ge=1)]
+    photos: tuple[Name, ...]
+    islands: tuple[Name, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.worst_value) and math.isfinite(self.safety)):
+            raise ValueError(f"worst_value={self.worst_value} and safety={self.safety} must be finite")
+
+    def __str__(self) -> str:
+        count = len(self.islands)
+        islands = f"{count} module{'s' if count > 1 else ''} computed in fp32: {', '.join(self.islands)}"
+        return (
+            f"worst layer {self.worst_module} reaches {self.worst_value:.4g} of {FLOAT16_LARGEST:.0f} "
+            f"(safety factor {self.safety:g}) on {len(self.photos)} photo{'s' if len(self.photos) != 1 else ''}; "
+            + (islands if count else "no module needs fp32")
+        )
+
+
 class FileInfo(_Record, frozen=True):
     """What a file of the bundle must hash to."""
 
@@ -349,6 +378,7 @@ class Manifest(_Record, frozen=True):
     """manifest.json. `files` covers every file of the bundle but the manifest itself.
 
     `ready_for` names a runtime of other people for which the files lie as it expects them; `text` is None then.
+    `ranges` is None where the vision graph does not compute in float16.
     """
 
     name: str
@@ -365,6 +395,7 @@ class Manifest(_Record, frozen=True):
     tools: dict[str, str]
     text: TextInfo | None = None
     ready_for: Name | None = None
+    ranges: RangesInfo | None = None
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION
 

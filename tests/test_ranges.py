@@ -8,34 +8,42 @@ import numpy as np
 import pytest
 import torch
 
-from export.backends import onnx
-from export.calibration import default_photos
+from export import cli
+from export.backends import coreml, executorch, onnx
+from export.calibration import rendered_scene
 from export.checkpoints import Checkpoint, open_checkpoint
 from export.graphs.vision import VisionEncoder, build_vision_encoder
+from export.models import MODELS
 from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
 from pruning import PruneSpec, SpecError
-from runtime.bundle import GraphInfo
+from runtime.bundle import FLOAT16_LARGEST, GraphInfo, Manifest, read_bundle
 from runtime.engines import ENGINES
+from runtime.engines.coreml import MAIN, read_package
 from runtime.errors import ExportError
 from runtime.image import preprocess
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 
 MLP = "tower.layers.1.mlp"
 PREFIX = (1, 7, 8)
+OVERFLOWS = {"first": 2.0**16, "second": 2.0**-16}
 
 
-def _checkpoint(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Checkpoint:
+def _weights(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Path:
     """The tiny model, whose second tower layer has an MLP that is multiplied in its middle and divided again."""
     tensors = tiny_tensors()
     layer = "model.vision_tower.encoder.layers.1.mlp"
     for name, factor in (("fc1.weight", first), ("fc1.bias", first), ("fc2.weight", second)):
         tensors[f"{layer}.{name}"] *= factor
-    return open_checkpoint(TINY, weights=str(write_tiny(folder, tensors=tensors)), seed=0)
+    return write_tiny(folder, tensors=tensors)
 
 
-def _encoder(checkpoint: Checkpoint, precision: str) -> VisionEncoder:
-    spec = PruneSpec(grid=(4, 4), keep=8, token_batch=2, channels=24)
+def _checkpoint(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Checkpoint:
+    return open_checkpoint(TINY, weights=str(_weights(folder, first=first, second=second)), seed=0)
+
+
+def _encoder(checkpoint: Checkpoint, precision: str, *, pruned: bool = True) -> VisionEncoder:
+    spec = PruneSpec(grid=(4, 4), keep=8, token_batch=2, channels=24) if pruned else None
     return build_vision_encoder(
         checkpoint, TINY, spec, placement="decoder", layer=2, precision=precision, prefix_ids=PREFIX
     )
@@ -43,20 +51,21 @@ def _encoder(checkpoint: Checkpoint, precision: str) -> VisionEncoder:
 
 def _pixels(checkpoint: Checkpoint, count: int) -> list[torch.Tensor]:
     info = image_info(checkpoint, TINY)
-    return [torch.from_numpy(preprocess(photo, info)) for photo in list(default_photos().values())[:count]]
+    return [torch.from_numpy(preprocess(rendered_scene(4 * number), info)) for number in range(count)]
 
 
-def _run(encoder: VisionEncoder, folder: Path, pixels: torch.Tensor) -> np.ndarray:
+def _run(encoder: VisionEncoder, engine: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
     """`key_1`, which every image token's path through tower, projector and decoder layers ends in."""
     folder.mkdir()
-    written = onnx.lower({"vision_encoder": encoder}, folder)["vision_encoder"]
+    lower = {"coreml": coreml.lower, "executorch": executorch.lower, "onnxruntime": onnx.lower}[engine]
+    written = lower({"vision_encoder": encoder}, folder)["vision_encoder"]
     info = GraphInfo(
         name="vision_encoder",
         file=written.file,
         extra_files=written.extra_files,
-        engine="onnxruntime",
-        inputs=encoder.input_infos(),
-        outputs=encoder.output_infos(),
+        engine=engine,  # type: ignore[arg-type]
+        inputs=written.inputs or encoder.input_infos(),
+        outputs=written.outputs or encoder.output_infos(),
     )
     extra = tuple(folder / name for name in written.extra_files)
     loaded = ENGINES[info.engine](info, folder / written.file, extra, 1)
@@ -77,7 +86,7 @@ def _eager(encoder: VisionEncoder, pixels: torch.Tensor) -> np.ndarray:
 
 
 def test_layer_that_overflows_is_wrong_without_an_island_and_right_with_it(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(tmp_path / "weights", first=2.0**16, second=2.0**-16)
+    checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)
     precise = _encoder(checkpoint, "fp32")
     pixels = _pixels(checkpoint, 2)
     ranges = measure(precise, pixels)
@@ -88,11 +97,11 @@ def test_layer_that_overflows_is_wrong_without_an_island_and_right_with_it(tmp_p
     half = _encoder(checkpoint, "fp16")
     with pytest.raises(SpecError, match=r"keys holds .* values that are NaN or infinite"):
         _eager(half, pixels[0])
-    make_islands(half, precise, ranges.islands)
+    make_islands(half, {MLP: precise.get_submodule(MLP)})
     assert isinstance(half.get_submodule(MLP), Island)
     assert _error(_eager(half, pixels[0]), expected) <= 5e-3
     # ONNX Runtime's CPU kernels keep such numbers in float32 by themselves; the island goes through it all the same.
-    assert _error(_run(half, tmp_path / "onnx", pixels[0]), expected) <= 5e-3
+    assert _error(_run(half, "onnxruntime", tmp_path / "onnx", pixels[0]), expected) <= 5e-3
 
 
 def test_model_that_float16_holds_has_no_islands(tmp_path: Path) -> None:
@@ -106,4 +115,126 @@ def test_model_that_float16_holds_has_no_islands(tmp_path: Path) -> None:
 def test_numbers_between_the_modules_that_are_too_large_are_an_error(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path / "weights", first=2.0**12, second=2.0**12)
     with pytest.raises(ExportError, match=r"tower\.layers\.1.* of the vision graph reaches .*give --precision fp32"):
-        measure(_encoder(checkpoint, "fp32"), _pixels(checkpoint, 1))
+        _ = measure(_encoder(checkpoint, "fp32"), _pixels(checkpoint, 1)).islands
+
+
+def test_weights_that_float32_does_not_hold_either(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "weights", first=2.0**120, second=2.0**120)
+    with pytest.raises(ExportError, match=r"NaN or infinite in float32, too.*take others with --weights"):
+        measure(_encoder(checkpoint, "fp32", pruned=False), _pixels(checkpoint, 1))
+
+
+def test_squares_count_in_norms_that_do_not_scale(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "weights", first=2.0**9)
+    precise, pixels = _encoder(checkpoint, "fp32", pruned=False), _pixels(checkpoint, 1)
+    assert measure(precise, pixels).beyond == ()
+    beyond = measure(precise, pixels, norms_scale=False).beyond
+    assert beyond
+    assert all("norm" in name for name in beyond)
+
+
+@pytest.mark.slow
+def test_island_in_xnnpack(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)
+    precise, half = (_encoder(checkpoint, precision, pruned=False) for precision in ("fp32", "fp16"))
+    (pixels,) = _pixels(checkpoint, 1)
+    expected = _eager(precise, pixels)
+    assert not _error(_run(half, "executorch", tmp_path / "without", pixels), expected) <= 5e-3
+    make_islands(half, {MLP: precise.get_submodule(MLP)})
+    assert _error(_run(half, "executorch", tmp_path / "with", pixels), expected) <= 5e-3
+
+
+@pytest.mark.slow
+def test_island_in_core_ml(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)
+    precise, half = (_encoder(checkpoint, precision, pruned=False) for precision in ("fp32", "fp16"))
+    (pixels,) = _pixels(checkpoint, 1)
+    expected = _eager(precise, pixels)
+    assert not _error(_run(half, "coreml", tmp_path / "without", pixels), expected) <= 5e-3
+    make_islands(half, {MLP: precise.get_submodule(MLP)})
+    assert _error(_run(half, "coreml", tmp_path / "with", pixels), expected) <= 5e-3
+    precise_ones = {
+        name: [
+            operator.kind
+            for operator in read_package(tmp_path / name / "vision_encoder.mlpackage").function(MAIN).declared()
+            if operator.kind == "linear" and operator.dtype == "float32"
+        ]
+        for name in ("without", "with")
+    }
+    assert precise_ones == {"without": [], "with": ["linear", "linear"]}
+
+
+# Whole exports
+
+
+def _export(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **factors: float) -> int:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    fixed = [
+        "export",
+        "--model",
+        "tiny",
+        "--keep",
+        "all",
+        "--only",
+        "vision",
+        "-q",
+        "--output-dir",
+        str(folder / "out"),
+    ]
+    weights = _weights(folder / "weights", **factors)
+    return cli.main([*fixed, "--weights", str(weights), *words], version="0")
+
+
+def _made(folder: Path) -> tuple[Manifest, str]:
+    """The manifest and the report of the one bundle that was made."""
+    (path,) = (folder / "out").iterdir()
+    return read_bundle(path).manifest, (path / "report.md").read_text(encoding="utf-8")
+
+
+def test_export_of_a_model_that_overflows_has_an_island(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _export(tmp_path, monkeypatch, "--backend", "onnx", "--precision", "fp16", **OVERFLOWS) == 0
+    manifest, report = _made(tmp_path)
+    ranges = manifest.ranges
+    assert ranges is not None
+    assert ranges.islands == (MLP,)
+    assert ranges.worst_module.startswith(MLP)
+    assert ranges.worst_value > FLOAT16_LARGEST
+    assert len(ranges.photos) >= 4
+    assert manifest.golden.photo in ranges.photos
+    assert f"of 65504 (safety factor 2) on {len(ranges.photos)} photos; 1 module computed in fp32: {MLP}" in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_export_without_hazards_has_none(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _export(tmp_path, monkeypatch, "--backend", "onnx", "--precision", precision) == 0
+    manifest, report = _made(tmp_path)
+    if precision == "fp32":
+        assert manifest.ranges is None
+        assert "fp16 range" not in report
+        return
+    assert manifest.ranges is not None
+    assert manifest.ranges.islands == ()
+    assert 0 < manifest.ranges.worst_value < LARGEST
+    assert "no module needs fp32" in report
+    # Nothing but the record is other than without the check.
+    monkeypatch.setattr("export.pipeline._Making._half", None)
+    assert _export(tmp_path / "unchecked", monkeypatch, "--backend", "onnx", "--precision", precision) == 0
+    unchecked, _ = _made(tmp_path / "unchecked")
+    assert unchecked.ranges is None
+    assert unchecked.graphs == manifest.graphs
+    for file in manifest.needed_files:
+        assert unchecked.files[file] == manifest.files[file]
+
+
+def test_npu_has_no_float32_to_flee_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--backend", "qnn", "--soc", "snapdragon-8-gen-3"]
+    assert _export(tmp_path, monkeypatch, *words, **OVERFLOWS) == 2
+    said = capsys.readouterr().err
+    assert f"error: {MLP}." in said
+    assert " of the vision graph reaches " in said
+    assert "in float16, which holds 65504" in said
+    assert "take a backend that can compute such modules in float32: xnnpack, onnx" in said
+    assert not (tmp_path / "out").exists()
