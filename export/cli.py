@@ -76,6 +76,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument("--target", default="android", metavar="T", help="android (default) or ios")
     what.add_argument("--backend", metavar="B", help="android: xnnpack (default), onnx, webgpu, qnn; ios: coreml")
     what.add_argument("--soc", metavar="CHIP", help="the one chip to compile for, e.g. snapdragon-8-gen-3 (qnn)")
+    what.add_argument("--min-ios", metavar="V", help="ios: the oldest version that runs it, 18 (default) or 17")
     what.add_argument("--precision", metavar="P", help="fp32 or fp16")
     what.add_argument("--quant-vision", metavar="Q", help="vision graph: 8da8w; coreml: int8, int4, pal4")
     what.add_argument(
@@ -217,6 +218,7 @@ def _export(args: argparse.Namespace, version: str) -> int:
         target=args.target,
         backend=args.backend,
         soc=args.soc,
+        min_ios=args.min_ios,
         precision=args.precision,
         quant_vision=args.quant_vision,
         quant_text=args.quant_text,

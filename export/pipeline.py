@@ -159,6 +159,7 @@ class _Making:
                         quant_vision=plan.quant_vision,
                         quant_text=plan.quant_text,
                         soc=plan.soc.name if plan.soc else None,
+                        min_os=str(plan.backend.min_ios) if plan.backend.min_ios else None,
                     ),
                     prune=_prune_info(plan, bundle),
                     graphs=graphs,

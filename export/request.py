@@ -58,6 +58,7 @@ class Request:
     target: str
     backend: str | None = None
     soc: str | None = None
+    min_ios: str | None = None
     precision: str | None = None
     quant_vision: str | None = None
     quant_text: str | None = None
@@ -174,6 +175,7 @@ def plan(request: Request) -> Plan:
     soc = _soc(request.soc, backend)
     if soc is not None:
         backend = backend.for_soc(soc)
+    backend = _for_ios(request, backend, target)
     placement = _known("prune_at", request.prune_at, PLACEMENTS)
     if request.only is not None:
         _known("part", request.only, PARTS)
@@ -219,6 +221,7 @@ def plan(request: Request) -> Plan:
 
     choices = [
         soc.name if soc else "",
+        f"ios{backend.min_ios}" if backend.min_ios and backend not in target.backends else "",
         precision if precision != default_precision else "",
         quant_vision or "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
@@ -245,6 +248,7 @@ def plan(request: Request) -> Plan:
         precision,
         text=whole,
         quant_text=quant_text,
+        text_copies=backend.text_copies,
         bundles=2 if twin else 1,
         folder=folder,
     )
@@ -288,6 +292,8 @@ def describe(plan: Plan) -> str:
         text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
         if plan.backend.states:
             text += ", KV cache as states" if plan.states else ", KV cache as inputs and outputs (states are fp16)"
+        elif plan.backend.min_ios:
+            text += ", KV cache as inputs and outputs (states need iOS 18), weights stored for each graph"
         if plan.ready_made:
             text = f"as {plan.ready_made.runtime} expects it; room for {plan.text_tokens} tokens"
     if plan.weights == "random":
@@ -305,7 +311,8 @@ def describe(plan: Plan) -> str:
         f"  vision   vision_encoder, {kept}",
         f"  text     {text}",
         f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}"
-        + (f", for {plan.soc.name} ({plan.soc.chip}, HTP v{plan.soc.htp_arch}) alone" if plan.soc else ""),
+        + (f", for {plan.soc.name} ({plan.soc.chip}, HTP v{plan.soc.htp_arch}) alone" if plan.soc else "")
+        + (f", for iOS {plan.backend.min_ios} and later" if plan.backend.min_ios else ""),
         f"  weights  {weights}",
         f"  photo    {plan.photo_path.name}, {width} x {height}",
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
@@ -336,6 +343,25 @@ def _soc(word: str | None, backend: Backend) -> Soc | None:
     if word is None:
         raise RequestError(f"backend {backend.name} compiles for one chip; name it with --soc: {', '.join(socs())}")
     return socs()[_known("soc", word, socs())]
+
+
+def _for_ios(request: Request, backend: Backend, target: Target) -> Backend:
+    """The backend for the version of iOS that was asked for; it must have what else was."""
+    word = request.min_ios
+    if backend.min_ios is None:
+        if word is not None:
+            raise RequestError(f"min_ios={word} means nothing to target {target.name}; leave --min-ios out")
+        return backend
+    versions = {str(made.min_ios): made for made in (backend.earlier, backend) if made is not None}
+    chosen = versions[_known("min_ios", word or str(backend.min_ios), versions)]
+    for what, scheme in (("quant_vision", request.quant_vision), ("quant_text", request.quant_text)):
+        had = getattr(chosen, what)
+        if scheme in getattr(backend, what) and scheme not in had:
+            raise RequestError(
+                f"{what}={scheme} needs iOS {backend.min_ios}, asked for was min_ios={word}: the iOS version is too "
+                f"old for it; take {', '.join((*had, NONE))}, or leave --min-ios out"
+            )
+    return chosen
 
 
 def _quantisation(
@@ -442,6 +468,7 @@ def _needs(
     *,
     text: bool,
     quant_text: str | None,
+    text_copies: int,
     bundles: int,
     folder: Path,
 ) -> Needs:
@@ -452,7 +479,7 @@ def _needs(
     text_ram_bytes, text_bytes = 0.0, 0
     if text:
         weights = entry.geometry.text_parameter_count()
-        text_bytes = weights if quant_text else weights * size
+        text_bytes = text_copies * (weights if quant_text else weights * size)
         text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(
         ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes),

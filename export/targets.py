@@ -119,6 +119,11 @@ class Backend:
     traced_precision: Precision | None = None
     # Where graphs are compiled for one chip: `for_soc` must be asked for the backend that knows it.
     load_for_soc: Callable[[Soc], Lower] | None = None
+    # For iOS alone: the version from which on it runs what is made, and the same backend for the version before.
+    min_ios: int | None = None
+    earlier: Backend | None = None
+    # How often the weights of the text graphs are stored.
+    text_copies: int = 1
 
     def for_soc(self, soc: Soc) -> Backend:
         """This backend as it makes graphs for one chip."""
@@ -154,10 +159,10 @@ def _onnx() -> Lower:
     return lower
 
 
-def _coreml() -> Lower:
+def _coreml(min_ios: int) -> Lower:
     from export.backends.coreml import lower
 
-    return lower
+    return partial(lower, min_ios=min_ios)
 
 
 def _qnn(soc: Soc) -> Lower:
@@ -221,9 +226,25 @@ COREML = Backend(
     quant_text=("int4", "int8", "pal4"),
     pruner_form="default",
     packages=("torch", "transformers", "coremltools"),
-    load=_coreml,
+    load=partial(_coreml, 18),
     compresses=True,
     states=True,
+    min_ios=18,
+    # iOS 17 knows no states, no scales or palettes for blocks of weights, and no packages of several functions, so that
+    # the three graphs over the decoder's layers hold their weights each.
+    earlier=Backend(
+        name="coreml",
+        engine="coreml",
+        precisions=("fp16", "fp32"),
+        quant_vision=("int8",),
+        quant_text=("int8",),
+        pruner_form="default",
+        packages=("torch", "transformers", "coremltools"),
+        load=partial(_coreml, 17),
+        compresses=True,
+        min_ios=17,
+        text_copies=3,
+    ),
 )
 
 QNN = Backend(

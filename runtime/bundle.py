@@ -325,13 +325,15 @@ class GoldenInfo(_Record, frozen=True):
 class TargetInfo(_Record, frozen=True):
     """What the graphs were lowered for; `precision` is that of graphs without a quantisation scheme.
 
-    A quantised graph computes in fp32 what is not quantised. `soc` is the one chip that they run on, None for any.
+    A quantised graph computes in fp32 what is not quantised. `soc` is the one chip that they run on, None for any;
+    `min_os` the oldest version of the phone's system that runs them, `17` for iOS 17, None where that is not known.
     """
 
     name: Name
     backend: Name
     precision: Literal["fp32", "fp16"]
     soc: Name | None = None
+    min_os: Name | None = None
     quant_vision: Name | None = None
     quant_text: Name | None = None
 

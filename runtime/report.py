@@ -258,9 +258,10 @@ def _subtitle(bundle: Bundle) -> str:
     schemes = (("vision", manifest.target.quant_vision), ("text", manifest.target.quant_text))
     quant = "".join(f", {part} {scheme}" for part, scheme in schemes if scheme)
     chip = f", {manifest.target.soc}" if manifest.target.soc else ""
+    system = f"{manifest.target.name} {manifest.target.min_os or ''}".strip()
     where = f"pruned at the {manifest.prune.placement}" if manifest.prune.pruned else "unpruned twin"
     how = f"{manifest.target.backend}, {manifest.target.precision}{quant}{chip}"
-    return f"{manifest.model} for {manifest.target.name} ({how}), {where}"
+    return f"{manifest.model} for {system} ({how}), {where}"
 
 
 def _token_change(bundle: Bundle) -> str:

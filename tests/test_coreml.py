@@ -23,12 +23,13 @@ from export.checkpoints import FolderCheckpoint
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.models.llava import prompt_info
+from export.request import Request, describe, plan
 from export.targets import LoweredGraph
 from pruning import TokenPruner, reference
 from runtime.bundle import GraphInfo, TensorInfo, read_bundle
 from runtime.engines import coreml as engine
 from runtime.engines.coreml import OPERATORS, read_package
-from runtime.errors import BundleError, EngineError, EngineMissingError, ExportError
+from runtime.errors import BundleError, EngineError, EngineMissingError, ExportError, RequestError
 from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
 from runtime.harness import verify
 from runtime.session import open_session
@@ -75,6 +76,14 @@ def opened(lowered: LoweredGraph, folder: Path, name: str) -> engine.LoadedPacka
     return load(info, folder / lowered.file)
 
 
+def specification_version(package: Path) -> int:
+    from coremltools.proto import Model_pb2
+
+    model = Model_pb2.Model()
+    model.ParseFromString((package / MODEL).read_bytes())
+    return int(model.specificationVersion)
+
+
 def text_graphs(folder: Path, precision: str, *, states: bool = False) -> dict[str, Graph]:
     checkpoint = FolderCheckpoint(write_tiny(folder), TINY)
     prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
@@ -112,20 +121,23 @@ def compressible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("compressible")
 @pytest.mark.parametrize(
-    ("precision", "scheme", "least", "kind"),
+    ("ios", "precision", "scheme", "least", "kind"),
     [
-        ("fp32", None, 1 - 1e-11, ""),
-        ("fp16", None, 1 - 1e-5, ""),
-        ("fp16", "int8", 0.9995, "constexpr_blockwise_shift_scale"),
-        ("fp16", "int4", 0.97, "constexpr_blockwise_shift_scale"),
-        ("fp16", "pal4", 0.97, "constexpr_lut_to_dense"),
+        (18, "fp32", None, 1 - 1e-11, ""),
+        (18, "fp16", None, 1 - 1e-5, ""),
+        (18, "fp16", "int8", 0.9995, "constexpr_blockwise_shift_scale"),
+        (18, "fp16", "int4", 0.97, "constexpr_blockwise_shift_scale"),
+        (18, "fp16", "pal4", 0.97, "constexpr_lut_to_dense"),
+        (17, "fp16", None, 1 - 1e-5, ""),
+        (17, "fp16", "int8", 0.9995, "constexpr_affine_dequantize"),
     ],
 )
-def test_one_graph(precision: str, scheme: str | None, least: float, kind: str, tmp_path: Path) -> None:
+def test_one_graph(ios: int, precision: str, scheme: str | None, least: float, kind: str, tmp_path: Path) -> None:
     graph = text_graphs(tmp_path / "tiny", precision)[IMAGE_PREFILL]
     graph.compression = scheme
-    made = backend.lower({IMAGE_PREFILL: graph}, tmp_path)[IMAGE_PREFILL]
+    made = backend.lower({IMAGE_PREFILL: graph}, tmp_path, min_ios=ios)[IMAGE_PREFILL]
     assert sorted(path.name for path in tmp_path.glob("*")) == ["image_prefill.mlpackage", "tiny"]
+    assert specification_version(tmp_path / made.file) == {17: 8, 18: 9}[ios]
     assert min(cosines(graph, opened(made, tmp_path, IMAGE_PREFILL), made)) > least
     operators = opened(made, tmp_path, IMAGE_PREFILL).placement().outside
     assert {name for name in operators if name.startswith("constexpr")} == {kind} - {""}
@@ -213,6 +225,48 @@ def test_the_cache_as_states(tmp_path: Path) -> None:
         done += tokens
 
 
+# Asking for it
+
+
+def asked(folder: Path, **words: Any) -> Request:
+    return Request(model="llava-1.5-7b", keep="64", output_dir=str(folder), weights="random", **words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"target": "android", "min_ios": "17"}, "min_ios=17 means nothing to target android; leave --min-ios out"),
+        ({"target": "ios", "min_ios": "16"}, "unknown min_ios '16'.*; allowed: 17, 18"),
+        (
+            {"target": "ios", "min_ios": "17", "quant_text": "int4"},
+            "quant_text=int4 needs iOS 18, asked for was min_ios=17",
+        ),
+        (
+            {"target": "ios", "min_ios": "17", "quant_vision": "pal4"},
+            "quant_vision=pal4 needs iOS 18, .*the iOS version is too old for it; take int8, none, or leave --min-ios",
+        ),
+    ],
+    ids=["android", "unknown", "blocks", "palettes"],
+)
+def test_versions_that_cannot_be_met(tmp_path: Path, words: dict[str, str], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        plan(asked(tmp_path, **words))
+
+
+def test_plans_for_versions(tmp_path: Path) -> None:
+    old = plan(asked(tmp_path, target="ios", min_ios="17", quant_vision="int8"))
+    assert old.bundle.name == "llava-1.5-7b-keep64-ios-coreml-ios17-int8-random"
+    assert (old.precision, old.states, old.quant_text) == ("fp16", False, "int8")
+    assert "KV cache as inputs and outputs (states need iOS 18), weights stored for each graph" in describe(old)
+    new = plan(asked(tmp_path, target="ios", quant_text="int8", min_ios="18"))
+    assert new.bundle.name == "llava-1.5-7b-keep64-ios-coreml-text-int8-random"
+    assert new.states
+    assert ", for iOS 18 and later" in describe(new)
+    weights = new.entry.geometry.text_parameter_count()
+    vision = plan(asked(tmp_path, target="ios", only="vision")).needs.disk_bytes
+    assert (new.needs.disk_bytes - vision, old.needs.disk_bytes - vision) == (weights, 3 * weights)
+
+
 @pytest.mark.usefixtures("compressible")
 def test_a_width_that_blocks_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_BLOCK", 32)  # the model is 48 wide
@@ -264,6 +318,7 @@ class TestBundle:
     def test_it_is_whole_and_evaluated(self, ios_bundle: Path) -> None:
         bundle = read_bundle(ios_bundle)
         bundle.check_files()
+        assert bundle.manifest.target.min_os == "18"
         assert ios_bundle.name == "pocket-keep64-ios-coreml"
         packages = {graph.name: graph.file for graph in bundle.manifest.graphs}
         assert packages == {
@@ -328,6 +383,30 @@ class TestBundle:
         weights.unlink()
         with pytest.raises(BundleError, match=f"lacks token_embedding.mlpackage/{WEIGHTS}"):
             open_session(whole, "token_embedding")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_bundle_for_an_earlier_version(tmp_path: Path, command_line: CommandLine) -> None:
+    """Each graph a package, the cache in the caller's hands though it is fp16, weights in int8."""
+    words = ["export", "--model", "pocket", "--keep", "16", "--target", "ios", "--min-ios", "17", "-q"]
+    words += ["--precision", "fp16", "--quant-text", "int8"]
+    done = command_line(
+        *words, "--output-dir", tmp_path, env={"PRUNEPORT_CACHE": str(tmp_path / "cache")}, timeout_s=600
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    bundle = read_bundle(Path(done.stdout.strip()))
+    assert bundle.path.name == "pocket-keep16-ios-coreml-ios17-fp16-text-int8"
+    assert bundle.manifest.target.min_os == "17"
+    assert "for ios 17 (coreml, fp16" in (bundle.path / "report.md").read_text()
+    for graph in bundle.manifest.graphs:
+        assert graph.file == f"{graph.name}.mlpackage"
+        assert specification_version(bundle.path / graph.file) == 8
+        assert graph.states == ()
+    caches = {info.dtype for info in bundle.graph(TEXT_DECODER).inputs if info.name.startswith("past_")}
+    assert caches == {"float16"}
+    verdict = verify(bundle.path)
+    assert {step.status for step in verdict.steps} == {"passed"}
 
 
 # What is not whole or not known is refused: one product with a matrix, and whatever a test puts behind it

@@ -35,22 +35,25 @@ _BLOCK = 32
 _PALETTE_ROWS = 16
 
 
-def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
-    """Writes `<name>.mlpackage` for each graph, for iOS 18; those of TOGETHER are functions of one, TOGETHER_FILE.
+def lower(graphs: Mapping[str, Graph], out_dir: Path, *, min_ios: int = 18) -> dict[str, LoweredGraph]:
+    """Writes `<name>.mlpackage` for each graph; those of TOGETHER are functions of one, TOGETHER_FILE, from iOS 18 on.
+
+    `min_ios` 17 or 18 is the oldest version that runs them; 17 has neither states nor schemes other than int8.
+
 
     Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of linear
     layers are compressed as each graph says, which are none of the pruner's constants. Raises ExportError when a shape
     is symbolic, an operator cannot be converted or a weight cannot be compressed.
     """
     with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
-        together = TOGETHER if set(TOGETHER) <= graphs.keys() else ()
+        together = TOGETHER if min_ios >= 18 and set(TOGETHER) <= graphs.keys() else ()
         packages = {}
         for name, graph in graphs.items():
             package = (Path(parts) if name in together else out_dir) / f"{name}.mlpackage"
             programs = {name: trace(graph)}
             with converting("Core ML", programs):
                 programs[name] = _prepared(graph, programs[name])
-                model = _compressed(_convert(ct, graph, programs[name]), name, graph.compression)
+                model = _compressed(_convert(ct, graph, programs[name], min_ios), name, graph.compression)
             model.save(str(package))
             packages[name] = package
         if together:
@@ -89,7 +92,7 @@ def _in_order(names: tuple[str, ...], infos: tuple[TensorInfo, ...]) -> tuple[Te
     return tuple(by_name[name] for name in names)
 
 
-def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram) -> Any:
+def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram, min_ios: int) -> Any:
     import numpy as np
 
     passes = ct.PassPipeline()
@@ -98,7 +101,7 @@ def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram) -> An
     passes.remove_passes({"common::canonicalize_inplace_pattern"})
     return ct.convert(
         program,
-        minimum_deployment_target=ct.target.iOS18,
+        minimum_deployment_target=ct.target[f"iOS{min_ios}"],
         compute_precision=ct.transform.FP16ComputePrecision(op_selector=_is_half_division),
         outputs=[
             ct.TensorType(name=info.name, dtype=np.dtype(_DTYPES.get(info.dtype, info.dtype)).type)

@@ -24,6 +24,7 @@ from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
 
 WRITE_STATE = "write_state"
+DEQUANTIZE = "constexpr_affine_dequantize"
 MAIN = "main"  # what the only function of a package is called
 _MODEL, _WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights"
 # MIL's data types by their numbers in MIL.proto, and those of inputs and outputs in FeatureTypes.proto.
@@ -231,6 +232,10 @@ class Function:
                         constants[name] = weights.value(binding.value)
                     names.append(name)
                 arguments[parameter] = names if parameter == "values" else names[0]
+            if op.type == DEQUANTIZE:  # as other operators did before iOS 18, it holds its constants itself
+                for parameter in op.attributes.keys() - {"name"}:
+                    arguments[parameter] = name = f"{output.name}.{parameter}"
+                    constants[name] = weights.value(op.attributes[parameter])
             steps.append(
                 _Step(
                     name=output.name,
@@ -525,6 +530,14 @@ def _shifted_and_scaled(data: np.ndarray, scale: np.ndarray, offset: np.ndarray 
     return scaled
 
 
+def _dequantised(quantized_data: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int) -> np.ndarray:
+    """Weights that were quantised for iOS 17: a scale and an offset for all, or for each index of an axis."""
+    along = [-1 if other == int(axis) else 1 for other in range(quantized_data.ndim)]
+    offsets, scales = (np.asarray(one, np.float32).reshape(along) for one in (zero_point, scale))
+    whole: np.ndarray = (quantized_data.astype(np.float32) - offsets) * scales
+    return whole
+
+
 def _blown_up(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     for axis, size in enumerate(shape):
         blocks = np.repeat(blocks, size // blocks.shape[axis], axis=axis)
@@ -567,6 +580,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     # These move values and leave their dtype alone.
     "cast": lambda x, dtype: x.astype(_CAST_DTYPES.get(dtype, dtype)),
     "concat": _concat,
+    DEQUANTIZE: _dequantised,
     "constexpr_blockwise_shift_scale": _shifted_and_scaled,
     "constexpr_lut_to_dense": _looked_up,
     "expand_dims": lambda x, axes: np.expand_dims(x, tuple(int(axis) for axis in axes)),
