@@ -153,6 +153,12 @@ def _executorch() -> Lower:
     return lower
 
 
+def _vulkan() -> Lower:
+    from export.backends.executorch import VULKAN, lower
+
+    return partial(lower, delegate=VULKAN)
+
+
 def _onnx() -> Lower:
     from export.backends.onnx import lower
 
@@ -204,6 +210,16 @@ XNNPACK = Backend(
     packages=("torch", "transformers", "executorch", "torchao"),
     load=_executorch,
     ready_made=ReadyMade(MULTIMODAL_RUNNER, ("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"), _runner),
+)
+VULKAN = Backend(
+    name="vulkan",
+    engine="executorch",
+    precisions=("fp32", "fp16"),
+    quant_vision=(),
+    quant_text=(),
+    pruner_form="default",
+    packages=("torch", "transformers", "executorch"),
+    load=_vulkan,
 )
 ONNX = Backend(
     name="onnx",
@@ -274,6 +290,6 @@ WEBGPU = Backend(
 )
 
 TARGETS: dict[str, Target] = {
-    "android": Target(name="android", backends=(XNNPACK, ONNX, WEBGPU, QNN)),
+    "android": Target(name="android", backends=(XNNPACK, VULKAN, ONNX, WEBGPU, QNN)),
     "ios": Target(name="ios", backends=(COREML,)),
 }

@@ -14,6 +14,13 @@ PruneportError
 The text of an error is complete: what, what was found, what is allowed, what to do next.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.engines.loaded import Placement
+
 
 class PruneportError(Exception):
     """Base of everything the command line prints as one message; `exit_code` is what the process ends with."""
@@ -46,7 +53,14 @@ class EngineError(PruneportError):
 
 
 class EngineMissingError(EngineError):
-    """An engine that is not installed here; a check that needs it is then "not checked", not failed."""
+    """An engine that is not installed here; a check that needs it is then "not checked", not failed.
+
+    `placement`: who would run what, where the file itself tells.
+    """
+
+    def __init__(self, message: str, placement: Placement | None = None) -> None:
+        super().__init__(message)
+        self.placement = placement
 
 
 class OutputError(PruneportError):

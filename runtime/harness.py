@@ -293,7 +293,7 @@ class _Check:
             self._not_checked(name, f"the golden lacks {err.args[0]}", "export again")
             return
         self.say(f"checking {graph.name} in {graph.engine}")
-        with self._engine_errors(name), open_session(self.bundle, graph.name, threads=self.threads) as session:
+        with self._engine_errors(name, graph), open_session(self.bundle, graph.name, threads=self.threads) as session:
             self._compare(session, inputs, golden)
             placement = self._check_placement(session)
             if placement.emulated or not placement.executed:
@@ -303,13 +303,18 @@ class _Check:
                 self._time(session, inputs, twin, warmup=warmup, runs=runs)
 
     @contextmanager
-    def _engine_errors(self, name: str) -> Iterator[None]:
-        """Makes a step of what the engine refuses: not checked where it is missing, else failed."""
+    def _engine_errors(self, name: str, graph: GraphInfo | None = None) -> Iterator[None]:
+        """Makes a step of what the engine refuses: not checked where it is missing, else failed.
+
+        Where the file itself tells who would run `graph`, that is held against the manifest all the same.
+        """
         try:
             yield
         except EngineMissingError as err:
             what, _, remedy = str(err).rpartition("; ")
             self._not_checked(name, what, remedy)
+            if graph is not None and err.placement is not None:
+                self._judge_placement(graph, err.placement)
         except EngineError as err:
             self._failed(name, str(err))
 
@@ -480,10 +485,15 @@ class _Check:
                 executed=placement.executed,
             )
         )
+        self._judge_placement(graph, placement)
+        return placement
+
+    def _judge_placement(self, graph: GraphInfo, placement: Placement) -> None:
+        """A step of whether the delegates take what the manifest promises."""
         name = f"delegates of {graph.name}"
         if graph.name in (TOKEN_EMBEDDING, EMBED_TOKENS) and not placement.delegates:
             self._passed(name, "none, and none is needed: it looks rows up in a table")
-            return placement
+            return
         promised = sum(coverage.partitions for coverage in graph.coverage)
         calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
         if not placement.executed:
@@ -503,7 +513,6 @@ class _Check:
             parts = ", ".join(f"{key} in {plural(count, 'partition')}" for key, count in placement.delegates.items())
             how = f"{placement.source}; emulated, so not timed" if placement.emulated else placement.source
             self._passed(name, f"{parts}, {plural(outside, 'operator')} outside ({how})")
-        return placement
 
     def _time(
         self, session: Session, inputs: dict[str, np.ndarray], twin: Bundle | None, *, warmup: int, runs: int

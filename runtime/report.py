@@ -250,7 +250,10 @@ def _text_lines(text: TextParity | None) -> list[str]:
 def _status(verdict: Verdict) -> str:
     if verdict.failed_steps:
         return "failed"
-    return "passed, partly not checked" if verdict.unchecked_steps else "passed"
+    if verdict.unchecked_steps:
+        # Where no graph ran, nothing that matters was looked at.
+        return "passed, partly not checked" if verdict.graphs else "not checked"
+    return "passed"
 
 
 def _subtitle(bundle: Bundle) -> str:

@@ -1,4 +1,4 @@
-"""Graphs for ExecuTorch, lowered to XNNPACK."""
+"""Graphs for ExecuTorch, lowered to one of its delegates: XNNPACK for the CPU, Vulkan for the GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,20 +27,81 @@ if TYPE_CHECKING:
 FILE = "model.pte"
 
 
-def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
-    """Writes one program with a method for each graph, everything that XNNPACK takes lowered to it.
+@dataclass(frozen=True)
+class Delegate:
+    """A delegate: its name inside programs, what lowers to it (partitioner, passes before it), and how it explains.
+
+    `logger` is where its partitioner says why it left a node; `said` makes (which node, why) of such a line, None of
+    others, and `key` is how that line calls a node.
+    """
+
+    name: str
+    load: Callable[[], tuple[Any, list[Any]]]
+    logger: str
+    said: Callable[[logging.LogRecord], tuple[str, str] | None]
+    key: Callable[[torch.fx.Node], str]
+    converts: bool
+
+
+def _xnnpack() -> tuple[Any, list[Any]]:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.utils.configs import get_transform_passes
+
+    return XnnpackPartitioner(), get_transform_passes()
+
+
+def _xnnpack_said(record: logging.LogRecord) -> tuple[str, str] | None:
+    said: Any = record.msg
+    return None if getattr(said, "node", None) is None else (said.node.name, str(said.reason).rstrip("."))
+
+
+def _vulkan() -> tuple[Any, list[Any]]:
+    from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+
+    return VulkanPartitioner(), []
+
+
+def _vulkan_said(record: logging.LogRecord) -> tuple[str, str] | None:
+    reason, skipping, node = record.getMessage().partition("], skipping ")
+    if not skipping:
+        return None
+    # Behind these words comes the node once more.
+    return node, reason.partition("Due to [")[2].partition(" for op ")[0]
+
+
+def _vulkan_key(node: torch.fx.Node) -> str:
+    from executorch.backends.vulkan.utils import node_io_str
+
+    return str(node_io_str(node))
+
+
+XNNPACK = Delegate(
+    name="XnnpackBackend",
+    load=_xnnpack,
+    logger="executorch.backends.xnnpack.partition.config.xnnpack_config",
+    said=_xnnpack_said,
+    key=lambda node: node.name,
+    converts=False,
+)
+# Its partitioner speaks through the root logger.
+VULKAN = Delegate(name="VulkanBackend", load=_vulkan, logger="", said=_vulkan_said, key=_vulkan_key, converts=True)
+
+
+def lower(graphs: Mapping[str, Graph], out_dir: Path, delegate: Delegate = XNNPACK) -> dict[str, LoweredGraph]:
+    """Writes one program with a method for each graph, everything that the delegate takes lowered to it.
 
     Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic or an
     operator cannot be converted.
     """
     # Inputs are read where the caller has them: copying them in would copy the whole KV cache for every token.
-    coverage = write_program(graphs, out_dir, trace=trace, copies_inputs=False)
+    coverage = write_program(graphs, out_dir, delegate, trace=trace, copies_inputs=False)
     return {name: LoweredGraph(file=FILE, extra_files=(), coverage=(taken,)) for name, taken in coverage.items()}
 
 
 def write_program(
     graphs: Mapping[str, Graph],
     out_dir: Path,
+    delegate: Delegate = XNNPACK,
     *,
     trace: Callable[[Graph], torch.export.ExportedProgram],
     copies_inputs: bool,
@@ -50,27 +112,26 @@ def write_program(
     One graph after the other, and what the delegate packed lies on disk until the program is written, under the name
     of its content: lowered together, five graphs that share their weights took five times the memory.
     """
-    with TemporaryDirectory(dir=out_dir) as packed, warnings.catch_warnings(), _rejections() as reasons:
+    with TemporaryDirectory(dir=out_dir) as packed, warnings.catch_warnings(), _rejections(delegate) as reasons:
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.backends.xnnpack.utils.configs import get_transform_passes
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
         from executorch.exir.program import EdgeProgramManager
 
         config = EdgeCompileConfig(_check_ir_validity=False)
         methods, coverage = {}, {}
+        partitioner, passes = delegate.load()
         for name, graph in graphs.items():
             traced = {name: trace(graph)}
             with converting("ExecuTorch", traced):
                 edge = to_edge_transform_and_lower(
                     traced,
-                    partitioner={name: [XnnpackPartitioner()]},
-                    transform_passes=get_transform_passes(),
+                    partitioner={name: [partitioner]},
+                    transform_passes=passes,
                     compile_config=config,
                 )
             methods[name] = edge.exported_program(name)
-            coverage[name] = _coverage(methods[name], reasons)
+            coverage[name] = _coverage(methods[name], delegate, reasons)
             _move_to_disk(methods[name], Path(packed))
             reasons.clear()
             del edge, traced
@@ -102,31 +163,36 @@ def _move_to_disk(program: torch.export.ExportedProgram, folder: Path) -> None:
 
 
 @contextmanager
-def _rejections() -> Iterator[dict[str, str]]:
-    """Collects the partitioner's own words on why it left a node: node name -> reason."""
+def _rejections(delegate: Delegate) -> Iterator[dict[str, str]]:
+    """Collects the partitioner's own words on why it left a node: what it calls the node -> reason."""
     reasons: dict[str, str] = {}
 
     class Collect(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            said: Any = record.msg
-            if getattr(said, "node", None) is not None:
-                reasons[said.node.name] = str(said.reason).rstrip(".")
+            said = delegate.said(record)
+            if said is not None:
+                reasons[said[0]] = said[1]
                 return False
             return record.levelno >= logging.WARNING
 
     collect = Collect()
-    logger = logging.getLogger("executorch.backends.xnnpack.partition.config.xnnpack_config")
-    level = logger.level
+    logger, root = logging.getLogger(delegate.logger), logging.getLogger()
+    levels = logger.level, root.level
     logger.addFilter(collect)
-    logger.setLevel(logging.DEBUG)
+    # The root logger's level is that of many others, and Vulkan's partitioner says INFO; it sets it when imported, too.
+    logger.setLevel(logging.INFO if logger is root else logging.DEBUG)
+    silent = logging.NullHandler()
+    root.addHandler(silent)  # without any handler, the first line through the root logger sets one up for good
     try:
         yield reasons
     finally:
+        root.removeHandler(silent)
         logger.removeFilter(collect)
-        logger.setLevel(level)
+        logger.setLevel(levels[0])
+        root.setLevel(levels[1])
 
 
-def _coverage(program: torch.export.ExportedProgram, reasons: dict[str, str]) -> DelegateCoverage:
+def _coverage(program: torch.export.ExportedProgram, delegate: Delegate, reasons: dict[str, str]) -> DelegateCoverage:
     """How many nodes the delegate took, in how many partitions, and why it left the others."""
     from operator import getitem
 
@@ -143,14 +209,14 @@ def _coverage(program: torch.export.ExportedProgram, reasons: dict[str, str]) ->
             partition = getattr(program.graph_module, node.args[0].name).original_module.graph
             runs.append(sum(part.op == "call_function" and part.target is not getitem for part in partition.nodes))
             continue
-        outside[_operator(node), _reason(node, reasons)] += 1
+        outside[_operator(node), _reason(node, delegate, reasons)] += 1
         if runs and runs[-1] < 0:
             runs[-1] -= 1
         else:
             runs.append(-1)
     taken = [run for run in runs if run > 0]
     return DelegateCoverage(
-        delegate="XnnpackBackend",
+        delegate=delegate.name,
         partitions=len(taken),
         nodes=sum(taken),
         outside=tuple(OutsideOp(op=op, count=count, reason=why) for (op, why), count in outside.most_common()),
@@ -163,10 +229,13 @@ def _operator(node: torch.fx.Node) -> str:
     return str(name).replace("::", ".")
 
 
-def _reason(node: torch.fx.Node, reasons: dict[str, str]) -> str:
+def _reason(node: torch.fx.Node, delegate: Delegate, reasons: dict[str, str]) -> str:
     """The partitioner's reason, else what can be told from the data types."""
-    if node.name in reasons:
-        return reasons[node.name]
+    said = reasons.get(delegate.key(node))
+    if said is not None:
+        return said
+    if delegate.converts:
+        return "left by the delegate without a word"
     dtypes = sorted(
         {
             str(n.meta["val"].dtype).removeprefix("torch.")

@@ -27,6 +27,8 @@ _KERNEL_LIBRARY_BY_NAMESPACE = {
     "torchao": "executorch.kernels.quantized",
     "llama": "executorch.extension.llm.custom_ops.custom_ops",
 }
+# Delegates that are missing from builds, such as the wheel, made without an option.
+_BUILD_OPTIONS = {"VulkanBackend": "EXECUTORCH_BUILD_VULKAN"}
 
 
 def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedProgram:
@@ -40,6 +42,7 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
             f"{file} keeps {method.external_tensors} tensors in a .ptd file that its manifest lacks; export again"
         )
     bindings = _bindings()
+    _check_delegates(method, bindings)
     _register_kernels(method)
     with _native_log() as log:
         if bindings._threadpool_get_thread_count() != threads:
@@ -86,11 +89,7 @@ class LoadedProgram:
         return [output.numpy() for output in outputs]
 
     def placement(self) -> Placement:
-        return Placement(
-            delegates=dict(self._method.delegates),
-            outside=dict(self._method.kernels),
-            source="instructions of the program file",
-        )
+        return _placement(self._method)
 
     def close(self) -> None:
         self._loaded = self._program = None
@@ -106,6 +105,25 @@ def _bindings() -> Any:
             f"the ExecuTorch engine is not installed ({err}); pip install 'pruneport[executorch]'"
         ) from err
     return portable_lib
+
+
+def _placement(method: Method) -> Placement:
+    return Placement(
+        delegates=dict(method.delegates),
+        outside=dict(method.kernels),
+        source="instructions of the program file",
+    )
+
+
+def _check_delegates(method: Method, bindings: Any) -> None:
+    """Raises EngineMissingError where the program calls a delegate that this build of ExecuTorch lacks."""
+    for name in sorted(method.delegates.keys() - set(bindings._get_registered_backend_names())):
+        option = f" with {_BUILD_OPTIONS[name]}" if name in _BUILD_OPTIONS else " that has it"
+        raise EngineMissingError(
+            f"the ExecuTorch engine installed here has no {name}; "
+            f"run the bundle on a phone, or verify it with ExecuTorch built{option}",
+            _placement(method),
+        )
 
 
 def _register_kernels(method: Method) -> None:
