@@ -16,6 +16,7 @@ from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models import MODELS
 from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
+from export.targets import Lower
 from pruning import PruneSpec, SpecError
 from runtime.bundle import FLOAT16_LARGEST, GraphInfo, Manifest, read_bundle
 from runtime.engines import ENGINES
@@ -57,8 +58,8 @@ def _pixels(checkpoint: Checkpoint, count: int) -> list[torch.Tensor]:
 def _run(encoder: VisionEncoder, engine: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
     """`key_1`, which every image token's path through tower, projector and decoder layers ends in."""
     folder.mkdir()
-    lower = {"coreml": coreml.lower, "executorch": executorch.lower, "onnxruntime": onnx.lower}[engine]
-    written = lower({"vision_encoder": encoder}, folder)["vision_encoder"]
+    lowers: dict[str, Lower] = {"coreml": coreml.lower, "executorch": executorch.lower, "onnxruntime": onnx.lower}
+    written = lowers[engine]({"vision_encoder": encoder}, folder)["vision_encoder"]
     info = GraphInfo(
         name="vision_encoder",
         file=written.file,

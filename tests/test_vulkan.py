@@ -34,6 +34,7 @@ class Product(Graph):
     """x (1, 4, WIDTH) times a stored matrix; `sums` adds what no delegate takes."""
 
     WIDTH = 64
+    weight: Tensor
 
     def __init__(self, weight: Tensor, *, sums: bool = False) -> None:
         super().__init__()
