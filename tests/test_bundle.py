@@ -524,6 +524,7 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "name",
         "prompt",
         "prune",
+        "ranges",
         "ready_for",
         "schema_version",
         "target",

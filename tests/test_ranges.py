@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,12 @@ from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
 from export.targets import Lower
 from pruning import PruneSpec, SpecError
-from runtime.bundle import FLOAT16_LARGEST, GraphInfo, Manifest, read_bundle
+from runtime.bundle import FLOAT16_LARGEST, GraphInfo, Manifest, RangesInfo, read_bundle
 from runtime.engines import ENGINES
 from runtime.engines.coreml import MAIN, read_package
 from runtime.errors import ExportError
 from runtime.image import preprocess
+from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 
 MLP = "tower.layers.1.mlp"
@@ -140,7 +143,7 @@ def test_island_in_xnnpack(tmp_path: Path) -> None:
     precise, half = (_encoder(checkpoint, precision, pruned=False) for precision in ("fp32", "fp16"))
     (pixels,) = _pixels(checkpoint, 1)
     expected = _eager(precise, pixels)
-    assert not _error(_run(half, "executorch", tmp_path / "without", pixels), expected) <= 5e-3
+    assert not np.isfinite(_run(half, "executorch", tmp_path / "without", pixels)).all()
     make_islands(half, {MLP: precise.get_submodule(MLP)})
     assert _error(_run(half, "executorch", tmp_path / "with", pixels), expected) <= 5e-3
 
@@ -151,7 +154,7 @@ def test_island_in_core_ml(tmp_path: Path) -> None:
     precise, half = (_encoder(checkpoint, precision, pruned=False) for precision in ("fp32", "fp16"))
     (pixels,) = _pixels(checkpoint, 1)
     expected = _eager(precise, pixels)
-    assert not _error(_run(half, "coreml", tmp_path / "without", pixels), expected) <= 5e-3
+    assert not np.isfinite(_run(half, "coreml", tmp_path / "without", pixels)).all()
     make_islands(half, {MLP: precise.get_submodule(MLP)})
     assert _error(_run(half, "coreml", tmp_path / "with", pixels), expected) <= 5e-3
     precise_ones = {
@@ -163,6 +166,19 @@ def test_island_in_core_ml(tmp_path: Path) -> None:
         for name in ("without", "with")
     }
     assert precise_ones == {"without": [], "with": ["linear", "linear"]}
+
+
+@pytest.mark.parametrize(("islands", "says"), [((), "; no module needs fp32"), (("a", "b"), "; 2 modules .*: a, b")])
+def test_manifest_holds_what_was_measured(islands: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    ranges = RangesInfo(worst_module="a.b", worst_value=12345.6, safety=2, photos=("one.jpg",), islands=islands)
+    assert re.search(rf"a\.b reaches 1\.235e\+04 of 65504 \(safety factor 2\) on 1 photo{says}$", str(ranges))
+    manifest = read_bundle(make_bundle(tmp_path / "sample", Sample())).manifest
+    record = msgspec.to_builtins(msgspec.structs.replace(manifest, ranges=ranges))
+    assert msgspec.convert(record, Manifest).ranges == ranges
+    del record["ranges"]  # as in bundles of before
+    assert msgspec.convert(record, Manifest) == manifest
+    with pytest.raises(ValueError, match="must be finite"):
+        msgspec.structs.replace(ranges, worst_value=float("inf"))
 
 
 # Whole exports
