@@ -215,6 +215,7 @@ def plan(request: Request) -> Plan:
     seed = whole_number("seed", request.seed, 0, 2**32 - 1)
     if request.twin and keep == tokens:
         raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
+    _check_size(backend, entry, placement, precision, text=whole)
     _check_weights(request.weights)
     _check_installed(backend)
     photo_path = _photo_path(request.image)
@@ -423,6 +424,23 @@ def _prune_spec(entry: ModelEntry, keep: int) -> PruneSpec:
         return PruneSpec(grid=entry.geometry.grid, keep=keep)
     except SpecError as error:
         raise RequestError(str(error)) from error
+
+
+def _check_size(backend: Backend, entry: ModelEntry, placement: Placement, precision: Precision, *, text: bool) -> None:
+    """Refuses graphs whose weights do not fit into one file of the backend."""
+    if backend.most_graph_bytes is None:
+        return
+    size = 2 if precision == "fp16" else 4
+    weights = {"vision_encoder": entry.geometry.vision_parameter_count(placement, DECODER_LAYER) * size}
+    if text:
+        weights["text_prefill"] = entry.geometry.text_parameter_count() * size
+    for graph, size_bytes in weights.items():
+        if size_bytes > backend.most_graph_bytes:
+            raise RequestError(
+                f"{graph} of {entry.name} has about {_gib(size_bytes)} of weights in {precision}; a file of backend "
+                f"{backend.name} holds its weights itself and at most {_gib(backend.most_graph_bytes)}; take another "
+                "--backend, or the smaller graph of --prune-at projector --only vision"
+            )
 
 
 def _check_weights(weights: str | None) -> None:

@@ -124,6 +124,8 @@ class Backend:
     earlier: Backend | None = None
     # How often the weights of the text graphs are stored.
     text_copies: int = 1
+    # What one graph's file can hold, in bytes; None: anything.
+    most_graph_bytes: int | None = None
 
     def for_soc(self, soc: Soc) -> Backend:
         """This backend as it makes graphs for one chip."""
@@ -179,6 +181,12 @@ def _qnn(soc: Soc) -> Lower:
 
 def _webgpu() -> Lower:
     from export.backends.webgpu import lower
+
+    return lower
+
+
+def _nnapi() -> Lower:
+    from export.backends.nnapi import lower
 
     return lower
 
@@ -289,7 +297,21 @@ WEBGPU = Backend(
     load=_webgpu,
 )
 
+NNAPI = Backend(
+    name="nnapi",
+    engine="onnxruntime",
+    # ONNX Runtime's NNAPI delegate takes no float16 tensors.
+    precisions=("fp32",),
+    quant_vision=(),
+    quant_text=(),
+    pruner_form="default",
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    load=_nnapi,
+    # A .ort file is a flatbuffer with the weights inside, whose offsets end there.
+    most_graph_bytes=2**31 - 1,
+)
+
 TARGETS: dict[str, Target] = {
-    "android": Target(name="android", backends=(XNNPACK, VULKAN, ONNX, WEBGPU, QNN)),
+    "android": Target(name="android", backends=(XNNPACK, VULKAN, ONNX, WEBGPU, NNAPI, QNN)),
     "ios": Target(name="ios", backends=(COREML,)),
 }

@@ -296,7 +296,7 @@ class _Check:
         with self._engine_errors(name, graph), open_session(self.bundle, graph.name, threads=self.threads) as session:
             self._compare(session, inputs, golden)
             placement = self._check_placement(session)
-            if placement.emulated or not placement.executed:
+            if placement.emulated or placement.stand_in or not placement.executed:
                 self._timing = None
             if self._timing is not None:
                 twin, warmup, runs = self._timing
@@ -502,6 +502,8 @@ class _Check:
             # No delegate was promised; what can be said is who ran the nodes.
             where = f"{plural(outside, 'node')} on the CPU provider, {plural(calls, 'part')} elsewhere"
             self._passed(name, f"{where} ({placement.source})")
+        elif placement.stand_in:
+            self._not_checked(name, placement.stand_in, "run the bundle on an Android phone")
         elif calls == 0:
             self._failed(name, f"no delegate took anything: the plain runtime runs all {outside} operators")
         elif graph.engine == "onnxruntime" and outside > sum(coverage.outside_nodes for coverage in graph.coverage):

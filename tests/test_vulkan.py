@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import msgspec
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from export.backends.executorch import FILE, VULKAN, lower
-from export.cli import verdict_word
+from export.cli import main, verdict_word
 from export.graphs.graph import Graph
 from export.request import Request, plan
-from runtime.bundle import BundleWriter, TensorInfo, read_bundle
+from runtime.bundle import MANIFEST, BundleWriter, TensorInfo, read_bundle
 from runtime.engines.program import read_program
 from runtime.errors import EngineMissingError, NotYetError, RequestError
 from runtime.explain import NO_REWRITE, rewrite_for
@@ -90,8 +91,10 @@ def test_what_a_delegate_takes_leaves_and_shares(tmp_path: Path) -> None:
 # Bundles
 
 
-def _bundle(target: Path, *, partitions: int = 1) -> Path:
-    """A sample that calls Vulkan in place of XNNPACK, as lowering takes long; `partitions` are promised."""
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sample that calls Vulkan in place of XNNPACK, as lowering takes long."""
+    target = tmp_path_factory.mktemp("vulkan") / "b"
     with BundleWriter(target) as writer:
         manifest = fill(writer.path, target.name, Sample(engine="executorch"), noise_photo())
         (info,) = manifest.graphs
@@ -99,8 +102,7 @@ def _bundle(target: Path, *, partitions: int = 1) -> Path:
         calls = struct.pack("<I14sx", 14, b"XnnpackBackend")
         assert program.count(calls) == 1
         (writer.path / info.file).write_bytes(program.replace(calls, struct.pack("<I13s2x", 13, DELEGATE.encode())))
-        promise = msgspec.structs.replace(info.coverage[0], delegate=DELEGATE, partitions=partitions)
-        info = msgspec.structs.replace(info, coverage=(promise,))
+        info = msgspec.structs.replace(info, coverage=(msgspec.structs.replace(info.coverage[0], delegate=DELEGATE),))
         on = msgspec.structs.replace(manifest.target, backend="vulkan")
         writer.commit(msgspec.structs.replace(manifest, graphs=(info,), target=on))
     return target
@@ -111,8 +113,8 @@ def _step(verdict: Verdict, name: str) -> Step:
     return step
 
 
-def test_bundle_is_not_checked_rather_than_passed(tmp_path: Path) -> None:
-    verdict = check_bundle(_bundle(tmp_path / "b"), out_dir=tmp_path / "out")
+def test_bundle_is_not_checked_rather_than_passed(bundle: Path, tmp_path: Path) -> None:
+    verdict = check_bundle(bundle, out_dir=tmp_path / "out")
     assert verdict_word(verdict) == "not checked"
     (step,) = verdict.unchecked_steps
     assert (step.name, step.remedy) == (f"parity of {VISION}", REMEDY)
@@ -127,22 +129,26 @@ def test_bundle_is_not_checked_rather_than_passed(tmp_path: Path) -> None:
     assert "passed, partly" not in report
 
 
-def test_session_is_refused_at_once(tmp_path: Path) -> None:
+def test_session_is_refused_at_once(bundle: Path) -> None:
     with pytest.raises(EngineMissingError, match=f"has no {DELEGATE}; {REMEDY}"):
-        open_session(read_bundle(_bundle(tmp_path / "b")), VISION)
+        open_session(read_bundle(bundle), VISION)
 
 
-def test_promise_that_the_program_breaks_fails_even_where_it_cannot_run(tmp_path: Path) -> None:
-    verdict = verify(_bundle(tmp_path / "b", partitions=2))
+def test_promise_that_the_program_breaks_fails_even_where_it_cannot_run(bundle: Path, tmp_path: Path) -> None:
+    changed = copytree(bundle, tmp_path / "b")
+    manifest = json.loads((changed / MANIFEST).read_text())
+    manifest["graphs"][0]["coverage"][0]["partitions"] = 2
+    (changed / MANIFEST).write_text(json.dumps(manifest))
+    verdict = verify(changed)
     (step,) = verdict.failed_steps
     assert (step.name, verdict_word(verdict)) == (f"delegates of {VISION}", "failed")
     assert "the manifest says 2 partitions, the program makes 1 delegate call" in step.detail
 
 
-def test_verify_from_the_command_line_ends_with_3(command_line: CommandLine, tmp_path: Path) -> None:
-    done = command_line("verify", _bundle(tmp_path / "b"), env={"COLUMNS": "250"})
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert f"not checked: the ExecuTorch engine installed here has no {DELEGATE}; {REMEDY}" in done.stdout
+def test_verify_ends_with_3(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["verify", str(bundle)], version="0") == 3
+    assert f"not checked: the ExecuTorch engine installed here has no {DELEGATE}; {REMEDY}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ class Placement:
     `delegates`: calls into each accelerator library (empty when the engine has none of its own); `outside`: operators
     that the plain runtime runs, by name and count; `source`: where this was read, because engines differ in what they
     admit. `executed` is False where the graph is only evaluated, so that who would run it, and how fast, is not known.
-    `emulated`: a delegate's hardware is only imitated here, so that times say nothing about it.
+    `emulated`: a delegate's hardware is only imitated here, so that times say nothing about it. `stand_in`: why the
+    plain runtime ran everything in the place of a delegate, where that cannot be otherwise here.
     """
 
     delegates: dict[str, int] = field(default_factory=dict)
@@ -23,6 +24,7 @@ class Placement:
     source: str
     executed: bool = True
     emulated: bool = False
+    stand_in: str = ""
 
 
 class LoadedGraph(Protocol):

@@ -1,4 +1,4 @@
-"""Runs .onnx graphs through ONNX Runtime: on the CPU, or on the delegate that the manifest promises."""
+"""Runs .onnx and .ort graphs through ONNX Runtime: on the CPU, or on the delegate that the manifest promises."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
 
 CPU = "CPUExecutionProvider"
+NNAPI = "NnapiExecutionProvider"
+_NO_NNAPI = "NNAPI exists on Android alone: here ONNX Runtime's CPU ran the same file in its place"
 DTYPE_BY_ONNX_TYPE = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -54,6 +56,7 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
             engine += f" ({webgpu.describe()})"
         else:
             session = onnxruntime.InferenceSession(str(file), options, providers=[CPU])
+            engine += " (on the CPU in the place of NNAPI)" if NNAPI in promised else ""
     except EngineError:
         raise
     # The bindings raise a family of classes derived from Exception alone, one per status code.
@@ -73,6 +76,7 @@ class LoadedSession:
         self._inputs = [info.name for info in graph.inputs]
         self._outputs = [info.name for info in graph.outputs]
         self._file = file
+        self._stand_in = _NO_NNAPI if any(coverage.delegate == NNAPI for coverage in graph.coverage) else ""
 
     @property
     def threads(self) -> int:
@@ -95,7 +99,9 @@ class LoadedSession:
         return Placement(
             delegates=dict(delegates),
             outside=dict(outside.most_common()),
-            source="ONNX Runtime's node assignment",
+            # None is recorded for .ort files; such a session is opened with the CPU alone.
+            source="the session's one provider" if self._stand_in else "ONNX Runtime's node assignment",
+            stand_in=self._stand_in,
             emulated=(qnn.QNN in delegates and qnn.emulated()) or (webgpu.WEBGPU in delegates and webgpu.emulated()),
         )
 
