@@ -29,6 +29,8 @@ from tests.sample_bundle import VISION, Sample, fill, noise_photo
 class Odd(Graph):
     """x (1, 4, 64): a product and a running sum; NNAPI's list has the first alone. `alone`: only the running sum."""
 
+    weight: Tensor
+
     def __init__(self, *, alone: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight", torch.eye(64) * 2)
