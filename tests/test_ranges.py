@@ -129,7 +129,7 @@ def test_weights_that_float32_does_not_hold_either(tmp_path: Path) -> None:
 
 
 def test_squares_count_in_norms_that_do_not_scale(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(tmp_path / "weights", first=2.0**9)
+    checkpoint = _checkpoint(tmp_path / "weights", first=2.0**10)
     precise, pixels = _encoder(checkpoint, "fp32", pruned=False), _pixels(checkpoint, 1)
     assert measure(precise, pixels).beyond == ()
     beyond = measure(precise, pixels, norms_scale=False).beyond
