@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from runtime.engines.onnxruntime import NNAPI
 from runtime.errors import BundleError, EngineError
 from runtime.explain import lints, rewrite_for
 from runtime.generation import VISION_ENCODER
@@ -131,6 +132,8 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
             rows.append(("program", f"{delegate}, {text}"))
             continue
         graphs = f" of {len(parts)} graphs" if len(parts) > 1 else ""
+        if delegate == NNAPI:
+            graphs += " by a list, not measured"
         rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
     if verdict.latency:

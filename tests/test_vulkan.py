@@ -39,7 +39,7 @@ class Product(Graph):
 
     def __init__(self, weight: Tensor, *, sums: bool = False) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.weight = torch.nn.Buffer(weight)
         self.sums = sums
 
     def input_infos(self) -> tuple[TensorInfo, ...]:

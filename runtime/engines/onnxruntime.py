@@ -15,7 +15,10 @@ from runtime.errors import EngineError, EngineMissingError
 
 CPU = "CPUExecutionProvider"
 NNAPI = "NnapiExecutionProvider"
-_NO_NNAPI = "NNAPI exists on Android alone: here ONNX Runtime's CPU ran the same file in its place"
+_NO_NNAPI = (
+    "NNAPI exists on Android alone: here ONNX Runtime's CPU ran the same file in its place, and what NNAPI would take "
+    "is told by a list, not measured"
+)
 DTYPE_BY_ONNX_TYPE = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
