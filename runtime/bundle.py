@@ -334,6 +334,18 @@ class TargetInfo(_Record, frozen=True):
     quant_text: Name | None = None
 
 
+class CalibrationInfo(_Record, frozen=True):
+    """How many photos the vision graph was quantised with, the sha256 of their pixels, and the way to find ranges."""
+
+    photos: PositiveCount
+    sha256: str
+    method: Name
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"calibration sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")
+
+
 class FileInfo(_Record, frozen=True):
     """What a file of the bundle must hash to."""
 
@@ -365,6 +377,7 @@ class Manifest(_Record, frozen=True):
     tools: dict[str, str]
     text: TextInfo | None = None
     ready_for: Name | None = None
+    calibration: CalibrationInfo | None = None
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION
 
