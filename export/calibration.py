@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +77,15 @@ def read_photos(folder: Path) -> dict[str, NDArray[np.uint8]]:
             raise ImageError(f"{path} is {width} x {height}; its long side may be at most {MAX_ASPECT} times the short")
         photos[path.name] = photo
     return photos
+
+
+def photos_digest(photos: Mapping[str, NDArray[np.uint8]]) -> str:
+    """The sha256 of the photos' sizes and pixels in their order, in hexadecimal; names do not matter."""
+    digest = hashlib.sha256()
+    for photo in photos.values():
+        digest.update(f"{photo.shape}".encode())
+        digest.update(photo.tobytes())
+    return digest.hexdigest()
 
 
 def sample_paths() -> tuple[Path, ...]:

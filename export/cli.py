@@ -80,7 +80,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument("--soc", metavar="CHIP", help="the one chip to compile for, e.g. snapdragon-8-gen-3 (qnn)")
     what.add_argument("--min-ios", metavar="V", help="ios: the oldest version that runs it, 18 (default) or 17")
     what.add_argument("--precision", metavar="P", help="fp32 or fp16")
-    what.add_argument("--quant-vision", metavar="Q", help="vision graph: 8da8w; coreml: int8, int4, pal4")
+    what.add_argument("--quant-vision", metavar="Q", help="vision graph: 8da8w; coreml: int8, int4, pal4; qnn: a16w8")
     what.add_argument(
         "--quant-text",
         metavar="Q",
@@ -99,6 +99,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     source.add_argument("--weights", metavar="DIR|random", help="checkpoint folder, or `random` for seeded weights")
     source.add_argument("--seed", default="0", metavar="N", help="seed of random weights (default 0)")
     source.add_argument("--image", metavar="PHOTO", help="photo to check with (default: a sample of scikit-learn)")
+    source.add_argument("--calibration", metavar="DIR", help="8 to 64 photos to quantise with, instead of the default")
     run = verb.add_argument_group("how to run")
     if optimum:  # whose exporters all take the folder last
         run.add_argument("output_dir", metavar="OUT", help="where bundles go")
@@ -230,6 +231,7 @@ def _export(args: argparse.Namespace, version: str) -> int:
         weights=args.weights,
         seed=args.seed,
         image=args.image,
+        calibration=args.calibration,
         output_dir=args.output_dir,
         twin=args.twin,
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from runtime.bundle import (
         Bundle,
         BundleWriter,
+        CalibrationInfo,
         DelegateCoverage,
         GraphInfo,
         Manifest,
@@ -175,6 +176,7 @@ class _Making:
                     text=None if ready else self._text_info(),
                     ready_for=ready.runtime if ready else None,
                     ranges=self._half.info if self._half else None,
+                    calibration=_calibration_info(plan),
                 )
             )
 
@@ -248,7 +250,9 @@ class _Making:
 
     def _lower(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
         """Builds the graphs and has the backend write them; the modules are gone when this returns."""
+        from export.models.llava import image_info
         from runtime.bundle import GraphInfo
+        from runtime.image import preprocess
 
         plan = self.plan
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
@@ -258,6 +262,9 @@ class _Making:
                 for name, graph in graphs.items():
                     if name != TOKEN_EMBEDDING:  # a table to look rows up in
                         graph.compression = plan.quant_vision if name == VISION_ENCODER else plan.quant_text
+            if plan.calibration is not None:
+                image = image_info(self.checkpoint, plan.entry)
+                graphs[VISION_ENCODER].calibration = [(preprocess(p, image),) for p in plan.calibration.values()]
             lowered = plan.backend.load()(graphs, folder)
             for name in graphs:
                 self._check_taken(name, lowered[name].coverage, stage)
@@ -461,6 +468,16 @@ def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
         recovery=spec.recovery,
         form=plan.backend.pruner_form,
     )
+
+
+def _calibration_info(plan: Plan) -> CalibrationInfo | None:
+    from export.backends.qdq import METHOD
+    from export.calibration import photos_digest
+    from runtime.bundle import CalibrationInfo
+
+    if plan.calibration is None:
+        return None
+    return CalibrationInfo(photos=len(plan.calibration), sha256=photos_digest(plan.calibration), method=METHOD)
 
 
 def _tool_versions() -> dict[str, str]:

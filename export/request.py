@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +68,7 @@ class Request:
     weights: str | None = None
     seed: str = "0"
     image: str | None = None
+    calibration: str | None = None
     output_dir: str = "bundles"
     twin: bool = False
 
@@ -99,7 +100,8 @@ class Plan:
     """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`.
 
     `text_tokens` is the room for text in the KV cache, None where no text graphs are made; `soc` the chip that graphs
-    are compiled for, None where they are not.
+    are compiled for, None where they are not; `calibration` the photos that the vision graph's quantisation is measured
+    on, None where it needs none.
     """
 
     entry: ModelEntry
@@ -115,6 +117,7 @@ class Plan:
     seed: int
     photo_path: Path
     photo: NDArray[np.uint8]
+    calibration: Mapping[str, NDArray[np.uint8]] | None
     bundle: BundlePlan
     twin: BundlePlan | None
     needs: Needs
@@ -219,6 +222,7 @@ def plan(request: Request) -> Plan:
     _check_weights(request.weights)
     _check_installed(backend)
     photo_path = _photo_path(request.image)
+    calibration = _calibration(request.calibration, backend, quant_vision)
 
     choices = [
         soc.name if soc else "",
@@ -274,6 +278,7 @@ def plan(request: Request) -> Plan:
         seed=seed,
         photo_path=photo_path,
         photo=load_photo(photo_path),
+        calibration=calibration,
         bundle=bundle,
         twin=twin,
         needs=needs,
@@ -316,6 +321,7 @@ def describe(plan: Plan) -> str:
         + (f", for iOS {plan.backend.min_ios} and later" if plan.backend.min_ios else ""),
         f"  weights  {weights}",
         f"  photo    {plan.photo_path.name}, {width} x {height}",
+        *([] if plan.calibration is None else [f"  ranges   from {len(plan.calibration)} photos"]),
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
         f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free)",
     ]
@@ -477,6 +483,21 @@ def _photo_path(image: str | None) -> Path:
         "no photo to check with: neither scikit-learn nor scikit-image, whose sample photos are the default, "
         "is installed; give one with --image PHOTO"
     )
+
+
+def _calibration(
+    folder: str | None, backend: Backend, quant_vision: str | None
+) -> Mapping[str, NDArray[np.uint8]] | None:
+    from export.calibration import default_photos, read_photos
+
+    if not (backend.calibrates and quant_vision):
+        if folder is not None:
+            raise RequestError(
+                f"calibration={folder} has nothing to calibrate: no activations are quantised ahead here; leave "
+                "--calibration out, or take --backend qnn --quant-vision a16w8"
+            )
+        return None
+    return default_photos() if folder is None else read_photos(Path(folder))
 
 
 def _needs(

@@ -98,8 +98,8 @@ class Backend:
 
     So is the first scheme for the text graphs, which may be `none`; the vision graph is quantised on request. A
     quantised graph computes the rest in fp32, whatever the precision. `packages` are the modules without which nothing
-    can be exported. Where a backend `compresses`, its schemes are for the weights alone and applied by itself: a graph
-    then computes in the precision all the same.
+    can be exported. Where a backend `compresses`, it applies its schemes by itself: what they leave out computes in the
+    precision all the same. Where it `calibrates`, that of the vision graph needs photos.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Backend:
     # Whose runtime the projector placement is laid out for; None: it has the vision graph alone.
     ready_made: ReadyMade | None = None
     compresses: bool = False
+    calibrates: bool = False
     # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.
     states: bool = False
     # For a converter that goes down to the precision itself: what the graphs come to it in.
@@ -275,12 +276,14 @@ QNN = Backend(
     name="qnn",
     engine="onnxruntime",
     precisions=("fp16",),
-    quant_vision=(),
+    quant_vision=("a16w8",),
     quant_text=(),
     # float16 cannot hold the 2^60 that the default form compares with.
     pruner_form="comparing",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn"),
     load=_no_soc,
+    compresses=True,
+    calibrates=True,
     traced_precision="fp32",
     load_for_soc=_qnn,
 )

@@ -365,6 +365,18 @@ class RangesInfo(_Record, frozen=True):
         )
 
 
+class CalibrationInfo(_Record, frozen=True):
+    """How many photos the vision graph was quantised with, the sha256 of their pixels, and the way to find ranges."""
+
+    photos: PositiveCount
+    sha256: str
+    method: Name
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"calibration sha256={self.sha256!r} must be 64 lower-case hexadecimal digits")
+
+
 class FileInfo(_Record, frozen=True):
     """What a file of the bundle must hash to."""
 
@@ -398,6 +410,7 @@ class Manifest(_Record, frozen=True):
     text: TextInfo | None = None
     ready_for: Name | None = None
     ranges: RangesInfo | None = None
+    calibration: CalibrationInfo | None = None
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION
 

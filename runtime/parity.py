@@ -53,6 +53,16 @@ BOUNDS: dict[str, Bound] = {
             "median by 0.98.",
         ),
         Bound(
+            precision="a16w8",
+            most_rel=None,
+            least_cosine=0.97,
+            least_overlap=0.43,
+            reason="8-bit weights with one scale a tensor, 16-bit activations: pocket's unpruned vision graph was "
+            "measured at 2.6e-2 to 3.3e-2 relative on eight photos, a cosine of 0.9994; where a dropped token is "
+            "recovered into another kept one, `hidden` came to 0.15, 0.989. With noise of 2.5e-2 on the features of "
+            "ten golden cases, 19 of 20 selections overlapped the clean one by more than this, the median by 0.89.",
+        ),
+        Bound(
             precision="8da8w",
             most_rel=None,
             least_cosine=0.99,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.calibration import LEAST_PHOTOS, SCENES, default_photos, read_photos, rendered_scene
+from export.calibration import LEAST_PHOTOS, SCENES, default_photos, photos_digest, read_photos, rendered_scene
 from runtime.errors import ImageError, RequestError
 from tests.sample_bundle import noise_photo
 
@@ -24,6 +24,19 @@ def test_default_photos_are_many_and_always_the_same() -> None:
     again = default_photos()
     assert list(photos) == list(again)
     assert all(np.array_equal(photo, again[name]) for name, photo in photos.items())
+
+
+def test_digest_tells_sets_apart_and_ignores_names() -> None:
+    one, other = noise_photo(), noise_photo()[::-1].copy()
+    digest = photos_digest({"a": one, "b": other})
+    assert digest == photos_digest({"x": one, "y": other})
+    turned = one.swapaxes(0, 1).reshape(one.shape[1], -1, 3)
+    other_sets = (
+        {"a": other, "b": one},
+        {"a": one},
+        {"a": turned, "b": other},
+    )
+    assert digest not in {photos_digest(photos) for photos in other_sets}
 
 
 def test_scenes_do_not_depend_on_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

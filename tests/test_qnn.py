@@ -13,20 +13,30 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from export.backends import onnx as onnx_backend
+from export.backends import qdq
 from export.backends.qnn import compile_for, lower
+from export.calibration import default_photos
+from export.checkpoints import RandomCheckpoint
+from export.graphs.graph import Graph
+from export.graphs.vision import build_vision_encoder
+from export.models.llava import image_info
 from export.request import Request, plan
 from export.targets import socs
 from pruning import ComparingPruner, PruneSpec, SpecError, reference
 from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, read_bundle
 from runtime.engines import ENGINES, LoadedGraph, qnn
-from runtime.errors import EngineError, ExportError, NotYetError, RequestError
+from runtime.errors import EngineError, ExportError, ImageError, NotYetError, RequestError
 from runtime.harness import Step, Verdict, check_bundle, verify
+from runtime.image import preprocess
 from runtime.session import open_session
 from tests.conftest import CommandLine
 from tests.pruner_graph import PrunerGraph
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
 from tests.test_pruner_golden import CASES, Case, _features, _program, _tensor
+from tests.tiny_llava import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +138,50 @@ def test_plan_for_a_chip(tmp_path: Path) -> None:
     assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3"
     assert (planned.precision, planned.traced_precision) == ("fp16", "fp32")
     assert planned.soc == SOC
+
+
+def test_plan_with_calibration(tmp_path: Path) -> None:
+    quantised = {"backend": "qnn", "soc": SOC.name, "quant_vision": "a16w8"}
+    planned = plan(_request(tmp_path / "out", **quantised))
+    assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3-a16w8"
+    assert (planned.precision, planned.quant_vision, list(planned.calibration or ())) == (
+        "fp16",
+        "a16w8",
+        list(default_photos()),
+    )
+    for number in range(8):
+        Image.fromarray(noise_photo()).save(tmp_path / f"{number}.png")
+    own = plan(_request(tmp_path / "out", calibration=str(tmp_path), **quantised))
+    assert list(own.calibration or ()) == [f"{number}.png" for number in range(8)]
+    assert plan(_request(tmp_path / "out", backend="qnn", soc=SOC.name)).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text", "words", "says"),
+    [
+        (7, False, {}, "holds 7 images; at least 8 are needed"),
+        (7, True, {}, "text.jpg is not an image"),
+        (None, False, {}, "does not exist; give a folder"),
+        (8, False, {"backend": "onnx", "soc": None, "quant_vision": None}, "has nothing to calibrate: .*leave --cal"),
+        (8, False, {"quant_vision": None}, "has nothing to calibrate: .*or take --backend qnn --quant-vision a16w8"),
+    ],
+    ids=["few", "text", "missing", "onnx", "fp16"],
+)
+def test_calibration_that_cannot_be_used(
+    tmp_path: Path, count: int | None, text: bool, words: dict[str, Any], says: str
+) -> None:
+    folder = tmp_path / "photos"
+    if count is not None:
+        folder.mkdir()
+        for number in range(count):
+            Image.fromarray(noise_photo()).save(folder / f"{number}.png")
+        if text:
+            (folder / "text.jpg").write_text("no photo")
+    quantised = {"backend": "qnn", "soc": SOC.name, "quant_vision": "a16w8", "calibration": str(folder)}
+    with pytest.raises((RequestError, ImageError), match=says) as refused:
+        plan(_request(tmp_path / "out", **{**quantised, **words}))
+    assert refused.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_without_the_delegate_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +312,123 @@ def test_delegate_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
     verdict = verify(bundle)
     (step,) = verdict.unchecked_steps
     assert (step.name, step.remedy) == (f"parity of {VISION}", "pip install 'pruneport[qnn]'")
+
+
+# Quantised: 16-bit activations and 8-bit weights beside a pruner in float16
+
+TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+
+
+def _quantised(graph: Graph, folder: Path, calibration: list[tuple[np.ndarray, ...]]) -> LoadedGraph:
+    """Quantised, compiled whole for the chip, opened from disk."""
+    graph.compression, graph.calibration = "a16w8", calibration
+    written = lower(SOC, {"g": graph.eval()}, folder)["g"]
+    (coverage,) = written.coverage
+    assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
+    assert sorted(path.name for path in folder.iterdir()) == ["g.onnx", "g_qnn.bin"]
+    info = GraphInfo(
+        name="g",
+        file=written.file,
+        extra_files=written.extra_files,
+        engine="onnxruntime",
+        inputs=graph.input_infos(),
+        outputs=graph.output_infos(),
+        coverage=written.coverage,
+    )
+    loaded = ENGINES["onnxruntime"](info, folder / written.file, (folder / written.extra_files[0],), 2)
+    placement = loaded.placement()
+    assert (placement.delegates, placement.outside, placement.emulated) == ({qnn.QNN: 1}, {}, True)
+    return loaded
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_quantised_vision_graph_runs_whole(tmp_path: Path) -> None:
+    """On a photo that it was not calibrated with; what is 8-bit shows, and what is not does not."""
+    checkpoint = RandomCheckpoint(TINY, seed=2)
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=2, form="comparing")
+    image = image_info(checkpoint, TINY)
+    photo, *rest = (preprocess(photo, image) for photo in default_photos().values())
+    loaded = _quantised(encoder, tmp_path, [(one,) for one in rest])
+    got = dict(zip(encoder.output_names, loaded.run([photo]), strict=True))
+    loaded.close()
+    expected = dict(zip(encoder.output_names, encoder(torch.from_numpy(photo)), strict=True))
+    np.testing.assert_array_equal(np.rint(got["positions"]), expected["positions"].numpy())
+    for name in ("hidden", "key_0", "value_0", "key_1", "value_1"):
+        want = expected[name].numpy()
+        off = np.linalg.norm(got[name] - want) / np.linalg.norm(want)
+        assert 5e-3 < off < 3e-2, name  # measured: 1.0e-2 to 1.5e-2; 2.5e-3 without quantisation
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_is_quantised(tmp_path: Path) -> None:
+    """Weights of the tower, the projector and the layers in 8 bits; nothing of the pruner, nothing behind a mask."""
+    import onnx
+
+    checkpoint = RandomCheckpoint(TINY, seed=2)
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=2, form="comparing")
+    encoder.calibration = [tuple(one.numpy() for one in encoder.example_inputs())]
+    onnx_backend.lower({"v": encoder}, tmp_path)
+    qdq.quantise(encoder, tmp_path / "v.onnx", tmp_path / "q.onnx")
+    graph = onnx.load(tmp_path / "q.onnx", load_external_data=False).graph
+    types = {constant.name: constant.data_type for constant in graph.initializer}
+    maker = {name: node for node in graph.node for name in node.output}
+
+    def storage(name: str) -> int | None:
+        """The type of the integers that a tensor is dequantised from; None where it is not."""
+        made_by = maker.get(name)
+        return types[made_by.input[2]] if made_by is not None and made_by.op_type == "DequantizeLinear" else None
+
+    linear = sum(isinstance(module, torch.nn.Linear) for module in encoder.modules())
+    products = [[storage(name) for name in node.input[:2]] for node in graph.node if node.op_type == "MatMul"]
+    u8, u16 = onnx.TensorProto.UINT8, onnx.TensorProto.UINT16
+    assert products.count([u16, u8]) == linear
+    (patches,) = [node for node in graph.node if node.op_type == "Conv"]
+    assert [storage(name) for name in patches.input[:2]] == [u16, u8]
+    assert {node.op_type for node in graph.node if node.op_type in ("TopK", "Where", "ReduceMin", "Floor")}
+    for node in graph.node:
+        if node.op_type in ("TopK", "Where", "ReduceMin", "Floor", "Greater", "And"):  # only the pruner has these
+            assert not any(storage(name) for name in node.input), node.name
+    softmax = [storage(node.input[0]) for node in graph.node if node.op_type == "Softmax"]
+    assert sorted(softmax, key=str) == [u16, u16, None, None]
+
+
+class QuantisedFeatures(PrunerGraph):
+    """The pruner behind quantised products that hand its inputs on unchanged but for the rounding."""
+
+    quantisable = ("keys_on", "hidden_on")
+
+    def __init__(self, pruner: ComparingPruner, *, key_width: int, hidden_width: int) -> None:
+        super().__init__(pruner, key_width=key_width, hidden_width=hidden_width)
+        self.keys_on, self.hidden_on = (
+            torch.nn.Linear(width, width, bias=False) for width in (key_width, hidden_width)
+        )
+        for linear in (self.keys_on, self.hidden_on):
+            torch.nn.init.eye_(linear.weight)
+        self.requires_grad_(False)
+
+    def forward(self, keys: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(self.keys_on(keys), self.hidden_on(hidden))
+
+
+@pytest.mark.slow
+@pytest.mark.golden
+@pytest.mark.timeout(1800)
+def test_golden_choices_behind_quantised_layers(tmp_path: Path) -> None:
+    few = ("smooth-0-keep64", "blobs-0-keep64")
+    cases = [case for case in CASES if case.name in few]
+    (program,) = {_program(case) for case in cases}
+    graph = QuantisedFeatures(
+        ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width
+    )
+    seen = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
+    loaded = _quantised(graph, tmp_path, seen)
+    for case, inputs in zip(cases, seen, strict=True):
+        kept = np.rint(loaded.run(list(inputs))[1][0]).astype(int)
+        assert bool((np.diff(kept) > 0).all())
+        assert np.isin(_tensor(f"{case.name}.indices").numpy(), kept).mean() >= 0.95, case.name
+    loaded.close()
 
 
 # The real geometry, which the emulator takes minutes for

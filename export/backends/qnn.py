@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends import onnx
+from export.backends import onnx, qdq
 from export.targets import LoweredGraph, Soc
 from runtime.engines import qnn
 from runtime.engines.onnxruntime import CPU
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
     """Writes `<name>.onnx`, one node that stands for the graph, and `<name>_qnn.bin`, the chip's program for it.
 
-    The program holds its own weights, in float16, which is what the HTP computes in.
+    The program holds its own weights, in float16, which is what the HTP computes in beside integers. A graph with a
+    `compression` is quantised before (export.backends.qdq).
 
     Raises ExportError when a shape is symbolic or when the NPU's compiler leaves a node to the CPU.
     """
@@ -31,7 +32,12 @@ def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, Low
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="onnx-") as folder:
         for name, written in onnx.lower(graphs, Path(folder)).items():
             file = f"{name}.onnx"
-            coverage = compile_for(soc, Path(folder) / written.file, out_dir / file)
+            source = Path(folder) / written.file
+            if graphs[name].compression:
+                source = Path(folder, "quantised", file)
+                source.parent.mkdir()
+                qdq.quantise(graphs[name], Path(folder) / written.file, source)
+            coverage = compile_for(soc, source, out_dir / file)
             lowered[name] = LoweredGraph(file=file, extra_files=(f"{name}_qnn.bin",), coverage=(coverage,))
     return lowered
 

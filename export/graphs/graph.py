@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from runtime.bundle import TensorInfo
 
 
 class Graph(nn.Module):
     """A module with one fixed signature; backends name and shape the exported graph after it.
 
-    `compression` is for backends that compress weights themselves: the scheme, None for none.
+    `compression` is for backends that quantise by themselves: the scheme, None for none. Where that covers
+    activations, `calibration` holds inputs to see them with, and `quantisable` names the child modules it is for.
     """
 
     compression: str | None = None
+    calibration: Sequence[tuple[NDArray[np.generic], ...]] = ()
+    quantisable: tuple[str, ...] = ()
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""

@@ -52,6 +52,9 @@ class VisionEncoder(Graph):
     outputs `hidden` and `image_features`.
     """
 
+    # Not the pruner: its choices hang on small differences.
+    quantisable = ("tower", "projector", "decoder_layers")
+
     prefix_hidden: Tensor
     prefix_positions: Tensor
     all_positions: Tensor
