@@ -514,6 +514,7 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
     """Phones read these names: a change here is a change of the format and needs a new schema version."""
     assert list(Manifest.__struct_fields__) == list(_raw(bundle))
     assert sorted(_raw(bundle)) == [
+        "calibration",
         "created_utc",
         "family",
         "files",
