@@ -133,7 +133,7 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
             continue
         graphs = f" of {len(parts)} graphs" if len(parts) > 1 else ""
         if delegate == NNAPI:
-            graphs += " by a list, not measured"
+            graphs += " (by a list, not measured)"
         rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
     if verdict.latency:

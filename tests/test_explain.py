@@ -58,6 +58,13 @@ OUTSIDE = [
     (XNNPACK, "aten.unsqueeze_copy", "unsqueeze_copy only supported on the trailing dimension", "views"),
     ("QNNExecutionProvider", "TopK", "", "npu"),
     ("WebGpuExecutionProvider", "Cast", "", "webgpu-whole-numbers"),
+    ("VulkanBackend", "aten.cumsum", "no operator implementation", "vulkan-operators"),
+    ("VulkanBackend", "aten.add.Tensor", "dtype not supported", "vulkan-types"),
+    ("VulkanBackend", "aten.cat.default", "op does not support high dim tensors", "vulkan-axes"),
+    ("VulkanBackend", "aten.cat.default", "no valid representations", "vulkan-sizes"),
+    ("NnapiExecutionProvider", "Gelu", "not in the list", "nnapi-gelu"),
+    ("NnapiExecutionProvider", "Expand", "not in the list", "nnapi-expand"),
+    ("NnapiExecutionProvider", "CumSum", "not in the list", "nnapi-operators"),
 ]
 
 HALF, SINGLE = "float16", "float32"

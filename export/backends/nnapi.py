@@ -32,11 +32,17 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
     lowered = {}
-    with TemporaryDirectory(dir=out_dir) as folder, warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    with (
+        TemporaryDirectory(dir=out_dir) as folder,
+        warnings.catch_warnings(),
+        redirect_stdout(io.StringIO()),
+        onnx.quiet("ort_format_model.utils"),
+    ):
         warnings.simplefilter("ignore")  # of the converter, which nobody here can act on
         made, work = Path(folder) / "onnx", Path(folder) / "ort"
         made.mkdir()
         for name, written in onnx.lower(graphs, made).items():
+            _divide(made / written.file)
             lowered[name] = LoweredGraph(
                 file=f"{name}.ort", extra_files=(CONFIG_FILE,), coverage=(coverage_of(made / written.file),)
             )
@@ -59,6 +65,21 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
         kept = [line for line in listed.splitlines() if not line.startswith("#")]
         (out_dir / CONFIG_FILE).write_text("\n".join(kept) + "\n", encoding="utf-8")
     return lowered
+
+
+def _divide(file: Path) -> None:
+    """Writes every Reciprocal, which the list lacks, as a division, which it has and which computes the same."""
+    from onnx import TensorProto, helper, load, save
+
+    model = load(file, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type != "Reciprocal":
+            continue
+        one = helper.make_tensor(f"{node.output[0]}_one", TensorProto.FLOAT, [], [1.0])
+        model.graph.initializer.append(one)
+        node.op_type = "Div"
+        node.input.insert(0, one.name)
+    save(model, file)
 
 
 def coverage_of(file: Path) -> DelegateCoverage:
