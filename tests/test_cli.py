@@ -79,11 +79,7 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
     [
         ({"model": "lava-1.5-7b"}, "unknown model 'lava-1.5-7b', did you mean 'llava-1.5-7b'?; allowed: llava-1.5-7b,"),
         ({"target": "androd"}, "unknown target 'androd', did you mean 'android'?; allowed: android, ios"),
-<<<<<<< HEAD
-        ({"backend": "onx"}, "unknown android backend 'onx', did you mean 'onnx'?; allowed: xnnpack, vulkan"),
-=======
         ({"backend": "onx"}, "unknown android backend 'onx', did you mean 'onnx'?; allowed: xnnpack, vulkan, onnx"),
->>>>>>> android
         ({"precision": "fp8"}, "unknown xnnpack precision 'fp8'"),
         (
             {"quant_vision": "8da8w", "precision": "fp16", "only": "vision"},
