@@ -253,5 +253,5 @@ def test_npu_has_no_float32_to_flee_to(
     assert f"error: {MLP}." in said
     assert " of the vision graph reaches " in said
     assert "in float16, which holds 65504" in said
-    assert "take a backend that can compute such modules in float32: xnnpack, onnx" in said
+    assert "take a backend that can compute such modules in float32: xnnpack, vulkan, onnx" in said
     assert not (tmp_path / "out").exists()
