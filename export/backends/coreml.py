@@ -95,10 +95,6 @@ def _in_order(names: tuple[str, ...], infos: tuple[TensorInfo, ...]) -> tuple[Te
 def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram, min_ios: int) -> Any:
     import numpy as np
 
-    passes = ct.PassPipeline()
-    # It looks behind the operator whose result goes into a state, where it may just have removed what it finds; all it
-    # does is to move such a write up to there.
-    passes.remove_passes({"common::canonicalize_inplace_pattern"})
     return ct.convert(
         program,
         minimum_deployment_target=ct.target[f"iOS{min_ios}"],
@@ -108,7 +104,6 @@ def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram, min_i
             for info in graph.output_infos()
         ],
         skip_model_load=True,
-        pass_pipeline=passes,
     )
 
 
@@ -133,7 +128,8 @@ def _compressed(model: Any, name: str, scheme: str | None) -> Any:
         model = compression.linear_quantize_weights(model, config)
     # The library leaves out, with a warning, what it cannot divide into blocks.
     code = model.get_spec().mlProgram.functions[MAIN]
-    made = {op.outputs[0].name: op for op in code.block_specializations[code.opset].operations}
+    # A write into a state has no output.
+    made = {output.name: op for op in code.block_specializations[code.opset].operations for output in op.outputs[:1]}
     for op in made.values():
         if op.type != "linear":
             continue
@@ -231,6 +227,23 @@ def _teach_writing() -> None:
 
 
 @contextmanager
+def _writes_stay() -> Iterator[None]:
+    """Leaves out a pass of the converter that fails on writes into states; all it does is to move them up.
+
+    It looks behind the operator whose result goes into a state, where it may just have removed what it finds.
+    Compressing weights runs all passes once more and takes no list of them: hence it is left out at its root.
+    """
+    from coremltools.converters.mil.mil.passes.defs.optimize_state import canonicalize_inplace_pattern as moving
+
+    apply = moving.apply
+    moving.apply = lambda self, program: None
+    try:
+        yield
+    finally:
+        moving.apply = apply
+
+
+@contextmanager
 def _converter() -> Iterator[Any]:
     """coremltools, which warns about versions of its neighbours and sets up logging for the whole process."""
     level = logging.root.level
@@ -242,6 +255,7 @@ def _converter() -> Iterator[Any]:
             import coremltools
 
             _teach_writing()
-            yield coremltools
+            with _writes_stay():
+                yield coremltools
         finally:
             logging.root.setLevel(level)
