@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,16 +36,22 @@ LEAST_PHOTOS = 8
 MOST_PHOTOS = 64
 
 
-def default_photos() -> dict[str, NDArray[np.uint8]]:
-    """At least ten photos, uint8 (H, W, 3) RGB, by name, always in the same order.
+def default_photos(count: int | None = None) -> dict[str, NDArray[np.uint8]]:
+    """At least ten photos, uint8 (H, W, 3) RGB, by name, always in the same order; or `count`, spread over them.
 
     The sample photos of scikit-learn and scikit-image, as far as these are installed, then SCENES rendered ones, whose
     bytes are the same on every machine.
     """
     from runtime.image import load_photo
 
-    photos = {path.name: load_photo(path) for path in sample_paths()}
-    return photos | {f"scene-{number}": rendered_scene(number) for number in range(SCENES)}
+    makers: dict[str, Callable[[], NDArray[np.uint8]]] = {
+        path.name: partial(load_photo, path) for path in sample_paths(SAMPLE_PHOTOS)
+    }
+    makers |= {f"scene-{number}": partial(rendered_scene, number) for number in range(SCENES)}
+    names = list(makers)
+    if count is not None:
+        names = names[:: len(names) // count][:count]
+    return {name: makers[name]() for name in names}
 
 
 def read_photos(folder: Path) -> dict[str, NDArray[np.uint8]]:
@@ -88,10 +95,10 @@ def photos_digest(photos: Mapping[str, NDArray[np.uint8]]) -> str:
     return digest.hexdigest()
 
 
-def sample_paths() -> tuple[Path, ...]:
-    """Where the sample photos lie that are installed, in the order of SAMPLE_PHOTOS."""
+def sample_paths(samples: Sequence[tuple[str, str]]) -> tuple[Path, ...]:
+    """Where those of `samples`, pairs of a package and a path inside it, lie that are installed, in their order."""
     found = []
-    for package, relative in SAMPLE_PHOTOS:
+    for package, relative in samples:
         spec = find_spec(package)
         if spec is not None and spec.origin is not None and (path := Path(spec.origin).parent / relative).is_file():
             found.append(path)

@@ -378,8 +378,7 @@ class _Making:
             checkpoint, plan.entry, None, placement="projector" if quantised else plan.placement, layer=plan.layer
         )
         # Spread over the whole set: photos first, then scenes from night to glare.
-        known = list(default_photos().items())
-        photos = dict(known[:: len(known) // RANGE_PHOTOS][:RANGE_PHOTOS]) | {plan.photo_path.name: plan.photo}
+        photos = default_photos(RANGE_PHOTOS) | {plan.photo_path.name: plan.photo}
         image = image_info(checkpoint, plan.entry)
         pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
         ranges = measure(precise, pixels, norms_scale=plan.traced_precision == "fp16")

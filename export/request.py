@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from export.calibration import default_photos, read_photos, sample_paths
 from runtime.errors import ExportError, ImageError, NotYetError, OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -473,12 +474,9 @@ def _check_installed(backend: Backend) -> None:
 def _photo_path(image: str | None) -> Path:
     if image is not None:
         return Path(image)
-    for package, relative in DEFAULT_PHOTOS:
-        found = find_spec(package)
-        if found is not None and found.origin is not None:
-            photo = Path(found.origin).parent / relative
-            if photo.is_file():
-                return photo
+    installed = sample_paths(DEFAULT_PHOTOS)
+    if installed:
+        return installed[0]
     raise ImageError(
         "no photo to check with: neither scikit-learn nor scikit-image, whose sample photos are the default, "
         "is installed; give one with --image PHOTO"
@@ -488,8 +486,6 @@ def _photo_path(image: str | None) -> Path:
 def _calibration(
     folder: str | None, backend: Backend, quant_vision: str | None
 ) -> Mapping[str, NDArray[np.uint8]] | None:
-    from export.calibration import default_photos, read_photos
-
     if not (backend.calibrates and quant_vision):
         if folder is not None:
             raise RequestError(

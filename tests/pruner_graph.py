@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from export.graphs.graph import Graph
-from export.targets import COREML, ONNX, XNNPACK
+from export.targets import COREML, ONNX, XNNPACK, LoweredGraph
 from pruning import ComparingPruner, TokenPruner
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 from runtime.engines import ENGINES, LoadedGraph
@@ -45,14 +45,22 @@ def lowered(graph: PrunerGraph, engine: Engine, folder: Path) -> tuple[DelegateC
     """Lowered into `folder` and opened from there in its engine."""
     backend = {"coreml": COREML, "executorch": XNNPACK, "onnxruntime": ONNX}[engine]
     written = backend.load()({"pruner": graph.eval()}, folder)["pruner"]
+    (coverage,) = written.coverage
+    return coverage, opened(graph, "pruner", written, engine, folder)
+
+
+def opened(
+    graph: Graph, name: str, written: LoweredGraph, engine: Engine, folder: Path, *, threads: int = 2
+) -> LoadedGraph:
+    """What was written for a graph into `folder`, opened in its engine."""
     info = GraphInfo(
-        name="pruner",
+        name=name,
         file=written.file,
         extra_files=written.extra_files,
         engine=engine,
-        inputs=graph.input_infos(),
-        outputs=graph.output_infos(),
+        inputs=written.inputs or graph.input_infos(),
+        outputs=written.outputs or graph.output_infos(),
+        states=written.states,
+        coverage=written.coverage,
     )
-    extra = tuple(folder / name for name in written.extra_files)
-    (coverage,) = written.coverage
-    return coverage, ENGINES[engine](info, folder / written.file, extra, 2)
+    return ENGINES[engine](info, folder / written.file, tuple(folder / file for file in written.extra_files), threads)

@@ -72,6 +72,7 @@ def opened(lowered: LoweredGraph, folder: Path, name: str) -> engine.LoadedPacka
         engine="coreml",
         inputs=lowered.inputs,
         outputs=lowered.outputs,
+        states=lowered.states,
     )
     return load(info, folder / lowered.file)
 
@@ -181,19 +182,10 @@ def test_the_cache_as_states(tmp_path: Path, scheme: str | None, most_rel: float
 
     def run(name: str, given: list[torch.Tensor], states: list[np.ndarray]) -> np.ndarray:
         low = made[name]
+        loaded = opened(low, tmp_path, name)
         assert low.inputs is not None
-        assert low.outputs is not None
-        info = GraphInfo(
-            name=name,
-            file=low.file,
-            extra_files=low.extra_files,
-            engine="coreml",
-            inputs=low.inputs,
-            outputs=low.outputs,
-            states=low.states,
-        )
         arrays = [x.numpy().astype(one.dtype) for x, one in zip(given, low.inputs, strict=True)]
-        (out,) = load(info, tmp_path / low.file).run([*arrays, *states])
+        (out,) = loaded.run([*arrays, *states])
         return out
 
     def near(got: np.ndarray, expected: torch.Tensor) -> None:

@@ -26,14 +26,14 @@ from export.models.llava import image_info
 from export.request import Request, plan
 from export.targets import socs
 from pruning import ComparingPruner, PruneSpec, SpecError, reference
-from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, read_bundle
-from runtime.engines import ENGINES, LoadedGraph, qnn
+from runtime.bundle import BundleWriter, DelegateCoverage, read_bundle
+from runtime.engines import LoadedGraph, qnn
 from runtime.errors import EngineError, ExportError, ImageError, NotYetError, RequestError
 from runtime.harness import Step, Verdict, check_bundle, verify
 from runtime.image import preprocess
 from runtime.session import open_session
 from tests.conftest import CommandLine
-from tests.pruner_graph import PrunerGraph
+from tests.pruner_graph import PrunerGraph, opened
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
 from tests.test_pruner_golden import CASES, Case, _features, _program, _tensor
 from tests.tiny_llava import TINY
@@ -200,16 +200,7 @@ def _opened(graph: PrunerGraph, folder: Path) -> LoadedGraph:
     assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
     assert coverage.nodes > 400
     assert sorted(path.name for path in folder.iterdir()) == ["pruner.onnx", "pruner_qnn.bin"]
-    info = GraphInfo(
-        name="pruner",
-        file=written.file,
-        extra_files=written.extra_files,
-        engine="onnxruntime",
-        inputs=graph.input_infos(),
-        outputs=graph.output_infos(),
-        coverage=written.coverage,
-    )
-    loaded = ENGINES["onnxruntime"](info, folder / written.file, (folder / written.extra_files[0],), 2)
+    loaded = opened(graph, "pruner", written, "onnxruntime", folder)
     placement = loaded.placement()
     assert (placement.delegates, placement.outside, placement.emulated) == ({qnn.QNN: 1}, {}, True)
     return loaded
@@ -326,16 +317,7 @@ def _quantised(graph: Graph, folder: Path, calibration: list[tuple[np.ndarray, .
     (coverage,) = written.coverage
     assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
     assert sorted(path.name for path in folder.iterdir()) == ["g.onnx", "g_qnn.bin"]
-    info = GraphInfo(
-        name="g",
-        file=written.file,
-        extra_files=written.extra_files,
-        engine="onnxruntime",
-        inputs=graph.input_infos(),
-        outputs=graph.output_infos(),
-        coverage=written.coverage,
-    )
-    loaded = ENGINES["onnxruntime"](info, folder / written.file, (folder / written.extra_files[0],), 2)
+    loaded = opened(graph, "g", written, "onnxruntime", folder)
     placement = loaded.placement()
     assert (placement.delegates, placement.outside, placement.emulated) == ({qnn.QNN: 1}, {}, True)
     return loaded

@@ -20,11 +20,11 @@ from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
 from export.targets import Lower
 from pruning import PruneSpec, SpecError
-from runtime.bundle import FLOAT16_LARGEST, GraphInfo, Manifest, RangesInfo, read_bundle
-from runtime.engines import ENGINES
+from runtime.bundle import FLOAT16_LARGEST, Manifest, RangesInfo, read_bundle
 from runtime.engines.coreml import MAIN, read_package
 from runtime.errors import ExportError
 from runtime.image import preprocess
+from tests.pruner_graph import Engine, opened
 from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 
@@ -58,21 +58,12 @@ def _pixels(checkpoint: Checkpoint, count: int) -> list[torch.Tensor]:
     return [torch.from_numpy(preprocess(rendered_scene(4 * number), info)) for number in range(count)]
 
 
-def _run(encoder: VisionEncoder, engine: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
+def _run(encoder: VisionEncoder, engine: Engine, folder: Path, pixels: torch.Tensor) -> np.ndarray:
     """`key_1`, which every image token's path through tower, projector and decoder layers ends in."""
     folder.mkdir()
     lowers: dict[str, Lower] = {"coreml": coreml.lower, "executorch": executorch.lower, "onnxruntime": onnx.lower}
     written = lowers[engine]({"vision_encoder": encoder}, folder)["vision_encoder"]
-    info = GraphInfo(
-        name="vision_encoder",
-        file=written.file,
-        extra_files=written.extra_files,
-        engine=engine,  # type: ignore[arg-type]
-        inputs=written.inputs or encoder.input_infos(),
-        outputs=written.outputs or encoder.output_infos(),
-    )
-    extra = tuple(folder / name for name in written.extra_files)
-    loaded = ENGINES[info.engine](info, folder / written.file, extra, 1)
+    loaded = opened(encoder, "vision_encoder", written, engine, folder, threads=1)
     out = dict(zip(encoder.output_names, loaded.run([pixels.numpy()]), strict=True))["key_1"].astype(np.float32)
     loaded.close()
     return out

@@ -19,12 +19,12 @@ import torch
 from export.backends.webgpu import coverage_of, lower
 from export.request import Request, plan
 from pruning import PruneSpec, TokenPruner, reference
-from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, read_bundle
-from runtime.engines import ENGINES, LoadedGraph, webgpu
+from runtime.bundle import BundleWriter, DelegateCoverage, read_bundle
+from runtime.engines import LoadedGraph, webgpu
 from runtime.errors import ExportError, RequestError
 from runtime.harness import Step, Verdict, check_bundle, verify
 from tests.conftest import CHROMIUM, CommandLine, needs_chromium
-from tests.pruner_graph import PrunerGraph
+from tests.pruner_graph import PrunerGraph, opened
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
 from tests.test_pruner_golden import CASES, _assert_golden, _features, _program
 
@@ -72,16 +72,7 @@ def _opened(graph: PrunerGraph, folder: Path) -> LoadedGraph:
     (coverage,) = written.coverage
     assert (coverage.delegate, coverage.partitions, coverage.outside) == (webgpu.WEBGPU, 1, ())
     assert coverage.nodes > 400
-    info = GraphInfo(
-        name="pruner",
-        file=written.file,
-        extra_files=written.extra_files,
-        engine="onnxruntime",
-        inputs=graph.input_infos(),
-        outputs=graph.output_infos(),
-        coverage=written.coverage,
-    )
-    loaded = ENGINES["onnxruntime"](info, folder / written.file, (), 1)
+    loaded = opened(graph, "pruner", written, "onnxruntime", folder, threads=1)
     placement = loaded.placement()
     assert (placement.delegates, placement.outside, placement.emulated) == ({webgpu.WEBGPU: 1}, {}, True)
     return loaded

@@ -40,7 +40,6 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path, *, min_ios: int = 18) -> d
 
     `min_ios` 17 or 18 is the oldest version that runs them; 17 has neither states nor schemes other than int8.
 
-
     Graphs are converted in the precision they come in, the pruner's float32 among them; then the weights of linear
     layers are compressed as each graph says, which are none of the pruner's constants. Raises ExportError when a shape
     is symbolic, an operator cannot be converted or a weight cannot be compressed.
@@ -157,19 +156,12 @@ def _prepared(graph: Graph, traced: torch.export.ExportedProgram) -> torch.expor
             nodes.erase_node(node)
         elif node.target is torch.ops.aten.div.Tensor and node.meta["val"].dtype == torch.float16:
             # The converter divides in float32 and stays there: without a way back all that follows would be float32.
-            with nodes.inserting_after(node):
-                half = nodes.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
-            half.meta = dict(node.meta)
-            node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
-    for name in program.graph_signature.inputs_to_buffers:
-        if program.graph_signature.inputs_to_buffers[name] in program.graph_signature.buffers_to_mutate.values():
-            # The converter reads states into float32.
-            (node,) = (node for node in nodes.nodes if node.op == "placeholder" and node.name == name)
-            first = next(other for other in nodes.nodes if other.op != "placeholder")
-            with nodes.inserting_before(first):
-                half = nodes.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
-            half.meta = dict(node.meta)
-            node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
+            _halve(node, before=node.next)
+    signature = program.graph_signature
+    first = next(node for node in nodes.nodes if node.op != "placeholder")
+    for node in nodes.find_nodes(op="placeholder"):
+        if signature.inputs_to_buffers.get(node.name) in signature.buffers_to_mutate.values():
+            _halve(node, before=first)  # the converter reads states into float32
     # The converter names inputs after the placeholders, which for `*past` are numbered.
     names = iter(graph.input_names)
     for spec in program.graph_signature.input_specs:
@@ -178,6 +170,16 @@ def _prepared(graph: Graph, traced: torch.export.ExportedProgram) -> torch.expor
             node.name = node.target = spec.arg.name = next(names)
     program.graph_module.recompile()
     return program
+
+
+def _halve(node: torch.fx.Node, *, before: torch.fx.Node) -> None:
+    """Casts what a node gives to float16, for all who use it."""
+    import torch
+
+    with node.graph.inserting_before(before):
+        half = node.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float16})
+    half.meta = dict(node.meta)
+    node.replace_all_uses_with(half, delete_user_cb=lambda user: user is not half)
 
 
 def _is_half_division(op: Any) -> bool:

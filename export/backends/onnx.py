@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from export.backends.tracing import converting, trace
 from export.targets import LoweredGraph
+from runtime.engines.onnxruntime import recording_options
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
@@ -135,9 +136,7 @@ def coverage_of(file: Path) -> DelegateCoverage:
 
     from runtime.bundle import DelegateCoverage
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options = recording_options(severity=3)
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     nodes = sum(len(part.get_nodes()) for part in session.get_provider_graph_assignment_info())
     return DelegateCoverage(delegate="CPUExecutionProvider", partitions=1, nodes=nodes)

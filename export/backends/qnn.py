@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from export.backends import onnx, qdq
 from export.targets import LoweredGraph, Soc
 from runtime.engines import qnn
-from runtime.engines.onnxruntime import CPU
+from runtime.engines.onnxruntime import assigned, recording_options
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def compile_for(soc: Soc, source: Path, target: Path) -> DelegateCoverage:
     from runtime.bundle import DelegateCoverage
 
     settings = {"soc_model": str(soc.soc_model), "htp_arch": str(soc.htp_arch)}
-    options = _options()
+    options = recording_options(severity=4)
     options.add_session_config_entry("ep.context_enable", "1")
     options.add_session_config_entry("ep.context_embed_mode", "0")
     options.add_session_config_entry("ep.context_file_path", str(target))
@@ -70,21 +69,11 @@ def _left_to_the_cpu(source: Path, settings: Mapping[str, str]) -> str:
     """Which operators the NPU's compiler refuses, and how often; nothing where that is not what went wrong."""
     import onnxruntime
 
-    options = _options()
+    options = recording_options(severity=4)
     try:
         qnn.add_to(options, settings)
         session = onnxruntime.InferenceSession(str(source), options)
     except Exception:  # noqa: BLE001 - whatever it was, the caller's own error says it
         return ""
-    parts = session.get_provider_graph_assignment_info()
-    refused = Counter(node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes())
+    _, refused = assigned(session)
     return ", ".join(f"{count} {op}" for op, count in refused.most_common())
-
-
-def _options() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return options

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from export.backends import onnx
 from export.targets import LoweredGraph
 from runtime.engines import webgpu
-from runtime.engines.onnxruntime import assigned
-from runtime.errors import ExportError
+from runtime.engines.onnxruntime import assigned, recording_options
+from runtime.errors import EngineError, ExportError
 
 if TYPE_CHECKING:
     from export.graphs.graph import Graph
@@ -33,16 +33,10 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 
 def coverage_of(file: Path) -> DelegateCoverage:
     """Who runs the nodes of the file, as optimised; what the CPU is left with, by operator."""
-    import onnxruntime
-
     from runtime.bundle import DelegateCoverage, OutsideOp
-    from runtime.errors import EngineError
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = webgpu.open_on_gpu(file, options, whole=False)
+        session = webgpu.open_on_gpu(file, recording_options(severity=4), whole=False)
     except EngineError:
         raise
     # The bindings raise a family of classes derived from Exception alone, one per status code.

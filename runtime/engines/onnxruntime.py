@@ -42,11 +42,9 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
         raise EngineMissingError(
             f"the ONNX Runtime engine is not installed ({err}); pip install 'pruneport[onnx]'"
         ) from err
-    options = onnxruntime.SessionOptions()
+    options = recording_options(severity=3)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     engine = f"onnxruntime {onnxruntime.__version__}"
     try:
         promised = {coverage.delegate for coverage in graph.coverage}
@@ -110,6 +108,16 @@ class LoadedSession:
 
     def close(self) -> None:
         self._session = None
+
+
+def recording_options(*, severity: int) -> Any:
+    """SessionOptions of sessions that record who runs which node, and log what is at least as severe (0 to 4)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = severity
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
 
 
 def assigned(session: Any) -> tuple[Counter[str], Counter[str]]:

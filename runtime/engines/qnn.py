@@ -10,27 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import EngineError, EngineMissingError
+from runtime.engines import plugin
+from runtime.errors import EngineError
 
 QNN = "QNNExecutionProvider"
 
 
 def register() -> None:
-    """Makes the delegate known to ONNX Runtime, which can be done once a process. Raises EngineMissingError."""
-    try:
-        import onnxruntime
-        import onnxruntime_qnn
-    except ImportError as err:
-        raise EngineMissingError(
-            f"ONNX Runtime's delegate for the Snapdragon NPU is not installed ({err}); pip install 'pruneport[qnn]'"
-        ) from err
-    if _devices():
-        return
-    try:
-        onnxruntime.register_execution_provider_library(QNN, onnxruntime_qnn.get_library_path())
-    # The bindings raise a family of classes derived from Exception alone, one per status code.
-    except Exception as err:
-        raise EngineError(f"ONNX Runtime cannot load the QNN delegate: {err}; reinstall 'pruneport[qnn]'") from err
+    """Makes the delegate known to ONNX Runtime. Raises EngineMissingError, EngineError."""
+    plugin.register(QNN, "onnxruntime_qnn", hardware="the Snapdragon NPU", called="the QNN delegate", extra="qnn")
 
 
 def add_to(options: Any, settings: Mapping[str, str] | None = None) -> None:
@@ -39,17 +27,11 @@ def add_to(options: Any, settings: Mapping[str, str] | None = None) -> None:
     A graph that is compiled now needs `settings` that say for which chip; one that was compiled before knows it.
     """
     register()
-    devices = _devices()
+    devices = plugin.devices(QNN)
     if not devices:
         raise EngineError("the QNN delegate offers no device on this machine; check the graph on another one")
     # A list of provider names would be ignored for a delegate that is not built in.
     options.add_provider_for_devices(devices[:1], {"backend_path": htp_library(), **(settings or {})})
-
-
-def _devices() -> list[Any]:
-    import onnxruntime
-
-    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == QNN]
 
 
 def htp_library() -> str:

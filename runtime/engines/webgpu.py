@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import EngineError, EngineMissingError
+from runtime.engines import plugin
+from runtime.errors import EngineMissingError
 
 WEBGPU = "WebGpuExecutionProvider"
 _SOFTWARE_DRIVERS = ("swiftshader", "lvp", "lavapipe")
@@ -17,32 +18,10 @@ _REMEDY = (
 
 
 def register() -> None:
-    """Makes the delegate known to ONNX Runtime, which can be done once a process. Raises EngineMissingError."""
-    try:
-        import onnxruntime
-        import onnxruntime_ep_webgpu
-    except ImportError as err:
-        raise EngineMissingError(
-            f"ONNX Runtime's delegate for WebGPU is not installed ({err}); pip install 'pruneport[webgpu]'"
-        ) from err
-    if _devices():
-        return
+    """Makes the delegate known to ONNX Runtime. Raises EngineMissingError, EngineError."""
     # Without a GPU the delegate would offer no device at all; which adapter it then takes is Vulkan's to say.
     os.environ.setdefault("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
-    try:
-        onnxruntime.set_default_logger_severity(3)  # it warns about the setting above
-        onnxruntime.register_execution_provider_library(WEBGPU, onnxruntime_ep_webgpu.get_library_path())
-    # The bindings raise a family of classes derived from Exception alone, one per status code.
-    except Exception as err:
-        raise EngineError(f"ONNX Runtime cannot load WebGPU: {err}; reinstall 'pruneport[webgpu]'") from err
-    finally:
-        onnxruntime.set_default_logger_severity(2)
-
-
-def _devices() -> list[Any]:
-    import onnxruntime
-
-    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == WEBGPU]
+    plugin.register(WEBGPU, "onnxruntime_ep_webgpu", hardware="WebGPU", called="WebGPU", extra="webgpu")
 
 
 def open_on_gpu(file: Path, options: Any, *, whole: bool) -> Any:
@@ -54,7 +33,7 @@ def open_on_gpu(file: Path, options: Any, *, whole: bool) -> Any:
     import onnxruntime
 
     register()
-    devices = _devices()
+    devices = plugin.devices(WEBGPU)
     if not devices:
         raise EngineMissingError(f"WebGPU offers no device on this machine; {_REMEDY}")
     if whole:
@@ -80,4 +59,4 @@ def emulated() -> bool:
     """Whether no GPU but software runs the graphs here, so that times mean nothing."""
     drivers = os.environ.get("VK_DRIVER_FILES") or os.environ.get("VK_ICD_FILENAMES") or ""
     named = any(driver in drivers.lower() for driver in _SOFTWARE_DRIVERS)
-    return named or all(device.device.type.name != "GPU" for device in _devices())
+    return named or all(device.device.type.name != "GPU" for device in plugin.devices(WEBGPU))
