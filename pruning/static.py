@@ -29,6 +29,7 @@ LARGEST_DISTANCE = 2.0**67  # squared, between two keys: times HUGE it must stay
 PARTS = 32  # thresholds that a round of the channel search tries at once
 OUT_OF_REACH = 4.0 * WIDEST  # a place that no order has
 GROUP = 16  # neighbouring channels that are sorted into slots together
+PART = 32  # channels whose products are added up at once
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ class TokenPruner(nn.Module):
         """Cosine similarity on the channels of largest variance: (B, N, D) -> (B, N, N)."""
         if hidden.shape[2] > self.spec.channels:
             hidden = self._compact(hidden, self._channel_places(hidden))
-        norm = torch.bmm(hidden * hidden, self._add_up(hidden, hidden.shape[2])).sqrt()
+        norm = _product(hidden * hidden, self._add_up(hidden, hidden.shape[2])).sqrt()
         unit = hidden / norm.clamp(min=1e-12)
-        return torch.bmm(unit, unit.transpose(1, 2))
+        return _product(unit, unit.transpose(1, 2))
 
     def _channel_places(self, hidden: Tensor) -> Tensor:
         """Places of the `channels` channels of largest variance among them, the others out of reach: (B, 1, D)."""
@@ -379,6 +380,21 @@ def _above(high: Tensor, low: Tensor) -> Tensor:
 def _equal(place: Tensor, other: Tensor) -> Tensor:
     """1 where two whole numbers are equal, else 0."""
     return (1.0 - (place - other).abs()).clamp(0.0, 1.0)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product whose sums are rounded a third as much: (B, M, K), (B, K, N) -> (B, M, N).
+
+    Engines add one term after another, and each addition rounds as coarsely as the sum so far is large. Similarities
+    decide by their last bits which token stands for another, so sums over few terms are added pairwise instead.
+    """
+    if left.shape[2] <= PART:
+        return torch.bmm(left, right)
+    sums = [torch.bmm(left[:, :, at : at + PART], right[:, at : at + PART]) for at in range(0, left.shape[2], PART)]
+    while len(sums) > 1:
+        pairs = [one + other for one, other in zip(sums[::2], sums[1::2], strict=False)]
+        sums = pairs + sums[2 * len(pairs) :]
+    return sums[0]
 
 
 def _outer_difference(values: Tensor) -> Tensor:
