@@ -29,7 +29,7 @@ LARGEST_DISTANCE = 2.0**67  # squared, between two keys: times HUGE it must stay
 PARTS = 32  # thresholds that a round of the channel search tries at once
 OUT_OF_REACH = 4.0 * WIDEST  # a place that no order has
 GROUP = 16  # neighbouring channels that are sorted into slots together
-PART = 32  # channels whose products are added up at once
+PART = 64  # channels whose products are added up at once
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ def _equal(place: Tensor, other: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product whose sums are rounded a third as much: (B, M, K), (B, K, N) -> (B, M, N).
+    """Matrix product whose sums are rounded half as much: (B, M, K), (B, K, N) -> (B, M, N).
 
     Engines add one term after another, and each addition rounds as coarsely as the sum so far is large. Similarities
     decide by their last bits which token stands for another, so sums over few terms are added pairwise instead.
