@@ -381,7 +381,7 @@ class _Making:
         photos = default_photos(RANGE_PHOTOS) | {plan.photo_path.name: plan.photo}
         image = image_info(checkpoint, plan.entry)
         pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
-        ranges = measure(precise, pixels, norms_scale=plan.traced_precision == "fp16")
+        ranges = measure(precise, pixels)
         if ranges.beyond and plan.traced_precision != "fp16":
             others = [other.name for other in plan.target.backends if other.traced_precision is None]
             raise ExportError(

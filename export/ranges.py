@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from export.graphs.norms import LayerNorm, RmsNorm
+from export.graphs.norms import Norm
 from export.graphs.vision import VisionEncoder
 from runtime.bundle import FLOAT16_LARGEST
 from runtime.errors import ExportError
@@ -67,9 +67,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     they square, views, and sums with a mask.
     """
 
-    def __init__(self, encoder: VisionEncoder, *, norms_scale: bool) -> None:
+    def __init__(self, encoder: VisionEncoder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._closed: tuple[type[nn.Module], ...] = (LayerNorm, RmsNorm) if norms_scale else ()
         self.largest: dict[str, float] = {}
         self.norm_inputs: dict[str, float] = {}
         self._running: list[tuple[str, nn.Module]] = []
@@ -84,7 +83,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if isinstance(module, self._closed):
+            if isinstance(module, Norm):
                 mean = float(args[0].abs().mean(-1).max())
                 self.norm_inputs[name] = max(mean, self.norm_inputs.get(name, 0.0))
             self._running.append((name, module))
@@ -93,7 +92,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         name, _ = self._running.pop()
-        if isinstance(module, self._closed):
+        if isinstance(module, Norm):
             self._note(name, out)
 
     def _note(self, name: str, out: Any) -> None:
@@ -106,7 +105,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._running and not func.is_view and not isinstance(self._running[-1][1], self._closed):
+        if self._running and not func.is_view and not isinstance(self._running[-1][1], Norm):
             masked = any(isinstance(arg, Tensor) and arg.data_ptr() == self._mask for arg in args)
             if not masked:
                 for one in out if isinstance(out, tuple | list) else (out,):
@@ -115,13 +114,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 
 @torch.no_grad()
-def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor], *, norms_scale: bool = True) -> Ranges:
+def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor]) -> Ranges:
     """Runs the float32 `encoder` on each of `pixel_values` (1, 3, H, W) and finds what float16 could not hold.
 
-    `norms_scale` says whether the graph in question has the norms in their float16 form, which scales before it
-    squares. Raises ExportError for numbers that float32 does not hold either.
+    Raises ExportError for numbers that float32 does not hold either.
     """
-    recorder = _Recorder(encoder, norms_scale=norms_scale)
+    recorder = _Recorder(encoder)
     try:
         with recorder:
             for pixels in pixel_values:

@@ -21,12 +21,13 @@ from export.backends.qnn import compile_for, lower
 from export.calibration import default_photos
 from export.checkpoints import RandomCheckpoint
 from export.graphs.graph import Graph
+from export.graphs.norms import RmsNorm
 from export.graphs.vision import build_vision_encoder
 from export.models.llava import image_info
 from export.request import Request, plan
 from export.targets import socs
 from pruning import ComparingPruner, PruneSpec, SpecError, reference
-from runtime.bundle import BundleWriter, DelegateCoverage, read_bundle
+from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
 from runtime.engines import LoadedGraph, qnn
 from runtime.errors import EngineError, ExportError, ImageError, NotYetError, RequestError
 from runtime.harness import Step, Verdict, check_bundle, verify
@@ -225,6 +226,42 @@ def test_every_chip_of_the_table_is_compiled_for(tmp_path: Path, soc: Any) -> No
     fill(folder, "x", Sample(), noise_photo())
     coverage = compile_for(soc, folder / f"{VISION}.onnx", tmp_path / f"{VISION}.onnx")
     assert (coverage.delegate, coverage.partitions) == (qnn.QNN, 1)
+
+
+class Normed(Graph):
+    """x (1, 3, D) -> its norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.norm = RmsNorm(width, 1e-5)
+        self.norm.weight = torch.nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="x", shape=(1, 3, self.width), dtype="float32"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="y", shape=(1, 3, self.width), dtype="float32"),)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.norm(x),)
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+def test_norms_take_what_float16_cannot_square(tmp_path: Path, width: int) -> None:
+    """Outliers of several thousand, as trained decoders have them, and rows so small that epsilon counts."""
+    x = np.random.default_rng(0).standard_normal((1, 3, width)).astype(np.float32)
+    x[0, 0, 5], x[0, 1] = 6000.0, x[0, 1] * 900.0
+    x[0, 2] *= 3e-3
+    graph = Normed(width).eval()
+    expected = (x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)).astype(np.float32)
+    written = lower(SOC, {"g": graph}, tmp_path)["g"]
+    loaded = opened(graph, "g", written, "onnxruntime", tmp_path)
+    (got,) = loaded.run([x])
+    loaded.close()
+    for row in range(3):
+        off = np.linalg.norm(got[0, row] - expected[0, row]) / np.linalg.norm(expected[0, row])
+        assert off <= 5e-3, row
 
 
 def test_what_the_compiler_refuses_is_named(tmp_path: Path) -> None:

@@ -119,15 +119,6 @@ def test_weights_that_float32_does_not_hold_either(tmp_path: Path) -> None:
         measure(_encoder(checkpoint, "fp32", pruned=False), _pixels(checkpoint, 1))
 
 
-def test_squares_count_in_norms_that_do_not_scale(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(tmp_path / "weights", first=2.0**10)
-    precise, pixels = _encoder(checkpoint, "fp32", pruned=False), _pixels(checkpoint, 1)
-    assert measure(precise, pixels).beyond == ()
-    beyond = measure(precise, pixels, norms_scale=False).beyond
-    assert beyond
-    assert all("norm" in name for name in beyond)
-
-
 @pytest.mark.slow
 def test_island_in_xnnpack(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)

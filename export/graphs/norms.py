@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 
-class _Norm(nn.Module):
+class Norm(nn.Module):
     """What both norms share: the learnt scale, and means over the last dimension in either precision."""
+
+    # For a graph that is traced in float32 and rounded by its engine, which sums in float32 but squares in float16.
+    squares_in_half = False
 
     average: Tensor
     inner: Tensor
@@ -52,7 +55,7 @@ class _Norm(nn.Module):
 
     def over_root_mean_square(self, x: Tensor) -> Tensor:
         """x over sqrt(mean(x^2) + epsilon): (1, T, D) -> (1, T, D)"""
-        if x.dtype != torch.float16:
+        if x.dtype != torch.float16 and not self.squares_in_half:
             return x * torch.rsqrt(self.mean(x * x) + self.epsilon)
         # Squares of float16 overflow from 256 and vanish below 2^-12, so x is first brought near 1 by its mean
         # magnitude. An outlier can then reach D at most; 1 / 32 keeps its square in range too (D up to 8192).
@@ -62,7 +65,7 @@ class _Norm(nn.Module):
         return small * torch.rsqrt(self.mean(small * small) + least * least)
 
 
-class RmsNorm(_Norm):
+class RmsNorm(Norm):
     """LLaMA's norm: x / sqrt(mean(x^2) + epsilon) * weight, (1, T, D) -> (1, T, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ class RmsNorm(_Norm):
         return self.over_root_mean_square(x) * self.weight
 
 
-class LayerNorm(_Norm):
+class LayerNorm(Norm):
     """CLIP's norm: centred, scaled to unit variance, times weight plus bias, (1, T, D) -> (1, T, D)."""
 
     def __init__(self, width: int, epsilon: float) -> None:
