@@ -45,6 +45,7 @@ DELEGATES = {
     "webgpu-fp32": "--target android --backend webgpu",
     "qnn-fp16": SNAPDRAGON,
     "coreml-fp16": "--target ios --precision fp16",
+    "executorch-coreml-fp16": "--target ios --backend executorch --precision fp16",
 }
 EACH = 5  # sample photos, and as many rendered scenes
 

@@ -75,7 +75,9 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument("--keep", required=True, metavar="N|all", help="image tokens to keep; `all` does not prune")
     what.add_argument("--target", default="android", metavar="T", help="android (default) or ios")
     what.add_argument(
-        "--backend", metavar="B", help="android: xnnpack (default), vulkan, onnx, webgpu, nnapi, qnn; ios: coreml"
+        "--backend",
+        metavar="B",
+        help="android: xnnpack (default), vulkan, onnx, webgpu, nnapi, qnn; ios: coreml, executorch",
     )
     what.add_argument("--soc", metavar="CHIP", help="the one chip to compile for, e.g. snapdragon-8-gen-3 (qnn)")
     what.add_argument("--min-ios", metavar="V", help="ios: the oldest version that runs it, 18 (default) or 17")

@@ -300,7 +300,8 @@ def describe(plan: Plan) -> str:
         if plan.backend.states:
             text += ", KV cache as states" if plan.states else ", KV cache as inputs and outputs (states are fp16)"
         elif plan.backend.min_ios:
-            text += ", KV cache as inputs and outputs (states need iOS 18), weights stored for each graph"
+            older = " (states need iOS 18)" if plan.backend.min_ios < 18 else ""
+            text += f", KV cache as inputs and outputs{older}, weights stored for each graph"
         if plan.ready_made:
             text = f"as {plan.ready_made.runtime} expects it; room for {plan.text_tokens} tokens"
     if plan.weights == "random":

@@ -168,6 +168,12 @@ def _onnx() -> Lower:
     return lower
 
 
+def _core_ml_delegate() -> Lower:
+    from export.backends.executorch import lower_to_core_ml
+
+    return lower_to_core_ml
+
+
 def _coreml(min_ios: int) -> Lower:
     from export.backends.coreml import lower
 
@@ -272,6 +278,19 @@ COREML = Backend(
     ),
 )
 
+COREML_DELEGATE = Backend(
+    name="executorch",
+    engine="executorch",
+    precisions=("fp16", "fp32"),
+    quant_vision=(),
+    quant_text=(),
+    pruner_form="default",
+    packages=("torch", "transformers", "executorch", "coremltools"),
+    load=_core_ml_delegate,
+    min_ios=18,
+    text_copies=3,
+)
+
 QNN = Backend(
     name="qnn",
     engine="onnxruntime",
@@ -316,5 +335,5 @@ NNAPI = Backend(
 
 TARGETS: dict[str, Target] = {
     "android": Target(name="android", backends=(XNNPACK, VULKAN, ONNX, WEBGPU, NNAPI, QNN)),
-    "ios": Target(name="ios", backends=(COREML,)),
+    "ios": Target(name="ios", backends=(COREML, COREML_DELEGATE)),
 }

@@ -104,7 +104,7 @@ def ask(
         raise BundleError(
             f"{path} has no text graphs and cannot be asked; export it with --prune-at decoder and without --only"
         )
-    if any(graph.engine == "coreml" for graph in bundle.manifest.graphs):
+    if bundle.manifest.target.name == "ios":
         raise RequestError(
             f"{path} is made for Core ML, which answers on a Mac or an iPhone and not here; what can be done here is "
             "`pruneport verify`"

@@ -496,7 +496,7 @@ class _Check:
             return
         promised = sum(coverage.partitions for coverage in graph.coverage)
         calls, outside = sum(placement.delegates.values()), sum(placement.outside.values())
-        if not placement.executed:
+        if not placement.executed and not placement.delegates:
             self._passed(name, f"{plural(outside, 'operator')} in one program ({placement.source})")
         elif graph.engine == "onnxruntime" and all(coverage.delegate == CPU for coverage in graph.coverage):
             # No delegate was promised; what can be said is who ran the nodes.

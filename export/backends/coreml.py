@@ -44,7 +44,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path, *, min_ios: int = 18) -> d
     layers are compressed as each graph says, which are none of the pruner's constants. Raises ExportError when a shape
     is symbolic, an operator cannot be converted or a weight cannot be compressed.
     """
-    with _converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
+    with converter() as ct, tempfile.TemporaryDirectory(dir=out_dir, prefix=".parts-") as parts:
         together = TOGETHER if min_ios >= 18 and set(TOGETHER) <= graphs.keys() else ()
         packages = {}
         for name, graph in graphs.items():
@@ -246,7 +246,7 @@ def _writes_stay() -> Iterator[None]:
 
 
 @contextmanager
-def _converter() -> Iterator[Any]:
+def converter() -> Iterator[Any]:
     """coremltools, which warns about versions of its neighbours and sets up logging for the whole process."""
     level = logging.root.level
     with warnings.catch_warnings(), ExitStack() as quiet:

@@ -1,4 +1,4 @@
-"""Graphs for ExecuTorch, lowered to one of its delegates: XNNPACK for the CPU, Vulkan for the GPU."""
+"""Graphs for ExecuTorch, lowered to one of its delegates: XNNPACK for the CPU, Vulkan for the GPU, Core ML."""
 
 from __future__ import annotations
 
@@ -75,6 +75,23 @@ def _vulkan_key(node: torch.fx.Node) -> str:
     return str(node_io_str(node))
 
 
+def _core_ml() -> tuple[Any, list[Any]]:
+    import coremltools as ct
+    from executorch.backends.apple.coreml.compiler import CoreMLBackend
+    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+    # What float32 means here is that no dtype is changed: fp16 graphs come in float16, but for the pruner.
+    specs = CoreMLBackend.generate_compile_specs(
+        compute_precision=ct.precision.FLOAT32, minimum_deployment_target=ct.target.iOS18
+    )
+    return CoreMLPartitioner(compile_specs=specs), []
+
+
+def _core_ml_said(record: logging.LogRecord) -> tuple[str, str] | None:
+    _, skipping, operator = record.getMessage().partition("not supported by CoreML: ")
+    return (operator, "coremltools cannot convert it") if skipping else None
+
+
 XNNPACK = Delegate(
     name="XnnpackBackend",
     load=_xnnpack,
@@ -86,8 +103,54 @@ XNNPACK = Delegate(
 # Its partitioner speaks through the root logger.
 VULKAN = Delegate(name="VulkanBackend", load=_vulkan, logger="", said=_vulkan_said, key=_vulkan_key, converts=True)
 
+CORE_ML = Delegate(
+    name="CoreMLBackend",
+    load=_core_ml,
+    logger="executorch.backends.apple.coreml.partition.coreml_partitioner",
+    said=_core_ml_said,
+    key=lambda node: str(getattr(node.target, "__name__", "")).lower(),
+    converts=True,
+)
 
-def lower(graphs: Mapping[str, Graph], out_dir: Path, delegate: Delegate = XNNPACK) -> dict[str, LoweredGraph]:
+
+def lower_to_core_ml(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    """`lower` for Core ML's delegate, with coremltools kept quiet; each graph's package holds its own weights."""
+    from export.backends.coreml import converter
+
+    with converter():
+        return lower(graphs, out_dir, CORE_ML, trace=lambda graph: _multiplied(trace(graph)))
+
+
+def _multiplied(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """With products in the place of float16's divisions, which coremltools makes float32, and all that follows.
+
+    A cast back, as packages of our own have it, would not survive ExecuTorch, which takes it for one that does nothing;
+    what coremltools makes of a reciprocal adds 1e-4 first, and a power is float32 again. Only the norms divide in
+    float16, by what is above zero: its reciprocal is the square of its inverse root, whose rounding cancels there.
+    """
+    import torch
+
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor):
+        if node.meta["val"].dtype == torch.float16:
+            one, other = node.args
+            with program.graph.inserting_before(node):
+                root = program.graph.call_function(torch.ops.aten.rsqrt.default, (other,))
+                inverse = program.graph.call_function(torch.ops.aten.mul.Tensor, (root, root))
+                product = program.graph.call_function(torch.ops.aten.mul.Tensor, (one, inverse))
+            root.meta, inverse.meta, product.meta = dict(other.meta), dict(other.meta), dict(node.meta)
+            node.replace_all_uses_with(product)
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
+
+
+def lower(
+    graphs: Mapping[str, Graph],
+    out_dir: Path,
+    delegate: Delegate = XNNPACK,
+    *,
+    trace: Callable[[Graph], torch.export.ExportedProgram] = trace,
+) -> dict[str, LoweredGraph]:
     """Writes one program with a method for each graph, everything that the delegate takes lowered to it.
 
     Weights that several graphs hold are stored once. Raises ExportError when a shape is symbolic or an

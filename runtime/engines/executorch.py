@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
-from runtime.engines.loaded import Placement
+from runtime.engines import core_ml_delegate
+from runtime.engines.loaded import LoadedGraph, Placement
 from runtime.engines.program import Method, read_program
 from runtime.errors import EngineError, EngineMissingError
 
@@ -28,11 +29,14 @@ _KERNEL_LIBRARY_BY_NAMESPACE = {
     "llama": "executorch.extension.llm.custom_ops.custom_ops",
 }
 # Delegates that are missing from builds, such as the wheel, made without an option.
-_BUILD_OPTIONS = {"VulkanBackend": "EXECUTORCH_BUILD_VULKAN"}
+_BUILD_OPTIONS = {"VulkanBackend": "EXECUTORCH_BUILD_VULKAN", core_ml_delegate.NAME: "EXECUTORCH_BUILD_COREML"}
 
 
-def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedProgram:
-    """Loads a program's method and holds its inputs and outputs against the manifest. Raises EngineError."""
+def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: int) -> LoadedGraph:
+    """Loads a program's method and holds its inputs and outputs against the manifest. Raises EngineError.
+
+    Where ExecuTorch cannot run Core ML and a method is one call to it, the package in that call is evaluated.
+    """
     method = _pick_method(graph, read_program(file), file)
     if len(extra_files) > 1:
         raise EngineError(f"{graph.name} lists {len(extra_files)} extra files; the ExecuTorch loader takes one .ptd")
@@ -42,6 +46,8 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
             f"{file} keeps {method.external_tensors} tensors in a .ptd file that its manifest lacks; export again"
         )
     bindings = _bindings()
+    if core_ml_delegate.NAME not in _registered(bindings) and core_ml_delegate.is_all_of(method):
+        return core_ml_delegate.load(graph, file, method, _placement(method))
     _check_delegates(method, bindings)
     _register_kernels(method)
     with _native_log() as log:
@@ -115,9 +121,13 @@ def _placement(method: Method) -> Placement:
     )
 
 
+def _registered(bindings: Any) -> set[str]:
+    return set(bindings._get_registered_backend_names())
+
+
 def _check_delegates(method: Method, bindings: Any) -> None:
     """Raises EngineMissingError where the program calls a delegate that this build of ExecuTorch lacks."""
-    for name in sorted(method.delegates.keys() - set(bindings._get_registered_backend_names())):
+    for name in sorted(method.delegates.keys() - _registered(bindings)):
         option = f" with {_BUILD_OPTIONS[name]}" if name in _BUILD_OPTIONS else " that has it"
         raise EngineMissingError(
             f"the ExecuTorch engine installed here has no {name}; "
