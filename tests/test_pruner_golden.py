@@ -166,7 +166,7 @@ def test_half_precision_features(case: Case) -> None:
 
 def _engine_run(program: Program, engine: Engine) -> object:
     """Lowering takes time in proportion to the steps; many small batches need hundreds, and those are run by hand."""
-    long = engine == "executorch" and TokenPruner(program.spec).steps > 100
+    long = engine != "onnxruntime" and TokenPruner(program.spec).steps > 100
     return pytest.param(program, engine, id=f"{engine}-{program}", marks=[pytest.mark.full] if long else [])
 
 
@@ -174,10 +174,10 @@ def _engine_run(program: Program, engine: Engine) -> object:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("program", "engine"),
-    [_engine_run(program, engine) for program in PROGRAMS for engine in ("executorch", "onnxruntime")],
+    [_engine_run(program, engine) for program in PROGRAMS for engine in ("executorch", "onnxruntime", "coreml")],
 )
 def test_engine(program: Program, engine: Engine, tmp_path: Path) -> None:
-    """Lowered once, then every case that fits the graph; one partition with nothing outside."""
+    """Lowered once, then every case that fits the graph; one partition with nothing outside. Core ML is evaluated."""
     graph = PrunerGraph(_eager(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
     coverage, loaded = lowered(graph, engine, tmp_path)
     assert coverage.partitions == 1
