@@ -95,11 +95,11 @@ def test_small_pruner_runs_whole_and_keeps_the_right_tokens(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.golden
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_golden_choices(tmp_path: Path) -> None:
-    cases = [case for case in CASES if case.name in ("smooth-0-keep64", "blobs-0-keep64")]
-    assert len(cases) == 2
-    (program,) = {_program(case) for case in cases}
+    program = next(_program(case) for case in CASES if case.name == "smooth-0-keep64")
+    cases = [case for case in CASES if _program(case) == program]
+    assert len(cases) >= 4
     graph = PrunerGraph(TokenPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
     loaded = _opened(graph, tmp_path)
     for case in cases:
