@@ -1,0 +1,59 @@
+"""How many of the authors' choices the pruner makes on the emulated Snapdragon NPU, behind quantised layers or not.
+
+    PRUNEPORT_GOLDEN=FOLDER python benchmarks/selections.py [--scheme fp16|a16w8] [--keep 64]
+
+Compiles the pruner alone for one chip and runs every golden selection case of that keep (default: those in
+tests/golden). With a16w8 its inputs come through 8-bit products in 16-bit activations, calibrated on the same features,
+that hand them on unchanged but for the rounding. Writes its rows into benchmarks/results/qnn-emulated.json; those of
+other cases stay as they are. No figure in it is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    """Compiles, runs, and writes the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheme", choices=["fp16", "a16w8"], default="fp16")
+    parser.add_argument("--keep", type=int, default=64)
+    options = parser.parse_args()
+
+    from pruning import ComparingPruner
+    from tests.pruner_graph import PrunerGraph
+    from tests.test_pruner_golden import CASES, _features, _program, _tensor
+    from tests.test_qnn import QuantisedFeatures, _opened, _quantised
+
+    program = next(_program(case) for case in CASES if case.spec.keep == options.keep)
+    cases = [case for case in CASES if _program(case) == program]
+    features = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
+    kind = PrunerGraph if options.scheme == "fp16" else QuantisedFeatures
+    graph = kind(ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
+    target = ROOT / "benchmarks/results/qnn-emulated.json"
+    result = json.loads(target.read_text())
+    rows = {(row["scheme"], row["case"]): row for row in result["selections"]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        loaded = _opened(graph, folder) if options.scheme == "fp16" else _quantised(graph, folder, features)
+        for case, inputs in zip(cases, features, strict=True):
+            kept = np.rint(loaded.run(list(inputs))[1][0]).astype(int)
+            overlap = round(float(np.isin(_tensor(f"{case.name}.indices").numpy(), kept).mean()), 4)
+            rows[options.scheme, case.name] = {"case": case.name, "scheme": options.scheme, "overlap": overlap}
+            print(options.scheme, case.name, overlap, flush=True)
+        loaded.close()
+    result["selections"] = list(rows.values())
+    target.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
