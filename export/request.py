@@ -255,6 +255,7 @@ def plan(request: Request) -> Plan:
         text=whole,
         quant_text=quant_text,
         text_copies=backend.text_copies,
+        ram_factor=backend.ram_factor,
         bundles=2 if twin else 1,
         folder=folder,
     )
@@ -505,6 +506,7 @@ def _needs(
     text: bool,
     quant_text: str | None,
     text_copies: int,
+    ram_factor: float,
     bundles: int,
     folder: Path,
 ) -> Needs:
@@ -518,7 +520,7 @@ def _needs(
         text_bytes = text_copies * (weights if quant_text else weights * size)
         text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(
-        ram_bytes=BASE_RAM_BYTES + int(RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes),
+        ram_bytes=BASE_RAM_BYTES + int(ram_factor * (RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes)),
         ram_available_bytes=psutil.virtual_memory().available,
         disk_bytes=bundles * (graph_bytes + text_bytes + BUNDLE_EXTRA_BYTES),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
