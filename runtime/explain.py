@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import Bundle, Count, GraphInfo, Name, OutsideOp, PositiveCount, read_bundle
+from runtime.engines import core_ml_delegate
 from runtime.engines.coreml import Operator, check_listed, read_package
 from runtime.errors import EngineMissingError
 
@@ -231,14 +232,22 @@ def explain(path: Path) -> Explanation:
 
 def lints(bundle: Bundle) -> tuple[Lint, ...]:
     """The lint of each graph that lies in a Core ML package. Raises EngineError for a damaged one."""
-    return tuple(_lint(bundle, graph) for graph in bundle.manifest.graphs if graph.engine == "coreml")
+    return tuple(_lint(bundle, graph) for graph in bundle.manifest.graphs if graph.engine == "coreml" or _calls(graph))
+
+
+def _calls(graph: GraphInfo) -> bool:
+    """Whether a graph is one call to Core ML out of an ExecuTorch program."""
+    return [(one.delegate, one.outside) for one in graph.coverage] == [(core_ml_delegate.NAME, ())]
 
 
 def _lint(bundle: Bundle, graph: GraphInfo) -> Lint:
     package = bundle.path / graph.file
-    check_listed(package, tuple(bundle.file(file) for file in graph.extra_files))
     try:
-        declared = read_package(package).function(graph.name).declared()
+        if _calls(graph):
+            declared = core_ml_delegate.declared(package, graph.name)
+        else:
+            check_listed(package, tuple(bundle.file(file) for file in graph.extra_files))
+            declared = read_package(package).function(graph.name).declared()
     except EngineMissingError as err:
         return Lint(graph=graph.name, not_looked_at=str(err))
     return lint(graph.name, declared)

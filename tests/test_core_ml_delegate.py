@@ -20,6 +20,7 @@ from export.request import Request, plan
 from runtime.bundle import MANIFEST, TensorInfo, read_bundle
 from runtime.engines import core_ml_delegate
 from runtime.errors import EngineError, EngineMissingError, NotYetError, RequestError
+from runtime.explain import explain
 from runtime.harness import verify
 from tests.conftest import CommandLine
 from tests.pruner_graph import opened
@@ -160,6 +161,10 @@ def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path)
     asked = command_line("ask", bundle.path, "photo.jpg", "What is this?", env=env)
     assert asked.returncode == 2
     assert "answers on a Mac or an iPhone and not here" in asked.stderr
+    found = explain(bundle.path).lints
+    assert [lint.graph for lint in found] == [graph.name for graph in bundle.manifest.graphs]
+    leaves = {finding.rule.id for lint in found for finding in lint.findings if finding.rule.effect == "leaves"}
+    assert leaves == {"float32", "gather", "whole-numbers"}
     changed = copytree(bundle.path, tmp_path / "changed")
     manifest = json.loads((changed / MANIFEST).read_text())
     manifest["graphs"][0]["coverage"][0]["partitions"] = 2

@@ -10,6 +10,9 @@ import dataclasses
 import json
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
-from runtime.engines.coreml import LoadedPackage, read_package
+from runtime.engines.coreml import Function, LoadedPackage, Operator, read_package
 from runtime.engines.loaded import Placement
 from runtime.engines.program import Method
 from runtime.errors import EngineError, EngineMissingError
@@ -35,36 +38,56 @@ def is_all_of(method: Method) -> bool:
 
 def load(graph: GraphInfo, file: Path, method: Method, placement: Placement) -> LoadedCall:
     """The package of a method's only call, held against the manifest. Raises EngineError, EngineMissingError."""
-    program, unpack = _read(file)
-    folder = tempfile.TemporaryDirectory(prefix="pruneport-")
-    try:
-        (plan,) = (plan for plan in program.execution_plan if plan.name == method.name)
-        ((call,),) = (chain.instructions for chain in plan.chains)
-        content = program.backend_delegate_data[plan.delegates[0].processed.index].data
-        if not unpack(bytes(content), folder.name):
-            raise EngineError(f"{file}: the package for Core ML in {method.name} cannot be unpacked; export again")
-        named = json.loads((Path(folder.name) / _MODEL / "metadata.json").read_text())
-        function = read_package(Path(folder.name) / _MODEL / "model.mlpackage").function(method.name)
-        inputs = _ordered(named["inputNames"], function.inputs)
-        outputs = _ordered(named["outputNames"], function.outputs)
-        values = list(call.instr_args.args)
-        taken, given = values[: len(inputs)], values[len(inputs) :]
-        reads = [list(plan.inputs).index(value) for value in taken]
-        writes = [given.index(value) for value in plan.outputs]
+    with _call(file, method.name) as call:
+        inputs = _ordered(call.named["inputNames"], call.function.inputs)
+        outputs = _ordered(call.named["outputNames"], call.function.outputs)
+        taken, given = call.values[: len(inputs)], call.values[len(inputs) :]
+        reads = [call.program_inputs.index(value) for value in taken]
+        writes = [given.index(value) for value in call.program_outputs]
         _check(graph, file, "inputs", [graph.inputs[at] for at in reads], inputs)
         _check(graph, file, "outputs", list(graph.outputs), [outputs[at] for at in writes])
-        package = LoadedPackage(
-            function, msgspec.structs.replace(graph, inputs=inputs, outputs=outputs, states=()), file
-        )
-        return LoadedCall(graph, package, reads, writes, placement, folder)
-    except EngineError:
-        folder.cleanup()
-        raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as err:
-        folder.cleanup()
-        raise EngineError(
-            f"{file}: the call to Core ML in {method.name} cannot be read ({err!r}); export again"
-        ) from err
+        named = msgspec.structs.replace(graph, inputs=inputs, outputs=outputs, states=())
+        # Its weights are mapped into memory now, which outlives the folder.
+        return LoadedCall(graph, LoadedPackage(call.function, named, file), reads, writes, placement)
+
+
+def declared(file: Path, name: str) -> tuple[Operator, ...]:
+    """The operators of the package in a method's only call. Raises EngineError, EngineMissingError."""
+    with _call(file, name) as call:
+        return call.function.declared()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A delegate call: the package's function and names, and by number the values of call and program."""
+
+    function: Function
+    named: dict[str, list[str]]
+    values: list[int]
+    program_inputs: list[int]
+    program_outputs: list[int]
+
+
+@contextmanager
+def _call(file: Path, name: str) -> Iterator[_Call]:
+    program, unpack = _read(file)
+    with tempfile.TemporaryDirectory(prefix="pruneport-", ignore_cleanup_errors=True) as folder:
+        try:
+            (plan,) = (plan for plan in program.execution_plan if plan.name == name)
+            ((instruction,),) = (chain.instructions for chain in plan.chains)
+            content = program.backend_delegate_data[plan.delegates[0].processed.index].data
+            if not unpack(bytes(content), folder):
+                raise EngineError(f"{file}: the package for Core ML in {name} cannot be unpacked; export again")
+            del program, content
+            yield _Call(
+                function=read_package(Path(folder) / _MODEL / "model.mlpackage").function(name),
+                named=json.loads((Path(folder) / _MODEL / "metadata.json").read_text()),
+                values=list(instruction.instr_args.args),
+                program_inputs=list(plan.inputs),
+                program_outputs=list(plan.outputs),
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as err:
+            raise EngineError(f"{file}: the call to Core ML in {name} cannot be read ({err!r}); export again") from err
 
 
 class LoadedCall:
@@ -79,10 +102,9 @@ class LoadedCall:
         reads: list[int],
         writes: list[int],
         placement: Placement,
-        folder: tempfile.TemporaryDirectory[str],
     ) -> None:
         self.engine = f"executorch program, its {package.engine}"
-        self._graph, self._package, self._folder = graph, package, folder
+        self._graph, self._package = graph, package
         self._reads, self._writes = reads, writes
         self._placement = dataclasses.replace(
             placement,
@@ -106,7 +128,6 @@ class LoadedCall:
     def close(self) -> None:
         """Lets go of the package."""
         self._package.close()
-        self._folder.cleanup()
 
 
 def _read(file: Path) -> tuple[Any, Any]:
