@@ -63,8 +63,8 @@ class Island(nn.Module):
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves these two untyped
     """Notes the largest absolute result of every operator under the module that runs it.
 
-    Not looked at: the pruner, which computes in float32 whatever the rest does, the insides of norms that scale before
-    they square, views, and sums with a mask.
+    Not looked at: the pruner, which computes in float32 whatever the rest does, the insides of norms, which scale
+    before they square, views, and sums with a mask.
     """
 
     def __init__(self, encoder: VisionEncoder) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from export.backends.tracing import converting, trace
 from export.targets import LoweredGraph
 from runtime.bundle import DelegateCoverage, TensorInfo
-from runtime.engines.coreml import MAIN, read_package
+from runtime.engines.coreml import CARRIED_AS, MAIN, read_package
 from runtime.errors import ExportError
 from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 # Graphs with the same weights go into one package, as functions named like them.
 TOGETHER = (IMAGE_PREFILL, TEXT_PREFILL, TEXT_DECODER)
 TOGETHER_FILE = f"{TEXT_DECODER}.mlpackage"
-# What Core ML has for what a graph declares: it knows no int64.
-_DTYPES = {"int64": "int32"}
 # The norms take means by linear layers of one row, whose constants must stay what they are. They are at most 8192 wide,
 # and no other layer is that small in a model that is worth compressing.
 _LEAST_COMPRESSED = 8193
@@ -99,7 +97,7 @@ def _convert(ct: Any, graph: Graph, program: torch.export.ExportedProgram, min_i
         minimum_deployment_target=ct.target[f"iOS{min_ios}"],
         compute_precision=ct.transform.FP16ComputePrecision(op_selector=_is_half_division),
         outputs=[
-            ct.TensorType(name=info.name, dtype=np.dtype(_DTYPES.get(info.dtype, info.dtype)).type)
+            ct.TensorType(name=info.name, dtype=np.dtype(CARRIED_AS.get(info.dtype, info.dtype)).type)
             for info in graph.output_infos()
         ],
         skip_model_load=True,

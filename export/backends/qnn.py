@@ -27,9 +27,10 @@ def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, Low
 
     Raises ExportError when a shape is symbolic or when the NPU's compiler leaves a node to the CPU.
     """
-    for module in (module for graph in graphs.values() for module in graph.modules()):
-        if isinstance(module, Norm):
-            module.squares_in_half = True
+    for graph in graphs.values():
+        for module in graph.modules():
+            if isinstance(module, Norm):
+                module.squares_in_half = True
     lowered = {}
     # Inside the output's folder, which has room for it: the ONNX graphs are only a step on the way.
     with tempfile.TemporaryDirectory(dir=out_dir, prefix="onnx-") as folder:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,13 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
-from runtime.engines.coreml import Function, LoadedPackage, Operator, read_package
-from runtime.engines.loaded import Placement
+from runtime.engines.coreml import CARRIED_AS, Function, LoadedPackage, Operator, read_package
+from runtime.engines.loaded import Placement, check_by_place
 from runtime.engines.program import Method
 from runtime.errors import EngineError, EngineMissingError
 
 NAME = "CoreMLBackend"
 _MODEL = "lowered_module"
-# The delegate converts at its border what Core ML does not have.
-_DTYPES = {"int64": "int32"}
 
 
 def is_all_of(method: Method) -> bool:
@@ -114,8 +112,8 @@ class LoadedCall:
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Evaluates the package once."""
-        wanted = [inputs[at] for at in self._reads]
-        outputs = self._package.run([x.astype(_DTYPES.get(str(x.dtype), x.dtype), copy=False) for x in wanted])
+        wanted = [inputs[at] for at in self._reads]  # the delegate converts at its border what Core ML does not have
+        outputs = self._package.run([x.astype(CARRIED_AS.get(str(x.dtype), x.dtype), copy=False) for x in wanted])
         return [
             outputs[at].astype(info.dtype, copy=False)
             for at, info in zip(self._writes, self._graph.outputs, strict=True)
@@ -153,8 +151,6 @@ def _ordered(names: list[str], infos: tuple[TensorInfo, ...]) -> tuple[TensorInf
     return tuple(by_name[name] for name in names)
 
 
-def _check(graph: GraphInfo, file: Path, kind: str, declared: list[TensorInfo], found: Any) -> None:
-    wanted = [(_DTYPES.get(info.dtype, info.dtype), info.shape) for info in declared]
-    have = [(info.dtype, info.shape) for info in found]
-    if wanted != have:
-        raise EngineError(f"{file}: {graph.name} has the {kind} {have}; its manifest says {wanted}; export again")
+def _check(graph: GraphInfo, file: Path, kind: str, declared: list[TensorInfo], found: Iterable[TensorInfo]) -> None:
+    carried = [msgspec.structs.replace(info, dtype=CARRIED_AS.get(info.dtype, info.dtype)) for info in declared]
+    check_by_place(carried, [(info.dtype, info.shape) for info in found], kind, f"{file}: {graph.name}")

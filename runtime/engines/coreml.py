@@ -25,6 +25,7 @@ from runtime.errors import EngineError, EngineMissingError
 
 WRITE_STATE = "write_state"
 DEQUANTIZE = "constexpr_affine_dequantize"
+CARRIED_AS = {"int64": "int32"}  # what Core ML has for what a graph declares: it knows no int64
 MAIN = "main"  # what the only function of a package is called
 _MODEL, _WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights"
 # MIL's data types by their numbers in MIL.proto, and those of inputs and outputs in FeatureTypes.proto.

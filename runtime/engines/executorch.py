@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bundle import GraphInfo, TensorInfo
+from runtime.bundle import GraphInfo
 from runtime.engines import core_ml_delegate
-from runtime.engines.loaded import LoadedGraph, Placement
+from runtime.engines.loaded import LoadedGraph, Placement, check_by_place
 from runtime.engines.program import Method, read_program
 from runtime.errors import EngineError, EngineMissingError
 
@@ -64,8 +64,10 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
         except (RuntimeError, ValueError) as err:
             reason = "; ".join(log()[-3:])
             raise EngineError(f"ExecuTorch cannot load {file}: {err} ({reason}); export again") from err
-    _check_interface(graph.inputs, [meta.input_tensor_meta(i) for i in range(meta.num_inputs())], "inputs", file)
-    _check_interface(graph.outputs, [meta.output_tensor_meta(i) for i in range(meta.num_outputs())], "outputs", file)
+    inputs = [_described(meta.input_tensor_meta(i)) for i in range(meta.num_inputs())]
+    outputs = [_described(meta.output_tensor_meta(i)) for i in range(meta.num_outputs())]
+    check_by_place(graph.inputs, inputs, "inputs", str(file))
+    check_by_place(graph.outputs, outputs, "outputs", str(file))
     return LoadedProgram(bindings, program, loaded, method, file)
 
 
@@ -158,13 +160,9 @@ def _pick_method(graph: GraphInfo, methods: tuple[Method, ...], file: Path) -> M
     raise EngineError(f"{file} has no method {graph.name!r} or 'forward' (it has: {names}); export again")
 
 
-def _check_interface(declared: tuple[TensorInfo, ...], found: list[Any], kind: str, file: Path) -> None:
-    # Of a dynamic axis the program says the bound.
-    have = [(_DTYPE_BY_SCALAR_TYPE.get(meta.dtype(), f"type {meta.dtype()}"), tuple(meta.sizes())) for meta in found]
-    if have != [(info.dtype, info.shape) for info in declared]:
-        shown = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in have)
-        wanted = ", ".join(map(str, declared))
-        raise EngineError(f"{file} has the {kind} {shown}; its manifest says {wanted}; export again")
+def _described(meta: Any) -> tuple[str, tuple[int, ...]]:
+    """Data type and shape; of a dynamic axis the program says the bound."""
+    return _DTYPE_BY_SCALAR_TYPE.get(meta.dtype(), f"type {meta.dtype()}"), tuple(meta.sizes())
 
 
 @contextlib.contextmanager

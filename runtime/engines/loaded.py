@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+
+from runtime.bundle import TensorInfo
+from runtime.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +52,13 @@ class LoadedGraph(Protocol):
     def close(self) -> None:
         """Lets go of the graph's memory."""
         ...
+
+
+def check_by_place(
+    declared: Sequence[TensorInfo], found: Sequence[tuple[str, tuple[int, ...]]], kind: str, where: str
+) -> None:
+    """EngineError when tensors without names, (dtype, shape) each, are not what the manifest says in that order."""
+    if list(found) != [(info.dtype, info.shape) for info in declared]:
+        shown = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in found)
+        wanted = ", ".join(map(str, declared))
+        raise EngineError(f"{where} has the {kind} {shown}; its manifest says {wanted}; export again")
