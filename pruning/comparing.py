@@ -1,12 +1,17 @@
 """VLM-Pruner with static shapes for engines that compute in float16 and can compare, such as a Snapdragon's NPU.
 
 The other static form tells numbers apart by multiplying their differences with 2^60, which float16 cannot hold. Here
-comparisons, selects and the smallest of a row do that work. Every count and place is a whole number that float16 holds,
-and the numbers that decide are kept small, because float16 is finest near zero: one minus the similarity instead of the
-similarity, deviations from a mean instead of the numbers themselves.
+comparisons, selects and the smallest of a row do that work. Every count and place is a whole number that float16 holds.
+
+Float16 has 11 bits, and the choices turn on the 17th. The numbers that decide are therefore pairs: the nearest float16
+and what it leaves. Engines add up the terms of a product in float32 and round the total, so a second product that holds
+the same terms and the first total, negative, gives the rest.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +22,50 @@ from pruning.spec import RANK_EVERY, PruneSpec, SpecError
 BEYOND = 16384.0  # above every place and score, and far from float16's largest number
 MOST_TOKENS = 1024  # places and halves between them are exact in float16 up to here
 LEAST = 2.0**-13  # smaller divisors are no longer precise in float16
+UNIT = 1024.0  # distances and scores are kept times this, so that their rests stay above float16's smallest numbers
+GRAIN = 1024.0  # rests are whole multiples of 1 / GRAIN: what differs by less is float32's noise, and ties
+SMALLEST, LARGEST = -10, 13  # as powers of two, between which a channel's deviation is brought near 1
+BIASED = 8.0  # deviations from zero, from which on a channel's mean is taken out before squares are added up
+
+
+class _Pair(NamedTuple):
+    """Numbers as the nearest ones that the dtype holds, and what these leave.
+
+    The rest is at most half of the last place, so of two numbers the one with the larger `near` is larger, and where
+    these are equal the one with the larger `rest`. In float32 it is nothing but noise, and rounded away.
+    """
+
+    near: Tensor
+    rest: Tensor
+
+    def exceeds(self, other: _Pair) -> Tensor:
+        """True where larger than the other, with broadcasting."""
+        return (self.near > other.near) | ((self.near == other.near) & (self.rest > other.rest))
+
+    def least(self, dim: int) -> _Pair:
+        """The smallest along an axis, which stays with length 1."""
+        near = self.near.amin(dim, keepdim=True)
+        return _Pair(near, torch.where(self.near <= near, self.rest, BEYOND).amin(dim, keepdim=True))
+
+    def times(self, mask: Tensor) -> _Pair:
+        """The numbers where the mask is 1 and 0 where it is 0."""
+        return _Pair(self.near * mask, self.rest * mask)
+
+    def plus(self, other: _Pair) -> _Pair:
+        """The sum of numbers of which one is 0."""
+        return _Pair(self.near + other.near, self.rest + other.rest)
+
+    def view(self, *shape: int) -> _Pair:
+        """Both in another shape."""
+        return _Pair(self.near.view(shape), self.rest.view(shape))
 
 
 class ComparingPruner(nn.Module):
     """Keep `spec.keep` of N image tokens: `TokenPruner`'s interface and choices, in the dtype of the features.
 
     In float32 it differs from `reference.prune` only where two numbers tie to the last bits, because it adds up in
-    another order. In float16 more of them tie, and those choices fall either way.
+    another order. In float16, with products that add up in float32, similarities carry an error of 3e-5 (standard
+    deviation), half of it from the features' rounding to unit length, and closer choices fall either way.
 
     Source: arXiv 2512.02700; the static form is our own.
 
@@ -32,9 +74,12 @@ class ComparingPruner(nn.Module):
             are not finite.
     """
 
-    buffering: Tensor
     places: Tensor
     earlier: Tensor
+    same: Tensor
+    powers: Tensor
+    per_token: Tensor
+    buffering: Tensor
     thresholds: Tensor
 
     def __init__(self, spec: PruneSpec) -> None:
@@ -47,13 +92,16 @@ class ComparingPruner(nn.Module):
         self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
         at = torch.arange(spec.tokens)
         constants = {
-            "buffering": (squared_distances(spec).sqrt() * spec.distance_slope).float()[None],
-            "places": at.float()[None, None],
+            "places": torch.arange(max(spec.tokens, spec.channels + 1)).float()[None, None],
             "earlier": (at[None, :] < at[:, None]).float()[None],  # [i, j] is 1 where j comes before i
-            "thresholds": 1.0 - torch.tensor(spec.levels(), dtype=torch.float32)[None, None],
+            "same": torch.eye(spec.tokens)[None],
+            "powers": 2.0 ** torch.arange(SMALLEST, LARGEST).float()[None, :, None],
+            "per_token": _parts(torch.full((1, 1), spec.tokens**-0.5, dtype=torch.float64)) * torch.tensor([1.0, UNIT]),
+            "buffering": _parts(squared_distances(spec).sqrt() * spec.distance_slope * UNIT),
+            "thresholds": _parts((1.0 - torch.tensor(spec.levels(), dtype=torch.float64)[None]) * UNIT),
         }
         for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, value.float(), persistent=False)
 
     def forward(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         tokens, indices, _ = self.select(keys, hidden)
@@ -67,7 +115,7 @@ class ComparingPruner(nn.Module):
         chosen, filled = self._expand(apart, self._pivots(keys))
         pick = self._pick(chosen)
         tokens = torch.bmm(self._recovery(apart, chosen, pick), hidden)
-        indices = (pick * self.places).sum(2)
+        indices = (pick * self._tokens()).sum(2)
         return tokens, indices if exporting else indices.long(), filled.view(-1, 1)
 
     def _pivots(self, keys: Tensor) -> Tensor:
@@ -87,90 +135,129 @@ class ComparingPruner(nn.Module):
             selected = selected + newest
         return selected
 
-    def _apart(self, hidden: Tensor) -> Tensor:
-        """1 - cosine similarity on the channels of largest variance: (B, N, D) -> (B, N, N)."""
+    def _apart(self, hidden: Tensor) -> _Pair:
+        """1 - cosine similarity on the channels of largest variance, in units: (B, N, D) -> (B, N, N)."""
         if hidden.shape[2] > self.spec.channels:
-            centred = hidden - hidden.mean(1, keepdim=True)
-            reach = centred.abs().amax(1, keepdim=True)
-            share = centred / reach.clamp(min=LEAST)
-            spread = reach * (share * share).mean(1, keepdim=True).sqrt()  # without squares beyond float16
-            least = spread.topk(self.spec.channels, dim=2).values[:, :, -1:]
-            hidden = hidden * (spread >= least).to(hidden.dtype)
+            hidden = hidden * self._strongest(hidden)
         row = hidden / hidden.abs().amax(2, keepdim=True).clamp(min=LEAST)
         unit = row / (row * row).sum(2, keepdim=True).sqrt().clamp(min=LEAST)
-        # Rounding makes the vectors a little longer or shorter than 1: once that is put right in each number, the rest
-        # is taken out of the similarities. Every sum holds all terms of its result: engines add up in float32, and
-        # only the small total is rounded.
         one = unit[:, :, :1] * 0.0 + 1.0
-        unit = unit - unit * self._excess(unit, one)
-        excess = self._excess(unit, one)
-        here, there = torch.cat([unit, one, excess, one], 2), torch.cat([-unit, one, one, excess], 2)
-        return torch.bmm(here, there.transpose(1, 2))
+        same = self.same.expand(len(hidden), -1, -1)
+        there = torch.cat([-unit, one], 2).transpose(1, 2)
+        near, rest = _product(torch.cat([unit, one], 2) * UNIT, there, same)
+        # Rounding leaves the vectors a little longer or shorter than 1, which the distances to themselves tell.
+        longer = ((near + rest) * same).sum(2, keepdim=True) * -0.5
+        excess = longer + longer.transpose(1, 2)
+        return _settled(near, rest + excess * (1.0 - near * (1.0 / UNIT)))
 
-    @staticmethod
-    def _excess(unit: Tensor, one: Tensor) -> Tensor:
-        """By how much each vector is longer than 1: (B, N, D), (B, N, 1) -> (B, N, 1)."""
-        return torch.cat([unit * unit, -one], 2).sum(2, keepdim=True) * 0.5
+    def _strongest(self, hidden: Tensor) -> Tensor:
+        """1 for the channels of largest variance, 0 for the others: (B, N, D) -> (B, 1, D)."""
+        batch, count, width = hidden.shape
+        mean = hidden.mean(1, keepdim=True)
+        centred = hidden - mean
+        reach = centred.abs().amax(1, keepdim=True)
+        share = centred / reach.clamp(min=LEAST)
+        deviation = reach * (share * share).mean(1, keepdim=True).sqrt()  # without squares beyond float16
+        # Each channel times a power of two, which rounds nothing, so that its deviation lies in 1/2 .. 1.
+        large = deviation >= self.powers
+        scale = torch.where(large, self.powers * 2.0, 2.0**SMALLEST).amax(1, keepdim=True)
+        inverse = torch.where(large, 0.5 / self.powers, 2.0**-SMALLEST).amin(1, keepdim=True)
+        biased = (mean.abs() > deviation * BIASED).to(hidden.dtype)
+        scaled = ((hidden - mean * biased) * inverse).transpose(1, 2)
+        # The sum of squares less the square of the sum, in one product. `per_token` is 1 / sqrt(N).
+        one = scaled[:, :, :1] * 0.0 + 1.0
+        weights = self.per_token.expand(batch, count, 2).transpose(1, 2).reshape(batch, 2 * count, 1)
+        total = _product(torch.cat([scaled, scaled * (1.0 / UNIT)], 2), weights, one[:, :1])
+        left = torch.cat([scaled, total.near, total.near, one], 2).view(batch * width, 1, count + 3)
+        right = torch.cat([scaled, -total.near, total.rest * -2.0, one * (0.5 * count)], 2)
+        each = one.view(batch * width, 1, 1)
+        variance = _product(left, right.view(batch * width, count + 3, 1), each).view(batch, 1, width)
+        # Grows with the variance, across the scales too.
+        order = variance.near * 0.5 ** math.ceil(math.log2(count)) * scale
+        most = order.topk(self.spec.channels, dim=2).values[:, :, -1:]
+        certain, tied = (order > most).to(order.dtype), order == most
+        room = float(self.spec.channels) - certain.sum(2, keepdim=True)
+        rests = torch.where(tied, variance.rest, -BEYOND).topk(self.spec.channels, dim=2).values
+        last = (self.places[:, :, 1 : self.spec.channels + 1] == room).to(order.dtype)
+        enough = variance.rest >= (rests * last).sum(2, keepdim=True)
+        return certain + (tied & enough).to(order.dtype)
 
-    def _expand(self, apart: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand(self, apart: _Pair, pivots: Tensor) -> tuple[Tensor, Tensor]:
         """Centrifugal expansion: (B, 1, N) with 1 for the `keep` tokens that stay, and how many of them filled up.
 
         A step accepts from the first batch of the running pass that has something to accept. Tokens are scored by one
         minus their adjusted similarity.
         """
-        size, keep, dtype = self.spec.token_batch, float(self.spec.keep), apart.dtype
-        both = torch.cat([apart, self.buffering.expand(len(apart), -1, -1)], 1)  # (B, 2N, N)
+        size, keep, dtype = self.spec.token_batch, float(self.spec.keep), pivots.dtype
+        nothing = pivots[:, :, :1] * 0.0
+        one = nothing + 1.0
+        buffering = _settled(*(part * one for part in self.buffering.unbind(-1)))
+        both = _Pair(torch.cat([apart.near, buffering.near], 1), torch.cat([apart.rest, buffering.rest], 1))
+        thresholds = _settled(*(part * one for part in self.thresholds.unbind(-1)))
+        places = self.places[:, :, : self.thresholds.shape[1]]
         nearest = self._nearest(both, pivots)
         selected = pivots
         when = (1.0 - pivots) * (self.steps + 1.0)  # pivots come first, tokens that no step reaches last
-        scored = pivots * 0.0
-        nothing = pivots[:, :, :1] * 0.0
-        limit = level = rank = behind = nothing  # a pass: what scores must exceed, its number, places, batches done
+        scored = _Pair(pivots * 0.0, pivots * 0.0)
+        limit = _Pair(nothing, nothing)
+        level = rank = behind = nothing  # a pass: its number, places, and how many are done
         for number in range(self.steps):
             score = self._score(nearest)
-            left = score - selected * BEYOND
+            left = _Pair(score.near - selected * BEYOND, score.rest)
             if number % RANK_EVERY == 0:
                 # A new pass if the running one has nothing left to accept; levels that accept nothing are skipped.
                 going_on = nothing
                 if number:
-                    going_on = ((left > limit) & (rank >= behind)).to(dtype).amax(2, keepdim=True)
+                    going_on = (left.exceeds(limit) & (rank >= behind)).to(dtype).amax(2, keepdim=True)
                 begin = 1.0 - going_on
-                useless = (self.thresholds >= left.amax(2, keepdim=True)).to(dtype).sum(2, keepdim=True)
+                best = _Pair(-left.near, -left.rest).least(2)
+                useful = _Pair(-thresholds.near, -thresholds.rest).exceeds(best).to(dtype)
+                useless = (1.0 - useful).sum(2, keepdim=True)
                 useful = torch.maximum(useless, level + 1.0) if number else useless
                 level = level * going_on + useful * begin
-                at_level = (self.places[:, :, : self.thresholds.shape[2]] == level).to(dtype)
-                limit = (self.thresholds * at_level).sum(2, keepdim=True)
+                at_level = thresholds.times((places == level).to(dtype))
+                limit = _Pair(at_level.near.sum(2, keepdim=True), at_level.rest.sum(2, keepdim=True))
                 rank = rank * going_on + self._rank(left) * begin
                 behind = behind * going_on
-            accept = (left > limit) & (rank >= behind)
+            accept = left.exceeds(limit) & (rank >= behind)
             first = torch.where(accept, rank, BEYOND).amin(2, keepdim=True)
             behind = (torch.floor(first * (1.0 / size) + 0.5 / size) + 1.0) * size
             taken = (accept & (rank < behind)).to(dtype)
             when = when - taken * float(self.steps - number)
-            scored = scored + taken * score
+            scored = scored.plus(score.times(taken))
             selected = selected + taken
-            nearest = torch.minimum(nearest, self._nearest(both, taken))
-        scored = scored + self._score(nearest) * (1.0 - selected)
+            newer = self._nearest(both, taken)
+            nearest = _Pair(torch.cat([nearest.near, newer.near], 2), torch.cat([nearest.rest, newer.rest], 2)).least(2)
+        scored = scored.plus(self._score(nearest).times(1.0 - selected))
         filled = torch.relu(keep - selected.sum(2))
         return (self._rank(scored, before=when) < keep).to(dtype), filled
 
-    def _nearest(self, both: Tensor, tokens: Tensor) -> Tensor:
+    @staticmethod
+    def _nearest(both: _Pair, tokens: Tensor) -> _Pair:
         """How near each token is to the nearest of some, in features and on the grid: (B, 2N, N) -> (B, 2N, 1)."""
-        return (both + (1.0 - tokens) * BEYOND).amin(2, keepdim=True)
+        return _Pair(both.near + (1.0 - tokens) * BEYOND, both.rest).least(2)
 
-    def _score(self, nearest: Tensor) -> Tensor:
-        """(B, 2N, 1) -> (B, 1, N)"""
-        count = self.spec.tokens
-        apart, buffer = nearest[:, :count], nearest[:, count:]
-        return (apart - (1.0 - apart) * buffer).view(-1, 1, count)
+    def _score(self, nearest: _Pair) -> _Pair:
+        """One minus the similarity times the buffer, in units: (B, 2N, 1) -> (B, 1, N).
 
-    def _rank(self, score: Tensor, *, before: Tensor | None = None) -> Tensor:
+        With the distance `a` and the buffer's excess `b`, both times UNIT, that is a + a b / UNIT - b.
+        """
+        count, share = self.spec.tokens, 1.0 / UNIT
+        (a, b), (a_rest, b_rest) = ((part[:, :count], part[:, count:]) for part in nearest)
+        one, half = a * 0.0 + 1.0, UNIT**-0.5
+        left = torch.cat([a, a_rest, a * half, a * share, a_rest, b, b_rest], 2)
+        right = torch.cat([one, one, b * half, b_rest, b * share, -one, -one], 2)
+        each = one.view(-1, 1, 1)
+        return _product(left.view(-1, 1, 7), right.view(-1, 7, 1), each).view(-1, 1, count)
+
+    def _rank(self, score: _Pair, *, before: Tensor | None = None) -> Tensor:
         """Place of each token when the largest score comes first, or the smallest `before`: (B, 1, N) -> (B, 1, N)."""
-        own = score.transpose(1, 2)
-        ahead = torch.where(score == own, self.earlier, (score > own).to(score.dtype))
+        own = _Pair(score.near.transpose(1, 2), score.rest.transpose(1, 2))
+        ahead = torch.where(score.rest == own.rest, self.earlier, (score.rest > own.rest).to(score.near.dtype))
+        ahead = torch.where(score.near == own.near, ahead, (score.near > own.near).to(ahead.dtype))
         if before is not None:
-            own = before.transpose(1, 2)
-            ahead = torch.where(before == own, ahead, (before < own).to(score.dtype))
+            since = before.transpose(1, 2)
+            ahead = torch.where(before == since, ahead, (before < since).to(ahead.dtype))
         return ahead.sum(2)[:, None]
 
     def _pick(self, chosen: Tensor) -> Tensor:
@@ -178,20 +265,47 @@ class ComparingPruner(nn.Module):
         place = (self.earlier * chosen).sum(2)[:, None]
         return (place == self._slots()).to(chosen.dtype) * chosen
 
-    def _recovery(self, apart: Tensor, chosen: Tensor, pick: Tensor) -> Tensor:
+    def _recovery(self, apart: _Pair, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
-        to_kept = torch.bmm(pick, apart)
-        slot = torch.where(to_kept <= to_kept.amin(1, keepdim=True), self._slots(), BEYOND).amin(1, keepdim=True)
-        weight = (self._slots() == slot).to(apart.dtype) * (1.0 - to_kept) * (1.0 - chosen)
+        to_kept = _Pair(torch.bmm(pick, apart.near), torch.bmm(pick, apart.rest))
+        slot = torch.where(to_kept.exceeds(to_kept.least(1)), BEYOND, self._slots()).amin(1, keepdim=True)
+        weight = (self._slots() == slot).to(pick.dtype) * (1.0 - to_kept.near * (1.0 / UNIT)) * (1.0 - chosen)
         total = weight.sum(2, keepdim=True)
-        mixed = (total > weight.abs().sum(2, keepdim=True) * CANCELLATION).to(apart.dtype) * self.spec.recovery
+        mixed = (total > weight.abs().sum(2, keepdim=True) * CANCELLATION).to(pick.dtype) * self.spec.recovery
         return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=LEAST))
 
     def _slots(self) -> Tensor:
         """A column of 0, 1, 2 ...: (1, keep, 1)."""
         return self.places[:, :, : self.spec.keep].transpose(1, 2)
 
+    def _tokens(self) -> Tensor:
+        """A row of 0, 1, 2 ...: (1, 1, N)."""
+        return self.places[:, :, : self.spec.tokens]
+
     def _first_largest(self, score: Tensor) -> Tensor:
         """One-hot of the first largest element of a row: (B, 1, N) -> (B, 1, N)."""
-        first = torch.where(score >= score.amax(2, keepdim=True), self.places, BEYOND).amin(2, keepdim=True)
-        return (self.places == first).to(score.dtype)
+        first = torch.where(score >= score.amax(2, keepdim=True), self._tokens(), BEYOND).amin(2, keepdim=True)
+        return (self._tokens() == first).to(score.dtype)
+
+
+def _parts(values: Tensor) -> Tensor:
+    """The nearest float16 of each number and what it leaves: (...) -> (..., 2)."""
+    near = values.half().double()
+    return torch.stack([near, values.double() - near], -1)
+
+
+def _settled(near: Tensor, rest: Tensor) -> _Pair:
+    """The pair of a sum."""
+    total = near + rest
+    return _Pair(total, _grained((near - total) + rest))
+
+
+def _product(left: Tensor, right: Tensor, identity: Tensor) -> _Pair:
+    """Matrix product as pairs: (B, M, K), (B, K, N) and the identity (B, N, N) -> (B, M, N)."""
+    near = torch.bmm(left, right)
+    return _Pair(near, _grained(torch.bmm(torch.cat([left, -near], 2), torch.cat([right, identity], 1))))
+
+
+def _grained(rest: Tensor) -> Tensor:
+    """Rounded to multiples of 1 / GRAIN."""
+    return torch.floor(rest * GRAIN + 0.5) * (1.0 / GRAIN)
