@@ -3,9 +3,9 @@
     PRUNEPORT_GOLDEN=FOLDER python benchmarks/selections.py [--scheme fp16|a16w8] [--keep 64]
 
 Compiles the pruner alone for one chip and runs every golden selection case of that keep (default: those in
-tests/golden). With a16w8 its inputs come through 8-bit products in 16-bit activations, calibrated on the same features,
-that hand them on unchanged but for the rounding. Writes its rows into benchmarks/results/qnn-emulated.json; those of
-other cases stay as they are. No figure in it is a time.
+tests/golden). With a16w8 its inputs come through 8-bit products in 16-bit activations that hand them on unchanged but
+for the rounding; each kind of features is calibrated on its own, as photos are not calibrated on noise. Writes its rows
+into benchmarks/results/qnn-emulated.json; those of other cases stay as they are. No figure in it is a time.
 """
 
 from __future__ import annotations
@@ -29,25 +29,29 @@ def main() -> None:
 
     from pruning import ComparingPruner
     from tests.pruner_graph import PrunerGraph
-    from tests.test_pruner_golden import CASES, _features, _program
+    from tests.test_pruner_golden import CASES, Case, _features, _program
     from tests.test_qnn import QuantisedFeatures, _opened, _quantised, kept_share
 
     program = next(_program(case) for case in CASES if case.spec.keep == options.keep)
-    cases = [case for case in CASES if _program(case) == program]
-    features = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
-    kind = PrunerGraph if options.scheme == "fp16" else QuantisedFeatures
-    graph = kind(ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
+    quantised = options.scheme == "a16w8"
+    kinds: dict[str, list[Case]] = {}
+    for case in CASES:
+        if _program(case) == program:
+            kinds.setdefault(case.name.partition("-")[0] if quantised else "all", []).append(case)
+    kind = QuantisedFeatures if quantised else PrunerGraph
     target = ROOT / "benchmarks/results/qnn-emulated.json"
     result = json.loads(target.read_text())
     rows = {(row["scheme"], row["case"]): row for row in result["selections"]}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        loaded = _opened(graph, folder) if options.scheme == "fp16" else _quantised(graph, folder, features)
-        for case in cases:
-            overlap = round(kept_share(case, loaded), 4)
-            rows[options.scheme, case.name] = {"case": case.name, "scheme": options.scheme, "overlap": overlap}
-            print(options.scheme, case.name, overlap, flush=True)
-        loaded.close()
+    for cases in kinds.values():
+        graph = kind(ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
+        features = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
+        with tempfile.TemporaryDirectory() as name:
+            loaded = _quantised(graph, Path(name), features) if quantised else _opened(graph, Path(name))
+            for case in cases:
+                overlap = round(kept_share(case, loaded), 4)
+                rows[options.scheme, case.name] = {"case": case.name, "scheme": options.scheme, "overlap": overlap}
+                print(options.scheme, case.name, overlap, flush=True)
+            loaded.close()
     result["selections"] = list(rows.values())
     target.write_text(json.dumps(result, indent=2) + "\n")
 

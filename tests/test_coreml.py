@@ -20,6 +20,7 @@ import torch
 from export import cli
 from export.backends import coreml as backend
 from export.checkpoints import FolderCheckpoint
+from export.graphs.attention import Part, attention
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.models.llava import prompt_info
@@ -144,6 +145,39 @@ def test_one_graph(ios: int, precision: str, scheme: str | None, least: float, k
     assert {name for name in operators if name.startswith("constexpr")} == {kind} - {""}
     (coverage,) = made.coverage
     assert coverage.nodes == sum(operators.values())
+
+
+class Attending(Graph):
+    """Attention of 4 heads and 8 channels over one piece of keys with a mask, or over a cache beside them."""
+
+    def __init__(self, dtype: str, *, cached: bool) -> None:
+        super().__init__()
+        self.names = ("query", "key", "value", *(("past_key", "past_value") if cached else ()))
+        self.kind = dtype
+        self.register_buffer("mask", torch.triu(torch.full((6, 6), -1e4), diagonal=1).to(getattr(torch, dtype)))
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(name=name, shape=(4, 6, 8), dtype=self.kind) for name in self.names)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="mixed", shape=(4, 6, 8), dtype=self.kind),)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *past: torch.Tensor) -> torch.Tensor:
+        return attention(query, [*([Part(*past)] if past else []), Part(key, value, self.mask)])
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 1 - 1e-11), ("float16", 1 - 1e-6)])
+@pytest.mark.parametrize(("ios", "cached", "fused"), [(18, False, 1), (18, True, 0), (17, False, 0)])
+def test_attention_is_one_operator(
+    dtype: str, least: float, ios: int, cached: bool, fused: int, tmp_path: Path
+) -> None:
+    graph = Attending(dtype, cached=cached)
+    made = backend.lower({"g": graph}, tmp_path, min_ios=ios)["g"]
+    loaded = opened(made, tmp_path, "g")
+    operators = loaded.placement().outside
+    assert operators.get("scaled_dot_product_attention", 0) == fused
+    assert operators.get("softmax", 0) == 1 - fused
+    assert min(cosines(graph, loaded, made)) > least
 
 
 @pytest.mark.slow

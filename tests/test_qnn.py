@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from export.backends import onnx as onnx_backend
 from export.backends import qdq
@@ -44,6 +46,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SOC = socs()["snapdragon-8-gen-3"]
 SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
 KEY_WIDTH, HIDDEN_WIDTH = 20, 40
+# Of each kind that float16 finds hard one, because the emulator takes half a minute for each; tests/golden has four.
+FEW = tuple(f"{name}-keep64" for name in ("smooth-0", "blobs-0", "outlier-0", "many-0", "iid-1", "biased-0"))
 
 
 def _small(*, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,6 +69,27 @@ def test_comparing_form_gives_the_golden_choices_in_fp32(case: Case) -> None:
     assert filled.item() == 0.0
     assert torch.equal(indices[0], _tensor(f"{case.name}.indices"))
     torch.testing.assert_close(tokens[0], _tensor(f"{case.name}.tokens"), rtol=0.0, atol=1e-4)
+
+
+class SumsInFloat32(TorchFunctionMode):
+    """PyTorch with the NPU's arithmetic: products and sums add up in float32 and round the total."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.bmm, torch.Tensor.sum, torch.Tensor.mean):
+            return func(*args, **kwargs)
+        wide = [arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return func(*wide, **kwargs).to(args[0].dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@torch.no_grad()
+def test_comparing_form_gives_the_golden_choices_in_fp16(case: Case) -> None:
+    with SumsInFloat32():
+        _, indices = ComparingPruner(case.spec).half()(*(one.half() for one in _features(case.features)))
+    assert torch.isin(_tensor(f"{case.name}.indices"), indices).float().mean() >= 0.98
 
 
 @torch.no_grad()
@@ -442,8 +467,7 @@ class QuantisedFeatures(PrunerGraph):
 @pytest.mark.golden
 @pytest.mark.timeout(1800)
 def test_golden_choices_behind_quantised_layers(tmp_path: Path) -> None:
-    few = ("smooth-0-keep64", "blobs-0-keep64", "outlier-0-keep64")
-    cases = [case for case in CASES if case.name in few]
+    cases = [case for case in CASES if case.name in FEW]
     (program,) = {_program(case) for case in cases}
     graph = QuantisedFeatures(
         ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width
@@ -460,17 +484,15 @@ def test_golden_choices_behind_quantised_layers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_golden_choices_on_the_emulator(root: Path, tmp_path: Path) -> None:
-    """As near to the authors' choices as the README says, within one token of 64."""
-    result = json.loads((root / "benchmarks" / "results" / "qnn-emulated.json").read_text())
-    measured = {row["case"]: row["overlap"] for row in result["selections"] if row["scheme"] == "fp16"}
-    few = ("smooth-0-keep64", "blobs-0-keep64", "many-0-keep64")
-    cases = [case for case in CASES if case.name in few]
+@pytest.mark.golden
+def test_golden_choices_on_the_emulator(tmp_path: Path) -> None:
+    cases = [case for case in CASES if case.name in FEW]
     (program,) = {_program(case) for case in cases}
     pruner = ComparingPruner(program.spec)
     loaded = _opened(PrunerGraph(pruner, key_width=program.key_width, hidden_width=program.hidden_width), tmp_path)
     for case in cases:
-        assert kept_share(case, loaded) >= measured[case.name] - 1 / 64, case.name
+        assert kept_share(case, loaded) >= 0.98, case.name
+    loaded.close()
 
 
 @pytest.mark.slow

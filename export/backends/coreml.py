@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,8 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path, *, min_ios: int = 18) -> d
             programs = {name: trace(graph)}
             with converting("Core ML", programs):
                 programs[name] = _prepared(graph, programs[name])
+                if min_ios >= 18:
+                    _fuse_attention(programs[name])
                 model = _compressed(_convert(ct, graph, programs[name], min_ios), name, graph.compression)
             model.save(str(package))
             packages[name] = package
@@ -168,6 +171,42 @@ def _prepared(graph: Graph, traced: torch.export.ExportedProgram) -> torch.expor
             node.name = node.target = spec.arg.name = next(names)
     program.graph_module.recompile()
     return program
+
+
+def _fuse_attention(program: torch.export.ExportedProgram) -> None:
+    """Makes one operator, for which Core ML has a kernel of its own, of attention over one piece of keys.
+
+    Where a cache stands beside the new keys there are two products on either side of the softmax, and nothing is fused:
+    the operator wants all keys in one tensor, which would be a copy of the cache for every token.
+    """
+    import torch
+
+    aten, nodes = torch.ops.aten, program.graph
+    for softmax in nodes.find_nodes(op="call_function", target=aten.softmax.int):
+        scores, mask, (mixed, *others) = softmax.args[0], None, softmax.users
+        if scores.target is aten.add.Tensor:
+            scores, mask = scores.args
+        if others or mixed.target is not aten.bmm.default or scores.target is not aten.bmm.default:
+            continue
+        query, turned = scores.args
+        if turned.target is not aten.permute.default or mixed.args[0] is not softmax:
+            continue
+        with nodes.inserting_before(mixed):
+            # Queries come with the scale that the operator applies.
+            unscaled = nodes.call_function(aten.mul.Tensor, (query, math.sqrt(query.meta["val"].shape[-1])))
+            unscaled.meta = dict(query.meta)
+            fused = nodes.call_function(
+                aten.scaled_dot_product_attention.default, (unscaled, turned.args[0], mixed.args[1], mask)
+            )
+            fused.meta = dict(mixed.meta)
+        if query.meta["val"].dtype == torch.float16:
+            _halve(unscaled, before=fused)  # the converter multiplies by a number in float32
+        mixed.replace_all_uses_with(fused)
+        nodes.erase_node(mixed)
+        nodes.erase_node(softmax)
+        fused.name = mixed.name  # which the program's signature may tell of
+    nodes.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 def _halve(node: torch.fx.Node, *, before: torch.fx.Node) -> None:

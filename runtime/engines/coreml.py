@@ -442,6 +442,13 @@ def _softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.asarray(powers / powers.sum(axis=axis, keepdims=True))
 
 
+def _attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, attn_mask: np.ndarray | None = None
+) -> np.ndarray:
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    return np.asarray(_softmax(scores if attn_mask is None else scores + attn_mask) @ value)
+
+
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.asarray(1.0 / (1.0 + np.exp(-x)), x.dtype)
 
@@ -571,6 +578,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "pad": _pad,
     "real_div": lambda x, y: x / y,
     "rsqrt": lambda x, epsilon: 1.0 / np.sqrt(x + epsilon),
+    "scaled_dot_product_attention": _attention,
     "sigmoid": _sigmoid,
     "silu": lambda x: x * _sigmoid(x),
     "softmax": _softmax,
