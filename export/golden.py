@@ -6,7 +6,7 @@ Nothing here touches export.graphs: what the exported graph is compared with mus
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ def make_golden(
     pixel_values: NDArray[np.float32],
     text: SampleText | None = None,
     device: str = "cpu",
+    watch: Callable[[str, nn.Module], None] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Inputs and outputs of the graphs in float32, by the names the bundle stores them under.
 
@@ -63,7 +64,8 @@ def make_golden(
     and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
     `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
     Modules are filled and dropped one layer at a time, so that memory holds one layer and not the model, but for the
-    answer. ExportError for a placement or image that does not fit.
+    answer. `watch` is shown each decoder layer and the last norm before they run, by their names in the text graphs.
+    ExportError for a placement or image that does not fit.
     """
     import torch
 
@@ -76,7 +78,8 @@ def make_golden(
         features, tower_keys = _run_tower(config.vision_config, checkpoint, pixels)
         image = _run_projector(config, checkpoint, features)
         golden = {f"{_GRAPH}.in.pixel_values": pixels}
-        decoder = _Decoder(config.text_config, checkpoint, layer if placement == "decoder" else 0, image.device)
+        cut = layer if placement == "decoder" else 0
+        decoder = _Decoder(config.text_config, checkpoint, cut, image.device, watch or (lambda name, module: None))
         prefix_ids = prompt_info(checkpoint, entry).prefix_ids
         if placement == "projector":
             outputs, kept = _at_projector(tower_keys, image, spec)
@@ -162,10 +165,18 @@ def _at_projector(keys: Tensor, image: Tensor, spec: PruneSpec | None) -> tuple[
 class _Decoder:
     """transformers' decoder layers: once over prefix and image, then over texts behind what that left in the cache."""
 
-    def __init__(self, config: Any, checkpoint: Checkpoint, cut: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Any,
+        checkpoint: Checkpoint,
+        cut: int,
+        device: torch.device,
+        watch: Callable[[str, nn.Module], None],
+    ) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         self._config, self._checkpoint, self._cut, self._device = config, checkpoint, cut, device
+        self._watch = watch
         self._rotary = LlamaRotaryEmbedding(config).to(device)
         self._held: dict[int, nn.Module] | None = None
         self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
@@ -275,7 +286,9 @@ class _Decoder:
 
         norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
         head = self._checkpoint.tensor("lm_head.weight").float().to(self._device)
-        normed = _filled(norm, self._checkpoint, "language_model.norm", self._device)(hidden)
+        _filled(norm, self._checkpoint, "language_model.norm", self._device)
+        self._watch("norm", norm)
+        normed = norm(hidden)
         return torch.nn.functional.linear(normed, head)
 
     def _run(
@@ -308,6 +321,7 @@ class _Decoder:
         with torch.device("meta"):
             layer = LlamaDecoderLayer(self._config, index)
         _filled(layer, self._checkpoint, f"language_model.layers.{index}", self._device)
+        self._watch(f"layers.{index}", layer)
         if self._held is not None:
             self._held[index] = layer
         return layer

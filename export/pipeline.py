@@ -14,7 +14,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from runtime.errors import ExportError
-from runtime.generation import TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from runtime.ready_made import EMBED_TOKENS
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
     from export.progress import Progress, Stage
+    from export.ranges import Ranges
     from export.request import BundlePlan, Plan
     from runtime.bundle import (
         Bundle,
@@ -137,10 +138,13 @@ class _Making:
         # Streamed layer by layer, and before the graph's own weights are in memory: lowering alone sets the peak.
         with self.progress.stage(_label("desktop outputs", bundle)) as stage:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
-            device = self._write_golden(bundle, writer.path)
+            device, text_half = self._write_golden(bundle, writer.path)
             stage.note(f"made on {device}")
+            if text_half is not None:
+                stage.note(f"fp16 range of the text graphs: {text_half}")
         ready = plan.ready_made
-        graphs = (self._lower_ready_made if ready else self._lower)(bundle, writer.path)
+        islands = text_half.islands if text_half else ()
+        graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
         with self.progress.stage(_label("write the bundle", bundle)):
             for name in CARRIED_FILES:
                 source = None if checkpoint.folder is None else checkpoint.folder / name
@@ -176,18 +180,26 @@ class _Making:
                     text=None if ready else self._text_info(),
                     ready_for=ready.runtime if ready else None,
                     ranges=self._half.info if self._half else None,
+                    text_ranges=text_half,
                     calibration=_calibration_info(plan),
                 )
             )
 
-    def _write_golden(self, bundle: BundlePlan, folder: Path) -> str:
-        """Writes what the desktop model computes for the photo; returns the device that computed it."""
+    def _write_golden(self, bundle: BundlePlan, folder: Path) -> tuple[str, RangesInfo | None]:
+        """Writes what the desktop model computes for the photo.
+
+        Returns the device that computed it, and where the text graphs compute in float16 what that means for them.
+        """
         from safetensors.numpy import save
 
         from export.golden import golden_device, make_golden
+        from export.ranges import Watch
         from pruning import SpecError
 
         device = golden_device()
+        plan = self.plan
+        in_half = plan.precision == "fp16" and (plan.quant_text is None or plan.backend.compresses)
+        watch = Watch() if in_half and plan.text_tokens is not None and plan.ready_made is None else None
         try:
             golden = make_golden(
                 self.checkpoint,
@@ -198,6 +210,7 @@ class _Making:
                 pixel_values=self._desktop_pixels(),
                 text=self._sample_text(),
                 device=device,
+                watch=watch,
             )
         except SpecError as error:
             raise ExportError(f"the image tokens of {self.plan.photo_path} cannot be pruned: {error}") from error
@@ -208,7 +221,7 @@ class _Making:
             )
         # Serialised in memory first: a full disk is then an OSError like any other.
         (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": self.plan.photo}))
-        return device
+        return device, None if watch is None else self._ranges_info(watch.ranges(), (plan.photo_path.name,))
 
     def _desktop_pixels(self) -> NDArray[np.float32]:
         """The photo as transformers' own image processor prepares it: (1, 3, height, width) float32.
@@ -248,15 +261,18 @@ class _Making:
 
         return sample_text(self.checkpoint.folder, self.checkpoint.geometry, self.plan.entry, tokens=PROMPT_CHUNK + 1)
 
-    def _lower(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
-        """Builds the graphs and has the backend write them; the modules are gone when this returns."""
+    def _lower(self, bundle: BundlePlan, folder: Path, islands: tuple[str, ...]) -> tuple[GraphInfo, ...]:
+        """Builds the graphs and has the backend write them; the modules are gone when this returns.
+
+        `islands` are the modules of the text graphs that compute in float32.
+        """
         from export.models.llava import image_info
         from runtime.bundle import GraphInfo
         from runtime.image import preprocess
 
         plan = self.plan
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
-            graphs = self._build(bundle, stage)
+            graphs = self._build(bundle, stage, islands)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
             if plan.backend.compresses:
                 for name, graph in graphs.items():
@@ -314,9 +330,10 @@ class _Making:
                 "acceleration; run again with -v to see why, or choose another --backend"
             )
 
-    def _build(self, bundle: BundlePlan, stage: Stage) -> dict[str, Graph]:
+    def _build(self, bundle: BundlePlan, stage: Stage, islands: tuple[str, ...]) -> dict[str, Graph]:
         """The vision graph and, where they are wanted, the text graphs, in the order in which a phone runs them."""
-        from export.graphs.decoder import Context, build_text_graphs
+        from export.graphs.decoder import Context, build_text_graphs, precise_modules
+        from export.ranges import make_islands
 
         plan = self.plan
         encoder = self._vision(bundle, stage)
@@ -350,6 +367,8 @@ class _Making:
             quant=None if plan.backend.compresses else plan.quant_text,
             states=plan.states,
         )
+        # The text graphs share their layers.
+        make_islands(text[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
         return {VISION_ENCODER: encoder, **text}
 
     @cached_property
@@ -368,8 +387,7 @@ class _Making:
         from export.calibration import default_photos
         from export.graphs.vision import build_vision_encoder
         from export.models.llava import image_info
-        from export.ranges import SAFETY, measure
-        from runtime.bundle import FLOAT16_LARGEST, RangesInfo
+        from export.ranges import measure
         from runtime.image import preprocess
 
         # The pruner is none of it, and quantised decoder layers compute in float32.
@@ -381,23 +399,28 @@ class _Making:
         photos = default_photos(RANGE_PHOTOS) | {plan.photo_path.name: plan.photo}
         image = image_info(checkpoint, plan.entry)
         pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
-        ranges = measure(precise, pixels)
+        info = self._ranges_info(measure(precise, pixels), tuple(photos))
+        return _Half(info, {name: precise.get_submodule(name) for name in info.islands})
+
+    def _ranges_info(self, ranges: Ranges, photos: tuple[str, ...]) -> RangesInfo:
+        """What was measured on `photos`, for the manifest; ExportError where the backend cannot compute an island."""
+        from export.ranges import SAFETY
+        from runtime.bundle import FLOAT16_LARGEST, RangesInfo
+
+        plan = self.plan
         if ranges.beyond and plan.traced_precision != "fp16":
             others = [other.name for other in plan.target.backends if other.traced_precision is None]
             raise ExportError(
-                f"{ranges.worst} of the vision graph reaches {ranges.largest[ranges.worst]:.3g}; backend "
+                f"{ranges.worst} of the {ranges.graph} reaches {ranges.largest[ranges.worst]:.3g}; backend "
                 f"{plan.backend.name} computes everything in float16, which holds {FLOAT16_LARGEST:.0f} (with a safety "
                 f"factor of {SAFETY:g}); take a backend that can compute such modules in float32: {', '.join(others)}"
             )
-        return _Half(
-            RangesInfo(
-                worst_module=ranges.worst,
-                worst_value=ranges.largest[ranges.worst],
-                safety=SAFETY,
-                photos=tuple(photos),
-                islands=ranges.islands,
-            ),
-            {name: precise.get_submodule(name) for name in ranges.islands},
+        return RangesInfo(
+            worst_module=ranges.worst,
+            worst_value=ranges.largest[ranges.worst],
+            safety=SAFETY,
+            photos=photos,
+            islands=ranges.islands,
         )
 
     def _vision(self, bundle: BundlePlan, stage: Stage) -> VisionEncoder:

@@ -339,7 +339,7 @@ class TargetInfo(_Record, frozen=True):
 
 
 class RangesInfo(_Record, frozen=True):
-    """How near the vision graph comes to what float16 holds: its largest absolute number on `photos`, and where it is.
+    """How near a graph comes to what float16 holds: its largest absolute number on `photos`, and where it is.
 
     `islands` are the modules that compute in float32 because on another photo, with numbers `safety` times as large,
     float16 might not do.
@@ -392,7 +392,7 @@ class Manifest(_Record, frozen=True):
     """manifest.json. `files` covers every file of the bundle but the manifest itself.
 
     `ready_for` names a runtime of other people for which the files lie as it expects them; `text` is None then.
-    `ranges` is None where the vision graph does not compute in float16.
+    `ranges` is None where the vision graph does not compute in float16, and so is `text_ranges` for the text graphs.
     """
 
     name: str
@@ -410,6 +410,7 @@ class Manifest(_Record, frozen=True):
     text: TextInfo | None = None
     ready_for: Name | None = None
     ranges: RangesInfo | None = None
+    text_ranges: RangesInfo | None = None
     calibration: CalibrationInfo | None = None
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION

@@ -532,6 +532,7 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
         *([("text", _text_words(manifest.text))] if manifest.text is not None else []),
         *([("ready for", manifest.ready_for)] if manifest.ready_for is not None else []),
         *([("fp16 range", str(manifest.ranges))] if manifest.ranges is not None else []),
+        *([("fp16 range of the text graphs", str(manifest.text_ranges))] if manifest.text_ranges is not None else []),
         ("checked on", f"{verdict.device}, {plural(default_threads(), 'thread')} by default"),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("bundle schema", str(manifest.schema_version)),

@@ -150,6 +150,8 @@ def test_one_graph(ios: int, precision: str, scheme: str | None, least: float, k
 class Attending(Graph):
     """Attention of 4 heads and 8 channels over one piece of keys with a mask, or over a cache beside them."""
 
+    mask: torch.Tensor
+
     def __init__(self, dtype: str, *, cached: bool) -> None:
         super().__init__()
         self.names = ("query", "key", "value", *(("past_key", "past_value") if cached else ()))

@@ -14,6 +14,7 @@ from export import cli
 from export.backends import coreml, executorch, onnx
 from export.calibration import rendered_scene
 from export.checkpoints import Checkpoint, open_checkpoint
+from export.graphs.decoder import Context, build_text_graphs, precise_modules
 from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models import MODELS
 from export.models.llava import image_info
@@ -23,19 +24,33 @@ from pruning import PruneSpec, SpecError
 from runtime.bundle import FLOAT16_LARGEST, Manifest, RangesInfo, read_bundle
 from runtime.engines.coreml import MAIN, read_package
 from runtime.errors import ExportError
+from runtime.generation import TEXT_DECODER
 from runtime.image import preprocess
 from tests.pruner_graph import Engine, opened
 from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 
 MLP = "tower.layers.1.mlp"
+TEXT_MLP = "layers.2.mlp"
 PREFIX = (1, 7, 8)
 OVERFLOWS = {"first": 2.0**16, "second": 2.0**-16}
 
 
-def _weights(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Path:
-    """The tiny model, whose second tower layer has an MLP that is multiplied in its middle and divided again."""
+def _text_weights(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Path:
+    """The tiny model, whose last decoder layer has an MLP that is multiplied in its middle and divided again."""
     tensors = tiny_tensors()
+    for name, factor in (("up_proj.weight", first), ("up_proj.bias", first), ("down_proj.weight", second)):
+        tensors[f"model.language_model.{TEXT_MLP}.{name}"] *= factor
+    return write_tiny(folder, tensors=tensors)
+
+
+def _weights(folder: Path, *, first: float = 1.0, second: float = 1.0, offset: float = 0.0) -> Path:
+    """The tiny model, whose second tower layer has an MLP that is multiplied in its middle and divided again.
+
+    With an `offset` all that enters the tower is as much larger.
+    """
+    tensors = tiny_tensors()
+    tensors["model.vision_tower.embeddings.position_embedding.weight"] += offset
     layer = "model.vision_tower.encoder.layers.1.mlp"
     for name, factor in (("fc1.weight", first), ("fc1.bias", first), ("fc2.weight", second)):
         tensors[f"{layer}.{name}"] *= factor
@@ -167,21 +182,15 @@ def test_manifest_holds_what_was_measured(islands: tuple[str, ...], says: str, t
 
 
 def _export(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str, **factors: float) -> int:
-    monkeypatch.setitem(MODELS, "tiny", TINY)
-    fixed = [
-        "export",
-        "--model",
-        "tiny",
-        "--keep",
-        "all",
-        "--only",
-        "vision",
-        "-q",
-        "--output-dir",
-        str(folder / "out"),
-    ]
     weights = _weights(folder / "weights", **factors)
-    return cli.main([*fixed, "--weights", str(weights), *words], version="0")
+    return _export_tiny(folder, weights, monkeypatch, "--only", "vision", *words)
+
+
+def _export_tiny(folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    fixed = ["export", "--model", "tiny", "--keep", "all", "-q", "--output-dir", str(folder / "out")]
+    text = [] if "--only" in words else ["--text-tokens", "192"]
+    return cli.main([*fixed, *text, "--weights", str(weights), *words], version="0")
 
 
 def _made(folder: Path) -> tuple[Manifest, str]:
@@ -237,3 +246,90 @@ def test_npu_has_no_float32_to_flee_to(
     assert "in float16, which holds 65504" in said
     assert "take a backend that can compute such modules in float32: xnnpack, vulkan, onnx" in said
     assert not (tmp_path / "out").exists()
+
+
+# The text graphs, which are measured while the desktop's outputs are made
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--backend", "onnx"),
+        pytest.param(("--backend", "xnnpack"), marks=pytest.mark.slow),
+        pytest.param(("--target", "ios"), marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_text_graphs_that_overflow_have_an_island(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = _text_weights(tmp_path / "weights", **OVERFLOWS)
+    assert _export_tiny(tmp_path, weights, monkeypatch, "--precision", "fp16", *words) == 0
+    manifest, report = _made(tmp_path)
+    ranges = manifest.text_ranges
+    assert ranges is not None
+    assert (ranges.islands, ranges.photos) == ((TEXT_MLP,), (manifest.golden.photo,))
+    assert ranges.worst_module == f"{TEXT_MLP}.down_proj"
+    assert ranges.worst_value > FLOAT16_LARGEST
+    assert f"on 1 photo; 1 module computed in fp32: {TEXT_MLP}" in report
+    assert manifest.ranges is not None
+    assert manifest.ranges.islands == ()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_text_graphs_without_hazards(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = _text_weights(tmp_path / "weights")
+    words = ("--backend", "onnx", "--precision", precision)
+    assert _export_tiny(tmp_path, weights, monkeypatch, *words) == 0
+    ranges = _made(tmp_path)[0].text_ranges
+    if precision == "fp32":
+        assert ranges is None
+        return
+    assert ranges is not None
+    assert ranges.islands == ()
+    assert 0 < ranges.worst_value < LARGEST
+
+
+@torch.no_grad()
+def test_what_the_text_graphs_would_be_without_the_island(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY, weights=str(_text_weights(tmp_path, **OVERFLOWS)), seed=0)
+    context = Context(TINY.geometry, prefix=7, keep=8, layer=2, text=24)
+    decoder = build_text_graphs(checkpoint, context, precision="fp16")[TEXT_DECODER]
+    chance = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.full(info.shape, context.first_text)
+        if info.dtype == "int64"
+        else torch.randn(info.shape, generator=chance).to(getattr(torch, info.dtype))
+        for info in decoder.input_infos()
+    ]
+    assert not decoder(*inputs)[0].isfinite().all()
+    make_islands(decoder, precise_modules(checkpoint, [TEXT_MLP]))
+    precise = build_text_graphs(checkpoint, context)[TEXT_DECODER]
+    expected = precise(*(x.float() if x.is_floating_point() else x for x in inputs))[0]
+    assert _error(decoder(*inputs)[0].numpy(), expected.numpy()) <= 5e-3
+
+
+def test_text_graphs_on_an_npu_have_no_float32_to_flee_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = _text_weights(tmp_path / "weights", **OVERFLOWS)
+    words = ("--backend", "qnn", "--soc", "snapdragon-8-gen-3")
+    assert _export_tiny(tmp_path, weights, monkeypatch, *words) == 2
+    assert f"error: {TEXT_MLP}.down_proj of the text graphs reaches " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_graphs_that_no_island_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = _text_weights(tmp_path / "weights", first=2.0**12, second=2.0**12)
+    words = ("--backend", "onnx", "--precision", "fp16")
+    assert _export_tiny(tmp_path, weights, monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: (layers\.2|norm) of the text graphs reaches .*give --precision fp32", said)
+
+
+def test_layer_norm_that_float16_would_leave_little_of(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY, weights=str(_weights(tmp_path, offset=300.0)), seed=0)
+    with pytest.raises(ExportError, match=r"pre.*norm of the vision graph takes the mean out of numbers whose mean is"):
+        measure(_encoder(checkpoint, "fp32"), _pixels(checkpoint, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -254,6 +255,17 @@ def build_token_embedding(checkpoint: Checkpoint, *, tokens: int, precision: str
     graph = TokenEmbedding(checkpoint.geometry, tokens=tokens)
     fill(graph.embed_tokens, checkpoint, "language_model.embed_tokens", PRECISIONS[precision])
     return graph.eval().requires_grad_(False)
+
+
+def precise_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Parts of the decoder layers in float32, by their paths in the text graphs, like `layers.3.mlp`."""
+    modules = {}
+    for name in names:
+        layer, _, part = name.removeprefix("layers.").partition(".")
+        module = LlamaLayer(checkpoint.geometry.text).get_submodule(part)
+        fill(module, checkpoint, f"language_model.layers.{layer}.{part}", torch.float32)
+        modules[name] = module.eval().requires_grad_(False)
+    return modules
 
 
 def build_text_graphs(
