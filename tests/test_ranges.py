@@ -255,7 +255,7 @@ def test_npu_has_no_float32_to_flee_to(
     "words",
     [
         ("--backend", "onnx"),
-        pytest.param(("--backend", "xnnpack"), marks=pytest.mark.slow),
+        pytest.param(("--quant-text", "none", "--backend", "xnnpack"), marks=pytest.mark.slow),
         pytest.param(("--target", "ios"), marks=pytest.mark.slow),
     ],
     ids=lambda words: words[-1],
