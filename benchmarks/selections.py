@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def main() -> None:
     from pruning import ComparingPruner
     from tests.pruner_graph import PrunerGraph
     from tests.test_pruner_golden import CASES, Case, _features, _program
-    from tests.test_qnn import QuantisedFeatures, _opened, _quantised, kept_share
+    from tests.test_qnn import SOC, QuantisedFeatures, _opened, _quantised, kept_share
 
     program = next(_program(case) for case in CASES if case.spec.keep == options.keep)
     quantised = options.scheme == "a16w8"
@@ -40,8 +41,7 @@ def main() -> None:
             kinds.setdefault(case.name.partition("-")[0] if quantised else "all", []).append(case)
     kind = QuantisedFeatures if quantised else PrunerGraph
     target = ROOT / "benchmarks/results/qnn-emulated.json"
-    result = json.loads(target.read_text())
-    rows = {(row["scheme"], row["case"]): row for row in result["selections"]}
+    rows = {(row["scheme"], row["case"]): row for row in json.loads(target.read_text())["selections"]}
     for cases in kinds.values():
         graph = kind(ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
         features = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
@@ -52,7 +52,13 @@ def main() -> None:
                 rows[options.scheme, case.name] = {"case": case.name, "scheme": options.scheme, "overlap": overlap}
                 print(options.scheme, case.name, overlap, flush=True)
             loaded.close()
-    result["selections"] = list(rows.values())
+    result = {
+        "command": "python benchmarks/selections.py",
+        "what": "Qualcomm's x86 emulator of the HTP: no figure here is a time",
+        "chip": SOC.name,
+        "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn", "torch")},
+        "selections": list(rows.values()),
+    }
     target.write_text(json.dumps(result, indent=2) + "\n")
 
 

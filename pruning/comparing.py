@@ -55,9 +55,9 @@ class _Pair(NamedTuple):
         """The sum of numbers of which one is 0."""
         return _Pair(self.near + other.near, self.rest + other.rest)
 
-    def view(self, *shape: int) -> _Pair:
+    def reshape(self, *shape: int) -> _Pair:
         """Both in another shape."""
-        return _Pair(self.near.view(shape), self.rest.view(shape))
+        return _Pair(self.near.reshape(shape), self.rest.reshape(shape))
 
 
 class ComparingPruner(nn.Module):
@@ -168,14 +168,14 @@ class ComparingPruner(nn.Module):
         one = scaled[:, :, :1] * 0.0 + 1.0
         weights = self.per_token.expand(batch, count, 2).transpose(1, 2).reshape(batch, 2 * count, 1)
         total = _product(torch.cat([scaled, scaled * (1.0 / UNIT)], 2), weights, one[:, :1])
-        left = torch.cat([scaled, total.near, total.near, one], 2).view(batch * width, 1, count + 3)
+        left = torch.cat([scaled, total.near, total.near, one], 2).reshape(batch * width, 1, count + 3)
         right = torch.cat([scaled, -total.near, total.rest * -2.0, one * (0.5 * count)], 2)
-        each = one.view(batch * width, 1, 1)
-        variance = _product(left, right.view(batch * width, count + 3, 1), each).view(batch, 1, width)
+        each = one.reshape(batch * width, 1, 1)
+        variance = _product(left, right.reshape(batch * width, count + 3, 1), each).reshape(batch, 1, width)
         # Grows with the variance, across the scales too.
         order = variance.near * 0.5 ** math.ceil(math.log2(count)) * scale
-        most = order.topk(self.spec.channels, dim=2).values[:, :, -1:]
-        certain, tied = (order > most).to(order.dtype), order == most
+        lowest = order.topk(self.spec.channels, dim=2).values[:, :, -1:]
+        certain, tied = (order > lowest).to(order.dtype), order == lowest
         room = float(self.spec.channels) - certain.sum(2, keepdim=True)
         rests = torch.where(tied, variance.rest, -BEYOND).topk(self.spec.channels, dim=2).values
         last = (self.places[:, :, 1 : self.spec.channels + 1] == room).to(order.dtype)
@@ -247,8 +247,8 @@ class ComparingPruner(nn.Module):
         one, half = a * 0.0 + 1.0, UNIT**-0.5
         left = torch.cat([a, a_rest, a * half, a * share, a_rest, b, b_rest], 2)
         right = torch.cat([one, one, b * half, b_rest, b * share, -one, -one], 2)
-        each = one.view(-1, 1, 1)
-        return _product(left.view(-1, 1, 7), right.view(-1, 7, 1), each).view(-1, 1, count)
+        each = one.reshape(-1, 1, 1)
+        return _product(left.reshape(-1, 1, 7), right.reshape(-1, 7, 1), each).reshape(-1, 1, count)
 
     def _rank(self, score: _Pair, *, before: Tensor | None = None) -> Tensor:
         """Place of each token when the largest score comes first, or the smallest `before`: (B, 1, N) -> (B, 1, N)."""
