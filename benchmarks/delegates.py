@@ -43,6 +43,7 @@ DELEGATES = {
     "onnx-fp16": "--target android --backend onnx --precision fp16",
     "onnx-int4": "--target android --backend onnx --precision fp32 --quant-text int4",
     "webgpu-fp32": "--target android --backend webgpu",
+    "webgpu-int4": "--target android --backend webgpu --quant-text int4",
     "qnn-fp16": SNAPDRAGON,
     "coreml-fp16": "--target ios --precision fp16",
     "executorch-coreml-fp16": "--target ios --backend executorch --precision fp16",

@@ -318,7 +318,7 @@ WEBGPU = Backend(
     # What a software GPU computes in, too: an fp16 graph could not be checked without hardware.
     precisions=("fp32",),
     quant_vision=(),
-    quant_text=(),
+    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
     pruner_form="default",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_ep_webgpu"),
     load=_webgpu,

@@ -495,6 +495,23 @@ def test_golden_choices_on_the_emulator(tmp_path: Path) -> None:
     loaded.close()
 
 
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_pruner_at_full_width(tmp_path: Path) -> None:
+    """4096 channels of which 256 are chosen, as in a decoder of 7B, with scales that differ a hundredfold."""
+    spec, width = PruneSpec(keep=64), 4096
+    chance = torch.Generator().manual_seed(0)
+    scale = torch.rand(width, generator=chance).mul(3).exp()
+    centre = torch.randn(40, width, generator=chance) * scale
+    near = torch.randint(0, 40, (spec.tokens,), generator=chance)
+    keys, noise = (torch.randn(1, spec.tokens, width, generator=chance) for _ in range(2))
+    hidden = centre[near][None] + noise * torch.rand(width, generator=chance).mul(2).exp()
+    loaded = _opened(PrunerGraph(ComparingPruner(spec), key_width=width, hidden_width=width), tmp_path)
+    kept = torch.from_numpy(np.rint(loaded.run([keys.numpy(), hidden.numpy()])[1]))
+    loaded.close()
+    assert torch.isin(reference.prune(keys, hidden, spec)[1], kept.long()).float().mean() >= 0.98
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path) -> None:
