@@ -134,26 +134,25 @@ def test_weights_that_float32_does_not_hold_either(tmp_path: Path) -> None:
         measure(_encoder(checkpoint, "fp32", pruned=False), _pixels(checkpoint, 1))
 
 
-@pytest.mark.slow
-def test_island_in_xnnpack(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)
+def _without_and_with(engine: Engine, folder: Path) -> None:
+    """An engine's results without the island, which are no numbers, and with it, which are right."""
+    checkpoint = _checkpoint(folder / "weights", **OVERFLOWS)
     precise, half = (_encoder(checkpoint, precision, pruned=False) for precision in ("fp32", "fp16"))
     (pixels,) = _pixels(checkpoint, 1)
     expected = _eager(precise, pixels)
-    assert not np.isfinite(_run(half, "executorch", tmp_path / "without", pixels)).all()
+    assert not np.isfinite(_run(half, engine, folder / "without", pixels)).all()
     make_islands(half, {MLP: precise.get_submodule(MLP)})
-    assert _error(_run(half, "executorch", tmp_path / "with", pixels), expected) <= 5e-3
+    assert _error(_run(half, engine, folder / "with", pixels), expected) <= 5e-3
+
+
+@pytest.mark.slow
+def test_island_in_xnnpack(tmp_path: Path) -> None:
+    _without_and_with("executorch", tmp_path)
 
 
 @pytest.mark.slow
 def test_island_in_core_ml(tmp_path: Path) -> None:
-    checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)
-    precise, half = (_encoder(checkpoint, precision, pruned=False) for precision in ("fp32", "fp16"))
-    (pixels,) = _pixels(checkpoint, 1)
-    expected = _eager(precise, pixels)
-    assert not np.isfinite(_run(half, "coreml", tmp_path / "without", pixels)).all()
-    make_islands(half, {MLP: precise.get_submodule(MLP)})
-    assert _error(_run(half, "coreml", tmp_path / "with", pixels), expected) <= 5e-3
+    _without_and_with("coreml", tmp_path)
     precise_ones = {
         name: [
             operator.kind
