@@ -5,7 +5,8 @@ comparisons, selects and the smallest of a row do that work. Every count and pla
 
 Float16 has 11 bits, and the choices turn on the 17th. The numbers that decide are therefore pairs: the nearest float16
 and what it leaves. Engines add up the terms of a product in float32 and round the total, so a second product that holds
-the same terms and the first total, negative, gives the rest.
+the same terms and the first total, negative, gives the rest. What only has to be brought into range is multiplied by
+powers of two, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ MOST_TOKENS = 1024  # places and halves between them are exact in float16 up to 
 LEAST = 2.0**-13  # smaller divisors are no longer precise in float16
 UNIT = 1024.0  # distances and scores are kept times this, so that their rests stay above float16's smallest numbers
 GRAIN = 1024.0  # rests are whole multiples of 1 / GRAIN: what differs by less is float32's noise, and ties
-SMALLEST, LARGEST = -10, 13  # as powers of two, between which a channel's deviation is brought near 1
-BIASED = 8.0  # deviations from zero, from which on a channel's mean is taken out before squares are added up
+MOST_COUNTED = 2047  # levels and channels are counted up to here
+SMALLEST, LARGEST = -10, 14  # as powers of two, between which sizes are brought near 1
+BIASED = 4.0  # deviations from zero, from which on a channel's mean is taken out before squares are added up
+LONGEST = 64.0  # what the longest key is shortened to, so that no squared distance reaches BEYOND
 
 
 class _Pair(NamedTuple):
@@ -46,6 +49,14 @@ class _Pair(NamedTuple):
         """The smallest along an axis, which stays with length 1."""
         near = self.near.amin(dim, keepdim=True)
         return _Pair(near, torch.where(self.near <= near, self.rest, BEYOND).amin(dim, keepdim=True))
+
+    def beside(self, other: _Pair, dim: int) -> _Pair:
+        """Both along an axis."""
+        return _Pair(torch.cat([self.near, other.near], dim), torch.cat([self.rest, other.rest], dim))
+
+    def grained(self) -> _Pair:
+        """The rests rounded to multiples of 1 / GRAIN."""
+        return _Pair(self.near, torch.floor(self.rest * GRAIN + 0.5) * (1.0 / GRAIN))
 
     def times(self, mask: Tensor) -> _Pair:
         """The numbers where the mask is 1 and 0 where it is 0."""
@@ -70,8 +81,8 @@ class ComparingPruner(nn.Module):
     Source: arXiv 2512.02700; the static form is our own.
 
     Raises:
-        SpecError: more than MOST_TOKENS tokens, shapes that do not fit, or (outside an exported program) features that
-            are not finite.
+        SpecError: more than MOST_TOKENS tokens, more than MOST_COUNTED channels or levels, shapes that do not fit, or
+            (outside an exported program) features that are not finite.
     """
 
     places: Tensor
@@ -88,14 +99,17 @@ class ComparingPruner(nn.Module):
             raise SpecError(
                 f"grid={spec.grid} has {spec.tokens} tokens; the float16 form can place {MOST_TOKENS} at most"
             )
+        for what, count in (("channels", spec.channels), ("threshold levels", len(spec.levels()))):
+            if count > MOST_COUNTED:
+                raise SpecError(f"{count} {what} are too many; the float16 form can count {MOST_COUNTED} at most")
         self.spec = spec
         self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
         at = torch.arange(spec.tokens)
         constants = {
-            "places": torch.arange(max(spec.tokens, spec.channels + 1)).float()[None, None],
+            "places": torch.arange(max(spec.tokens, spec.channels + 1, len(spec.levels()))).float()[None, None],
             "earlier": (at[None, :] < at[:, None]).float()[None],  # [i, j] is 1 where j comes before i
             "same": torch.eye(spec.tokens)[None],
-            "powers": 2.0 ** torch.arange(SMALLEST, LARGEST).float()[None, :, None],
+            "powers": 2.0 ** torch.arange(SMALLEST, LARGEST).float()[None, None],
             "per_token": _parts(torch.full((1, 1), spec.tokens**-0.5, dtype=torch.float64)) * torch.tensor([1.0, UNIT]),
             "buffering": _parts(squared_distances(spec).sqrt() * spec.distance_slope * UNIT),
             "thresholds": _parts((1.0 - torch.tensor(spec.levels(), dtype=torch.float64)[None]) * UNIT),
@@ -120,18 +134,25 @@ class ComparingPruner(nn.Module):
 
     def _pivots(self, keys: Tensor) -> Tensor:
         """1 where a token is a pivot: (B, N, Dk) -> (B, 1, N)."""
-        keys = keys / keys.abs().amax((1, 2), keepdim=True).clamp(min=LEAST)  # or the squares could overflow
-        sizes = keys.abs()
-        newest = self._first_largest((sizes - sizes.mean(1, keepdim=True)).sum(2)[:, None])
-        selected, nearest, usual = newest, None, None
+        batch, count, width = keys.shape
+        keys = keys * self._scale(keys.abs().amax((1, 2), keepdim=True))[1]
+        length = (keys * keys).sum(2, keepdim=True).amax(1, keepdim=True).sqrt()
+        keys = keys * self._scale(length * (1.0 / LONGEST))[1]
+        each = self.same[:, :1, :1].expand(batch * count, -1, -1)
+
+        def sums(left: Tensor, right: Tensor) -> _Pair:
+            """Per token over its channels: twice (B, N, Dk) -> (B, 1, N)."""
+            flat = left.reshape(batch * count, 1, width), right.reshape(batch * count, width, 1)
+            return _product(*flat, each).grained().reshape(batch, 1, count)
+
+        newest = self._first_largest(sums(keys.abs(), keys * 0.0 + 1.0 / LONGEST))
+        selected, nearest = newest, None
         for _ in range(1, self.spec.first_pivots):
             away = keys - torch.bmm(newest, keys)
-            squares = away * away
-            usual = squares.mean(1, keepdim=True) if usual is None else usual
-            distance = (squares - usual).sum(2)[:, None]
-            nearest = distance if nearest is None else torch.minimum(nearest, distance)
+            distance = sums(away, away)
+            nearest = distance if nearest is None else nearest.beside(distance, 1).least(1)
             # Selected tokens are out of reach, so that identical keys still give distinct pivots.
-            newest = self._first_largest(nearest - selected * BEYOND)
+            newest = self._first_largest(_Pair(nearest.near - selected * (2.0 * BEYOND), nearest.rest))
             selected = selected + newest
         return selected
 
@@ -139,12 +160,12 @@ class ComparingPruner(nn.Module):
         """1 - cosine similarity on the channels of largest variance, in units: (B, N, D) -> (B, N, N)."""
         if hidden.shape[2] > self.spec.channels:
             hidden = hidden * self._strongest(hidden)
-        row = hidden / hidden.abs().amax(2, keepdim=True).clamp(min=LEAST)
+        row = hidden * self._scale(hidden.abs().amax(2, keepdim=True))[1]
         unit = row / (row * row).sum(2, keepdim=True).sqrt().clamp(min=LEAST)
         one = unit[:, :, :1] * 0.0 + 1.0
         same = self.same.expand(len(hidden), -1, -1)
         there = torch.cat([-unit, one], 2).transpose(1, 2)
-        near, rest = _product(torch.cat([unit, one], 2) * UNIT, there, same)
+        near, rest = _product(torch.cat([unit, one], 2) * UNIT, there, same).grained()
         # Rounding leaves the vectors a little longer or shorter than 1, which the distances to themselves tell.
         longer = ((near + rest) * same).sum(2, keepdim=True) * -0.5
         excess = longer + longer.transpose(1, 2)
@@ -158,12 +179,9 @@ class ComparingPruner(nn.Module):
         reach = centred.abs().amax(1, keepdim=True)
         share = centred / reach.clamp(min=LEAST)
         deviation = reach * (share * share).mean(1, keepdim=True).sqrt()  # without squares beyond float16
-        # Each channel times a power of two, which rounds nothing, so that its deviation lies in 1/2 .. 1.
-        large = deviation >= self.powers
-        scale = torch.where(large, self.powers * 2.0, 2.0**SMALLEST).amax(1, keepdim=True)
-        inverse = torch.where(large, 0.5 / self.powers, 2.0**-SMALLEST).amin(1, keepdim=True)
         biased = (mean.abs() > deviation * BIASED).to(hidden.dtype)
-        scaled = ((hidden - mean * biased) * inverse).transpose(1, 2)
+        scale, inverse = self._scale(deviation.transpose(1, 2))
+        scaled = (hidden - mean * biased).transpose(1, 2) * inverse
         # The sum of squares less the square of the sum, in one product. `per_token` is 1 / sqrt(N).
         one = scaled[:, :, :1] * 0.0 + 1.0
         weights = self.per_token.expand(batch, count, 2).transpose(1, 2).reshape(batch, 2 * count, 1)
@@ -171,9 +189,9 @@ class ComparingPruner(nn.Module):
         left = torch.cat([scaled, total.near, total.near, one], 2).reshape(batch * width, 1, count + 3)
         right = torch.cat([scaled, -total.near, total.rest * -2.0, one * (0.5 * count)], 2)
         each = one.reshape(batch * width, 1, 1)
-        variance = _product(left, right.reshape(batch * width, count + 3, 1), each).reshape(batch, 1, width)
+        variance = _product(left, right.reshape(batch * width, count + 3, 1), each).grained().reshape(batch, 1, width)
         # Grows with the variance, across the scales too.
-        order = variance.near * 0.5 ** math.ceil(math.log2(count)) * scale
+        order = variance.near * 0.5 ** math.ceil(math.log2(count)) * scale.transpose(1, 2)
         lowest = order.topk(self.spec.channels, dim=2).values[:, :, -1:]
         certain, tied = (order > lowest).to(order.dtype), order == lowest
         room = float(self.spec.channels) - certain.sum(2, keepdim=True)
@@ -188,11 +206,11 @@ class ComparingPruner(nn.Module):
         A step accepts from the first batch of the running pass that has something to accept. Tokens are scored by one
         minus their adjusted similarity.
         """
-        size, keep, dtype = self.spec.token_batch, float(self.spec.keep), pivots.dtype
+        size, keep, dtype = min(self.spec.token_batch, self.spec.tokens), float(self.spec.keep), pivots.dtype
         nothing = pivots[:, :, :1] * 0.0
         one = nothing + 1.0
         buffering = _settled(*(part * one for part in self.buffering.unbind(-1)))
-        both = _Pair(torch.cat([apart.near, buffering.near], 1), torch.cat([apart.rest, buffering.rest], 1))
+        both = apart.beside(buffering, 1)
         thresholds = _settled(*(part * one for part in self.thresholds.unbind(-1)))
         places = self.places[:, :, : self.thresholds.shape[1]]
         nearest = self._nearest(both, pivots)
@@ -221,7 +239,7 @@ class ComparingPruner(nn.Module):
                 behind = behind * going_on
             accept = left.exceeds(limit) & (rank >= behind)
             first = torch.where(accept, rank, BEYOND).amin(2, keepdim=True)
-            behind = (torch.floor(first * (1.0 / size) + 0.5 / size) + 1.0) * size
+            behind = (torch.floor((first + 0.5) * (1.0 / size)) + 1.0) * size
             taken = (accept & (rank < behind)).to(dtype)
             when = when - taken * float(self.steps - number)
             scored = scored.plus(score.times(taken))
@@ -240,15 +258,16 @@ class ComparingPruner(nn.Module):
     def _score(self, nearest: _Pair) -> _Pair:
         """One minus the similarity times the buffer, in units: (B, 2N, 1) -> (B, 1, N).
 
-        With the distance `a` and the buffer's excess `b`, both times UNIT, that is a + a b / UNIT - b.
+        With the distance `a` and the buffer's excess `b`, both times UNIT, that is a b / UNIT - b + a. Sums begin with
+        the first terms: where `a` is UNIT, as between tokens that have nothing in common, these two leave nothing.
         """
         count, share = self.spec.tokens, 1.0 / UNIT
         (a, b), (a_rest, b_rest) = ((part[:, :count], part[:, count:]) for part in nearest)
         one, half = a * 0.0 + 1.0, UNIT**-0.5
-        left = torch.cat([a, a_rest, a * half, a * share, a_rest, b, b_rest], 2)
-        right = torch.cat([one, one, b * half, b_rest, b * share, -one, -one], 2)
+        left = torch.cat([a * half, b, a, a * share, b_rest, a_rest, a_rest], 2)
+        right = torch.cat([b * half, -one, one, b_rest, -one, one, b * share], 2)
         each = one.reshape(-1, 1, 1)
-        return _product(left.reshape(-1, 1, 7), right.reshape(-1, 7, 1), each).reshape(-1, 1, count)
+        return _product(left.reshape(-1, 1, 7), right.reshape(-1, 7, 1), each).grained().reshape(-1, 1, count)
 
     def _rank(self, score: _Pair, *, before: Tensor | None = None) -> Tensor:
         """Place of each token when the largest score comes first, or the smallest `before`: (B, 1, N) -> (B, 1, N)."""
@@ -269,7 +288,8 @@ class ComparingPruner(nn.Module):
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
         to_kept = _Pair(torch.bmm(pick, apart.near), torch.bmm(pick, apart.rest))
         slot = torch.where(to_kept.exceeds(to_kept.least(1)), BEYOND, self._slots()).amin(1, keepdim=True)
-        weight = (self._slots() == slot).to(pick.dtype) * (1.0 - to_kept.near * (1.0 / UNIT)) * (1.0 - chosen)
+        similarity = ((UNIT - to_kept.near) - to_kept.rest) * (1.0 / UNIT)
+        weight = (self._slots() == slot).to(pick.dtype) * similarity * (1.0 - chosen)
         total = weight.sum(2, keepdim=True)
         mixed = (total > weight.abs().sum(2, keepdim=True) * CANCELLATION).to(pick.dtype) * self.spec.recovery
         return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=LEAST))
@@ -282,10 +302,17 @@ class ComparingPruner(nn.Module):
         """A row of 0, 1, 2 ...: (1, 1, N)."""
         return self.places[:, :, : self.spec.tokens]
 
-    def _first_largest(self, score: Tensor) -> Tensor:
+    def _first_largest(self, score: _Pair) -> Tensor:
         """One-hot of the first largest element of a row: (B, 1, N) -> (B, 1, N)."""
-        first = torch.where(score >= score.amax(2, keepdim=True), self._tokens(), BEYOND).amin(2, keepdim=True)
-        return (self._tokens() == first).to(score.dtype)
+        rest = torch.where(score.near >= score.near.amax(2, keepdim=True), score.rest, -BEYOND)
+        first = torch.where(rest >= rest.amax(2, keepdim=True), self._tokens(), BEYOND).amin(2, keepdim=True)
+        return (self._tokens() == first).to(rest.dtype)
+
+    def _scale(self, size: Tensor) -> tuple[Tensor, Tensor]:
+        """The power of two above each size, and its inverse, which brings it into 1/2 .. 1: (B, M, 1) twice."""
+        large = size >= self.powers
+        above = torch.where(large, self.powers * 2.0, 2.0**SMALLEST).amax(2, keepdim=True)
+        return above, torch.where(large, 0.5 / self.powers, 2.0**-SMALLEST).amin(2, keepdim=True)
 
 
 def _parts(values: Tensor) -> Tensor:
@@ -297,15 +324,10 @@ def _parts(values: Tensor) -> Tensor:
 def _settled(near: Tensor, rest: Tensor) -> _Pair:
     """The pair of a sum."""
     total = near + rest
-    return _Pair(total, _grained((near - total) + rest))
+    return _Pair(total, (near - total) + rest).grained()
 
 
 def _product(left: Tensor, right: Tensor, identity: Tensor) -> _Pair:
     """Matrix product as pairs: (B, M, K), (B, K, N) and the identity (B, N, N) -> (B, M, N)."""
     near = torch.bmm(left, right)
-    return _Pair(near, _grained(torch.bmm(torch.cat([left, -near], 2), torch.cat([right, identity], 1))))
-
-
-def _grained(rest: Tensor) -> Tensor:
-    """Rounded to multiples of 1 / GRAIN."""
-    return torch.floor(rest * GRAIN + 0.5) * (1.0 / GRAIN)
+    return _Pair(near, torch.bmm(torch.cat([left, -near], 2), torch.cat([right, identity], 1)))

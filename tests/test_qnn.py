@@ -123,9 +123,70 @@ def test_comparing_form_stays_finite_in_fp16(scale: float) -> None:
     assert torch.isin(indices, expected).float().mean() >= 0.9
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1.0, 3.0, 10.0, 30.0])
+def test_comparing_form_finds_the_pivots_in_fp16(factor: float) -> None:
+    """Also behind one key that is much longer than the others, which is the first pivot."""
+    right = 0
+    for seed in range(20):
+        chance = torch.Generator().manual_seed(seed)
+        keys = torch.randn(1, SMALL.tokens, 128, generator=chance)
+        keys[:, 7] *= factor
+        keys = keys.half()
+        hidden = torch.randn(1, SMALL.tokens, HIDDEN_WIDTH, generator=chance).half()
+        spec = replace(SMALL, keep=4)
+        with SumsInFloat32():
+            indices = ComparingPruner(spec).half()(keys, hidden)[1]
+        right += torch.equal(indices, reference.prune(keys.float(), hidden.float(), spec)[1])
+    assert right >= 19  # one may be a near tie
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [0.0, 2.0, 3.9, 4.1, 7.9, 100.0])
+def test_comparing_form_chooses_the_channels_of_largest_variance(bias: float) -> None:
+    """Channels whose deviations lie within 2 % of each other, with means of so many deviations."""
+    spec = PruneSpec(keep=8)
+    for seed in range(3):
+        chance = torch.Generator().manual_seed(seed)
+        spread = 1.0 + 0.02 * torch.rand(512, generator=chance)
+        hidden = (torch.randn(1, spec.tokens, 512, generator=chance) + bias) * spread
+        hidden = hidden.half().float()
+        variance = hidden.double().var(1, correction=0)[0]
+        expected = variance >= variance.topk(spec.channels).values[-1]
+        pruner = ComparingPruner(spec)
+        assert torch.equal(pruner._strongest(hidden)[0, 0].bool(), expected)
+        with SumsInFloat32():
+            got = pruner.half()._strongest(hidden.half())[0, 0].bool()
+        assert (got != expected).sum() <= 2  # one channel for another
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"threshold_step": 0.01, "keep": 6},  # more levels than tokens
+        {"token_batch": 100_000, "keep": 30},
+        {"threshold": -1.0, "distance_weight": 4.0, "keep": 30},
+        {"grid": (28, 32), "token_batch": 7, "keep": 200},
+        {"grid": (1, 64), "keep": 64},
+    ],
+)
+def test_comparing_form_at_the_ends_of_what_may_be_asked(words: dict[str, Any]) -> None:
+    spec = PruneSpec(**{"grid": (6, 6), "channels": 24, "steps": 10_000, **words})
+    chance = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, spec.tokens, KEY_WIDTH, generator=chance).half()
+    hidden = torch.randn(1, spec.tokens, HIDDEN_WIDTH, generator=chance).half()
+    expected = reference.prune(keys.float(), hidden.float(), spec)[1]
+    assert torch.equal(ComparingPruner(spec)(keys.float(), hidden.float())[1], expected)
+    with SumsInFloat32():
+        assert torch.isin(expected, ComparingPruner(spec).half()(keys, hidden)[1]).float().mean() >= 0.98
+
+
 def test_comparing_form_refuses_what_float16_cannot_count() -> None:
     with pytest.raises(SpecError, match="has 1056 tokens; the float16 form can place 1024 at most"):
         ComparingPruner(PruneSpec(grid=(32, 33)))
+    with pytest.raises(SpecError, match="2048 channels are too many; the float16 form can count 2047 at most"):
+        ComparingPruner(PruneSpec(channels=2048))
 
 
 # Asking for it
