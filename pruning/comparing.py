@@ -263,8 +263,7 @@ class ComparingPruner(nn.Module):
             when = when - taken * float(self.steps - number)
             scored = scored.plus(score.times(taken))
             selected = selected + taken
-            newer = self._nearest(both, taken)
-            nearest = _Pair(torch.cat([nearest.near, newer.near], 2), torch.cat([nearest.rest, newer.rest], 2)).least(2)
+            nearest = nearest.beside(self._nearest(both, taken), 2).least(2)
         scored = scored.plus(self._score(nearest).times(1.0 - selected))
         filled = torch.relu(keep - selected.sum(2))
         return (self._rank(scored, before=when) < keep).to(dtype), filled
