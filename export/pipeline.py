@@ -367,8 +367,8 @@ class _Making:
             quant=None if plan.backend.compresses else plan.quant_text,
             states=plan.states,
         )
-        # The text graphs share their layers.
-        make_islands(text[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
+        if islands:  # the text graphs share their layers
+            make_islands(text[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
         return {VISION_ENCODER: encoder, **text}
 
     @cached_property
