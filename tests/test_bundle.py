@@ -530,6 +530,7 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "schema_version",
         "target",
         "text",
+        "text_ranges",
         "tools",
         "weights",
     ]
