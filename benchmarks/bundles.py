@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -21,7 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SNAPDRAGON = "--target android --backend qnn --soc snapdragon-8-gen-3"
+from benchmarks.delegates import SNAPDRAGON, exported  # noqa: E402 - found through the line above
+
 BUNDLES = {
     "qnn-fp16": f"--model pocket --keep 16 {SNAPDRAGON}",
     "qnn-fp16-keep64": f"--model pocket --keep 64 {SNAPDRAGON}",
@@ -42,13 +42,8 @@ def main() -> None:
     rows = {row["bundle"]: row for row in json.loads(target.read_text())["bundles"]} if target.exists() else {}
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "export.py", *BUNDLES[name].split(), "--output-dir", folder, "-q"]
-            # Whether all is within its bounds is among the figures.
-            code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
-            if code not in (0, 1):
-                raise SystemExit(f"export.py {BUNDLES[name]} ended with {code}")
-            (bundle,) = Path(folder).iterdir()
-            rows[name] = {"bundle": name, "command": f"pruneport export {BUNDLES[name]}", **_figures(bundle)}
+            figures = _figures(exported(BUNDLES[name], folder))
+            rows[name] = {"bundle": name, "command": f"pruneport export {BUNDLES[name]}", **figures}
         print(json.dumps(rows[name]), flush=True)
         result = {
             "command": "python benchmarks/bundles.py",

@@ -85,12 +85,7 @@ def main() -> None:
     for delegate in options.only:
         arguments = f"--model pocket --keep {options.keep} {DELEGATES[delegate]}"
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "export.py", *arguments.split(), "--output-dir", folder, "-q"]
-            # Whether the one photo of the export is within its bounds is told by the report, not here.
-            code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
-            if code not in (0, 1):
-                raise SystemExit(f"export.py {arguments} ended with {code}")
-            (bundle,) = Path(folder).iterdir()
+            bundle = exported(arguments, folder)
             rows[delegate] = {
                 "delegate": delegate,
                 "command": f"pruneport export {arguments}",
@@ -105,6 +100,16 @@ def main() -> None:
             "delegates": ordered,
         }
         target.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def exported(arguments: str, folder: str) -> Path:
+    """The one bundle that `export.py` makes in an empty folder, whether or not its check finds it within bounds."""
+    command = [sys.executable, "export.py", *arguments.split(), "--output-dir", folder, "-q"]
+    code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode
+    if code not in (0, 1):
+        raise SystemExit(f"export.py {arguments} ended with {code}")
+    (bundle,) = Path(folder).iterdir()
+    return bundle
 
 
 def _answers(
