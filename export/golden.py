@@ -60,8 +60,9 @@ def make_golden(
 
     `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
-    near each choice was to going the other way, and `pivots`. With `text`, at the decoder the same for the text graphs,
-    and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
+    near each choice was to going the other way, `pivots`, and what recovery is computed from: `recovery.hidden` (N, D)
+    that enters the cut, `recovery.similarity` (N, N), `recovery.least_share` (1,). With `text`, at the decoder the same
+    for the text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
     `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
     Modules are filled and dropped one layer at a time, so that memory holds one layer and not the model, but for the
     answer. `watch` is shown each decoder layer and the last norm before they run, by their names in the text graphs.
@@ -360,5 +361,8 @@ def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tenso
         "kept_order": trace.order[0],
         "kept_margin": trace.margin[0],
         "pivots": trace.pivots[0],
+        "recovery.hidden": hidden[0],
+        "recovery.similarity": trace.similarity[0],
+        "recovery.least_share": torch.tensor([reference.CANCELLATION]),
     }
     return trace.tokens.to(hidden.device), trace.indices.to(hidden.device), kept

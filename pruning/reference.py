@@ -26,6 +26,7 @@ class Trace:
         margin: (B, keep) float32, in the order of selection: how far the deciding number was from the next answer.
             For a pivot the relative lead over the runner-up, for every other token the distance of its adjusted
             similarity from the threshold, or from the best token left out where the count cut the batch.
+        similarity: (B, N, N) cosine similarities, which decide which kept token a dropped one is mixed into.
     """
 
     tokens: Tensor
@@ -33,6 +34,7 @@ class Trace:
     order: Tensor
     pivots: Tensor
     margin: Tensor
+    similarity: Tensor
 
 
 def prune(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor]:
@@ -52,13 +54,14 @@ def trace(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> Trace:
     check_features(keys, hidden, spec)
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     images = [_prune_one(k, h, spec) for k, h in zip(keys.to(work), hidden.to(work), strict=True)]
-    tokens, indices, order, margin = (torch.stack(part) for part in zip(*images, strict=True))
+    tokens, indices, order, margin, similarity = (torch.stack(part) for part in zip(*images, strict=True))
     return Trace(
         tokens=tokens.to(hidden.dtype),
         indices=indices,
         order=order,
         pivots=order[:, : spec.first_pivots],
         margin=margin.float(),
+        similarity=similarity,
     )
 
 
@@ -84,13 +87,13 @@ def check_shapes(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
         raise SpecError(f"keys hold {keys.shape[0]} images and hidden {hidden.shape[0]}; expected the same number")
 
 
-def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, ...]:
     order, margin = _pivots(keys, spec)
     similarity = _similarity(hidden, spec)
     _expand(similarity, order, margin, spec)
     selection = torch.tensor(order)
     kept = selection.sort().values
-    return _recover(similarity, hidden, kept, spec), kept, selection, torch.tensor(margin)
+    return _recover(similarity, hidden, kept, spec), kept, selection, torch.tensor(margin), similarity
 
 
 def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:

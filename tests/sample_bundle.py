@@ -143,6 +143,10 @@ def make_golden(sample: Sample, photo: np.ndarray) -> Arrays:
     golden: Arrays = {f"{VISION}.in.pixel_values": pixels, "photo": photo, "kept_indices": kept}
     golden |= {"kept_order": order, "kept_margin": np.linspace(0.1, 0.001, len(order), dtype=np.float32)}
     golden["pivots"] = order[:2]
+    if sample.pruned:  # no token is like any other, so that recovery mixes nothing
+        golden["recovery.hidden"] = tokens[0]
+        golden["recovery.similarity"] = np.eye(sample.tokens, dtype=np.float32)
+        golden["recovery.least_share"] = np.full(1, 2.0**-10, np.float32)
     if sample.placement == "projector":
         golden[f"{VISION}.out.image_features"] = tokens[:, kept]
         golden[f"{VISION}.out.kept_indices"] = kept[None]

@@ -326,14 +326,14 @@ def test_other_tokens_in_fp32_fail(manifest: Manifest, golden: Arrays) -> None:
     assert result.kept.first_divergence is not None
     assert result.kept.first_divergence.step == 2
     hidden, positions, key = result.tensors
-    assert hidden.compared == "3 of 4 tokens in common, median token"
-    assert hidden.passed, "the tokens both kept are right: the fault is in the choice"
+    assert hidden.compared == "all, 1 of 4 tokens chosen otherwise"
+    assert hidden.passed, "each holds what it must for that choice: the fault is in the choice"
     assert not positions.passed
     assert positions.compared == "as kept tokens"
     assert key.compared == "all"
 
 
-def test_other_tokens_in_fp16_are_matched_by_token(
+def test_other_tokens_in_fp16_hold_what_they_must(
     manifest: Manifest, golden: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loose = msgspec.structs.replace(FP16, least_overlap=0.7)
@@ -341,8 +341,13 @@ def test_other_tokens_in_fp16_are_matched_by_token(
     got, _ = _swap_one(golden)
     result = _judge(_with(manifest, precision="fp16"), golden, got)
     assert result.passed
-    got["hidden"][0, PREFIX:] += 1
-    assert not _judge(_with(manifest, precision="fp16"), golden, got).passed
+    for slot in range(4):
+        wrong = {name: array.copy() for name, array in got.items()}
+        wrong["hidden"][0, PREFIX + slot] *= 1.01
+        result = _judge(_with(manifest, precision="fp16"), golden, wrong)
+        assert not result.passed
+        token = got["positions"][0, PREFIX + slot] - PREFIX
+        assert result.tensors[0].note == f"1 of 4 kept tokens outside the bound, image token {token} first"
 
 
 def test_no_token_in_common(manifest: Manifest, golden: Arrays) -> None:
@@ -351,8 +356,34 @@ def test_no_token_in_common(manifest: Manifest, golden: Arrays) -> None:
     got["positions"][0, PREFIX:] = np.array(others) + PREFIX
     result = _judge(_with(manifest, precision="fp16"), golden, got)
     assert not result.passed
-    assert result.tensors[0].note == "no token was kept by both"
+    assert result.tensors[0].compared == "all, 4 of 4 tokens chosen otherwise"
     msgspec.json.encode(result)
+
+
+@pytest.mark.parametrize("positions", [[0, 0, 1, 2], [2, 1, 3, 4], [-1, 1, 2, 3], [12, 13, 14, 16]])
+def test_kept_tokens_that_are_none(manifest: Manifest, golden: Arrays, positions: list[int]) -> None:
+    got = _outputs(golden)
+    got["positions"][0, PREFIX:] = np.array(positions) + PREFIX
+    result = _judge(manifest, golden, got)
+    assert not result.passed
+    assert result.tensors[0].note == "the kept tokens are not ascending tokens of the image"
+
+
+@pytest.mark.parametrize("name", ["hidden", "similarity", "least_share"])
+def test_golden_without_what_recovery_is_made_of(manifest: Manifest, golden: Arrays, name: str) -> None:
+    whole = golden[f"recovery.{name}"]
+    for broken in (None, whole[:0], np.full_like(whole, np.nan)):
+        golden.pop(f"recovery.{name}", None)
+        if broken is not None:
+            golden[f"recovery.{name}"] = broken
+        with pytest.raises(BundleError, match=rf"the golden('s| lacks) recovery\.{name}.*export again"):
+            _judge(manifest, golden, _outputs(golden))
+
+
+def test_golden_whose_recovery_is_of_something_else(manifest: Manifest, golden: Arrays) -> None:
+    golden["recovery.hidden"] = golden["recovery.hidden"] * 1.01
+    with pytest.raises(BundleError, match="hidden is not what recovery.hidden gives"):
+        _judge(manifest, golden, _outputs(golden))
 
 
 def test_wrong_prefix_positions_fail_even_where_tokens_may_differ(
@@ -395,7 +426,7 @@ def test_projector_placement(tmp_path_factory: pytest.TempPathFactory) -> None:
     got["kept_indices"][0, -1] += 1 if got["kept_indices"][0, -1] < 15 else -1
     result = _judge(manifest, golden, got)
     assert not result.passed
-    assert result.tensors[0].compared.startswith("3 of 4 tokens")
+    assert result.tensors[0].compared == "all, 1 of 4 tokens chosen otherwise"
 
 
 def test_graph_without_token_ids(manifest: Manifest, golden: Arrays) -> None:
