@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
 DEMO_DIR := bundles/demo
 
-.PHONY: help venv demo test test-slow test-golden lint clean
+# Float32 sums in another order, as another processor makes them: PyTorch's products on CPUs are MKL's, which takes these.
+ARITHMETIC := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
+.PHONY: help venv demo test test-slow test-golden test-arithmetic lint clean
 
 help:
 	@echo "make demo         export the pocket model, pruned and unpruned, check both, print the table"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests marked slow"
 	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN, in every engine"
+	@echo "make test-arithmetic  the pruner and the golden vectors in PyTorch, with sums in other orders"
 	@echo "make lint         ruff and mypy --strict"
 
 venv: $(STAMP)
@@ -38,6 +42,11 @@ test-slow: $(STAMP)
 
 test-golden: $(STAMP)
 	$(BIN)/python -m pytest -q -m "golden and not full" -n auto --dist loadgroup
+
+test-arithmetic: $(STAMP)
+	set -e; for setting in $(ARITHMETIC); do echo "$$setting"; \
+	env "$$setting" $(BIN)/python -m pytest -q -m "not slow and not full" -n auto --dist loadgroup \
+	tests/test_pruner.py tests/test_pruner_golden.py tests/test_decoder_golden.py tests/test_recovery.py; done
 
 # export.py shares its module name with the package export/, so mypy reads it as a script of its own.
 lint: $(STAMP)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _GRAPH = "vision_encoder"
 # Greedy tokens of the sample answer.
 ANSWER_TOKENS = 64
+# How often features are moved by how much, relative, to find the choices that float32 cannot tell from the desktop's.
+_DRAWS, _MOVED_BY = 6, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ def make_golden(
 
     `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
-    near each choice was to going the other way, `pivots`, and what recovery is computed from: `recovery.hidden` (N, D)
+    near each choice was to going the other way, `kept_alternatives` (A, keep) what is kept where choices too near for
+    float32 go the other way, `pivots`, and what recovery is computed from: `recovery.hidden` (N, D)
     that enters the cut, `recovery.similarity` (N, N), `recovery.least_share` (1,). With `text`, at the decoder the same
     for the text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
     `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
@@ -360,9 +363,26 @@ def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tenso
         "kept_indices": trace.indices[0],
         "kept_order": trace.order[0],
         "kept_margin": trace.margin[0],
+        "kept_alternatives": _alternatives(keys.cpu(), hidden.cpu(), spec, trace.indices[0]),
         "pivots": trace.pivots[0],
         "recovery.hidden": hidden[0],
         "recovery.similarity": trace.similarity[0],
         "recovery.least_share": torch.tensor([reference.CANCELLATION]),
     }
     return trace.tokens.to(hidden.device), trace.indices.to(hidden.device), kept
+
+
+def _alternatives(keys: Tensor, hidden: Tensor, spec: PruneSpec, kept: Tensor) -> Tensor:
+    """Other kept tokens (A, keep) that come out when the features are moved in their last bits; mostly A is 0."""
+    import torch
+
+    from pruning import reference
+
+    draw = torch.Generator().manual_seed(0)
+    found: dict[tuple[int, ...], Tensor] = {}
+    for _ in range(_DRAWS):
+        moved = (x.double() * (1.0 + _MOVED_BY * torch.randn(x.shape, generator=draw)) for x in (keys, hidden))
+        indices = reference.prune(*moved, spec)[1][0]
+        if not torch.equal(indices, kept):
+            found[tuple(indices.tolist())] = indices
+    return torch.stack([*found.values()]) if found else kept.new_zeros(0, len(kept))

@@ -173,8 +173,8 @@ class TensorParity(_Record, frozen=True):
     psnr_db   20 log10(max|expected| / rmse); None when nothing differs (rmse is 0)
     cosine    <got, expected> / (||got|| ||expected||)
 
-    All four are None when `got` holds NaN or infinite values, which never passes. `near_ties` are decisions that went the
-    other way than on the desktop: the kept tokens are then compared with what those decisions give.
+    All four are None when `got` holds NaN or infinite values, which never passes. `near_ties` are decisions that went
+    the other way than on the desktop: the kept tokens are then compared with what those decisions give.
     """
 
     name: str
@@ -202,7 +202,10 @@ class Divergence(_Record, frozen=True):
 
 
 class KeptParity(_Record, frozen=True):
-    """The kept tokens against the desktop's, as sets (`overlap`) and in order (`same_slots`, a share of the slots)."""
+    """The kept tokens against the desktop's, as sets (`overlap`) and in order (`same_slots`, a share of the slots).
+
+    `near_tie` is true where they are those of a choice that float32 cannot tell from the desktop's.
+    """
 
     expected_count: int
     got_count: int
@@ -215,6 +218,7 @@ class KeptParity(_Record, frozen=True):
     first_divergence: Divergence | None
     bound: str
     passed: bool
+    near_tie: bool = False
 
 
 class TextParity(_Record, frozen=True):
@@ -252,6 +256,11 @@ class GraphParity(_Record, frozen=True):
     text: TextParity | None = None
 
     @property
+    def near_ties(self) -> tuple[NearTie, ...]:
+        """Every decision of recovery that went the other way than on the desktop."""
+        return tuple(tie for tensor in self.tensors for tie in tensor.near_ties)
+
+    @property
     def passed(self) -> bool:
         return all(tensor.passed for tensor in self.tensors) and (self.kept is None or self.kept.passed)
 
@@ -270,11 +279,13 @@ def compare_kept(
     least_overlap: float,
     order: np.ndarray | None = None,
     margin: np.ndarray | None = None,
+    alternatives: np.ndarray | None = None,
 ) -> KeptParity:
     """Kept indices (keep,) against the golden's.
 
     `order` holds the golden's indices in the sequence of its choices, `margin` how near each was to going the other
-    way. A result that is not strictly ascending never passes: it repeats a token or breaks the decoder's order.
+    way, `alternatives` (A, keep) what the desktop keeps where choices too near for float32 go the other way: these
+    pass, too. A result that is not strictly ascending never passes: it repeats a token or breaks the decoder's order.
     """
     wanted, found = expected.astype(np.int64).tolist(), got.astype(np.int64).tolist()
     wanted_set, found_set = set(wanted), set(found)
@@ -290,7 +301,8 @@ def compare_kept(
                 divergence = Divergence(step=step, index=index, margin=near)
                 break
     exact = wanted == found
-    enough = exact if least_overlap >= 1 else overlap >= least_overlap
+    near_tie = not exact and alternatives is not None and found in alternatives.tolist()
+    enough = exact or near_tie if least_overlap >= 1 else overlap >= least_overlap
     return KeptParity(
         expected_count=len(wanted),
         got_count=len(found),
@@ -303,6 +315,7 @@ def compare_kept(
         first_divergence=divergence,
         bound="exactly equal" if least_overlap >= 1 else f"overlap ≥ {least_overlap:g}",
         passed=enough and ascending and len(wanted) == len(found),
+        near_tie=near_tie,
     )
 
 
@@ -390,6 +403,7 @@ def graph_parity(
             least_overlap=bound.least_overlap,
             order=golden.get("kept_order"),
             margin=golden.get("kept_margin"),
+            alternatives=golden.get("kept_alternatives"),
         )
     tensors = []
     for info in graph.outputs:
@@ -461,9 +475,9 @@ def _compare_rows(
 ) -> TensorParity:
     """An output (1, P + keep, D) of the prompt's rows and the kept tokens': every row counts.
 
-    `ids` (keep,) are the golden's tokens and the engine's. Where these differ, each of the engine's is compared with what
-    the desktop's features give it for that choice. A row outside the bound is compared with what it holds when tokens
-    went the other way whose two candidates are too near each other for this arithmetic; it must then lie within.
+    `ids` (keep,) are the golden's tokens and the engine's. Where these differ, each of the engine's is compared with
+    what the desktop's features give it for that choice. A row outside the bound is compared with what it holds when
+    tokens went the other way whose two candidates are too near for this arithmetic; it must then lie within.
     """
     expected_ids, kept = ids
     prefix = want.shape[1] - len(kept)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from runtime.bundle import Bundle, DelegateCoverage, TensorInfo, TextInfo
     from runtime.harness import Verdict
     from runtime.latency import AnswerLatency
-    from runtime.parity import Bound, KeptParity, TextParity
+    from runtime.parity import Bound, GraphParity, KeptParity, TextParity
 
 _TEMPLATES = Path(__file__).parent / "templates"
 NEURAL_ENGINE = "Neural Engine, likely"
@@ -158,7 +158,12 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
         "picture": _picture(bundle, verdict, golden),
         "bounds": _bounds(verdict),
         "parity": [
-            (graph.graph, graph.engine, _parity_table(graph.tensors), _kept_lines(graph.kept) + _text_lines(graph.text))
+            (
+                graph.graph,
+                graph.engine,
+                _parity_table(graph.tensors),
+                _kept_lines(graph.kept) + _tie_lines(graph) + _text_lines(graph.text),
+            )
             for graph in verdict.graphs
         ],
         "answers": _answer_table(verdict),
@@ -306,7 +311,20 @@ def _kept_lines(kept: KeptParity | None) -> list[str]:
         )
         lines.append(f"First divergence in the order of selection: choice {where.step}, token {where.index}{near}.")
         lines.append(f"Missing: {_indices(kept.missing)}. In their place: {_indices(kept.extra)}.")
+    if kept.near_tie:
+        lines.append(
+            "Float32 cannot tell this choice from the desktop's: features moved in their last bits give it, too."
+        )
     return lines
+
+
+def _tie_lines(graph: GraphParity) -> list[str]:
+    return [
+        f"Near tie: dropped token {tie.token} was recovered into {tie.engine}, on the desktop into {tie.desktop}, to "
+        f"which it is more similar by {tie.margin:.1e}; {graph.bound.precision} resolves {tie.resolution:.1e}. "
+        "Both rows were compared with what this decision gives."
+        for tie in graph.near_ties
+    ]
 
 
 def _indices(indices: tuple[int, ...]) -> str:

@@ -382,7 +382,7 @@ def test_golden_without_what_recovery_is_made_of(manifest: Manifest, golden: Arr
 
 def test_golden_whose_recovery_is_of_something_else(manifest: Manifest, golden: Arrays) -> None:
     golden["recovery.hidden"] = golden["recovery.hidden"] * 1.01
-    with pytest.raises(BundleError, match="hidden is not what recovery.hidden gives"):
+    with pytest.raises(BundleError, match=r"hidden is not what recovery\.hidden gives"):
         _judge(manifest, golden, _outputs(golden))
 
 

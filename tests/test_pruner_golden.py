@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("one_thread")]
 
 FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "golden")
 TOKENS_ATOL = 1e-4  # promised by the vectors
+MOVED_BY = 1e-7
 HALF_OVERLAP = 0.98
 HALF_SCALE = 1.37  # the features are stored in fp16: a cast rounds only what was moved off that lattice
 
@@ -196,6 +197,17 @@ def test_either_decision_of_a_named_near_tie_is_right_and_no_other() -> None:
 @every_case
 def test_reference(case: Case) -> None:
     _assert_golden(case, *reference.prune(*_features(case.features), case.spec))
+
+
+@every_case
+def test_decisions_hold_in_float64_and_for_features_moved_in_their_last_bits(case: Case) -> None:
+    """What float32's own rounding can move is a near tie, and the vectors name all of them."""
+    features = _features(case.features)
+    _assert_golden(case, *reference.prune(*(x.double() for x in features), case.spec))
+    draw = torch.Generator().manual_seed(0)
+    moved = [x * (1.0 + MOVED_BY * torch.randn(x.shape, generator=draw)) for x in features]
+    _assert_golden(case, *reference.prune(*moved, case.spec))
+    _assert_golden(case, *_eager(case.spec)(*moved))
 
 
 @every_case

@@ -189,9 +189,7 @@ def test_a_wrong_recovery_fails(manifest: Manifest, monkeypatch: pytest.MonkeyPa
             assert not judged.judge(wrong).passed, slot
 
 
-def test_no_bound_moves_where_a_near_tie_fell_otherwise(
-    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_bound_moves_where_a_near_tie_fell_otherwise(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = Judged(manifest)
     order = _resolved_at(judged, monkeypatch, near=4)
     most = judged.bound.most_rel
@@ -202,3 +200,21 @@ def test_no_bound_moves_where_a_near_tie_fell_otherwise(
     worse = judged.got(judged.otherwise(order[0]))
     worse["hidden"][0, PREFIX + tie] *= 1 + 1.1 * most
     assert not judged.judge(worse).passed
+
+
+def test_a_choice_that_float32_cannot_tell_passes_and_no_other(manifest: Manifest) -> None:
+    judged = Judged(manifest)
+    judged.manifest = msgspec.structs.replace(
+        judged.manifest, target=msgspec.structs.replace(judged.manifest.target, precision="fp32")
+    )
+    free = np.setdiff1d(np.arange(SPEC.tokens), judged.kept)
+    others = [np.sort(np.append(judged.kept[:-1], token)) for token in free[:2]]
+    judged.golden["kept_alternatives"] = np.stack(others[:1])
+    for kept, right in zip(others, (True, False), strict=True):
+        rows = judged.recovery.rows(kept, judged.recovery.standing(kept).slot)
+        hidden = np.concatenate([judged.expected["hidden"][:, :PREFIX], rows[None]], axis=1).astype(np.float32)
+        result = judged.judge({"hidden": hidden, "positions": np.concatenate([np.arange(PREFIX), kept + PREFIX])[None]})
+        assert result.passed is right
+        assert result.kept is not None
+        assert result.kept.near_tie is right
+        assert result.tensors[0].passed, "the rows are right for either choice"
