@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.models.llava import ModelEntry, prompt_info
-from runtime.errors import ExportError
+from runtime.errors import CheckpointError, ExportError
 
 if TYPE_CHECKING:
     import torch
@@ -113,9 +114,16 @@ def _exact_float32() -> Iterator[None]:
 
 def _eager_config(checkpoint: Checkpoint) -> Any:
     """transformers' own reading of config.json, with the plain attention whose arithmetic is the definition."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlavaConfig
 
-    config: Any = LlavaConfig.from_dict(dict(checkpoint.config))
+    try:
+        config: Any = LlavaConfig.from_dict(deepcopy(dict(checkpoint.config)))
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"config.json: transformers does not take it ({reason}); correct it or download the file again"
+        ) from error
     config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
     return config
 

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 from export.backends.onnx import OPSET, coverage_of, quiet
 from export.backends.tracing import converting, trace
 from export.models.llava import image_info, prompt_info
-from export.models.preprocessor import read_object, read_preprocessor
+from export.models.preprocessor import read_preprocessor
 from export.models.prompt import template_text
+from export.models.settings import read_object
 from export.quantize import SCHEMES
 from runtime.errors import CheckpointError, ExportError
 

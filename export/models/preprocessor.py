@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import CheckpointError
+from export.models.settings import read_object
 
 # The constants CLIP was trained with; LLaVA-1.5 inherits them.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -46,20 +45,3 @@ def read_preprocessor(folder: Path | None, image_size: int) -> dict[str, Any]:
             image_processor: dict[str, Any] = processor["image_processor"]
             return image_processor
     return clip_preprocessor(image_size)
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, None when there is no such file; CheckpointError when it is not a JSON object."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}; download it again")
-    return value
