@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -44,7 +46,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What training with adapters leaves in a folder; transformers would load them over the weights beside them.
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 _MERGE = (
-    "load it over its base model with peft, call merge_and_unload() and save_pretrained(), and give the folder made so; "
+    "load it over its base model with peft, call merge_and_unload() and save_pretrained(), and give the new folder; "
     "if it is merged already, move its files away"
 )
 # What LLaVA's authors put in place of the image token; it is no row of the vocabulary.
@@ -124,11 +126,13 @@ class Checkpoint(Protocol):
         """Where the weights came from, with a hash over all of them."""
 
 
-def open_checkpoint(model: str | ModelEntry, *, weights: str | None = None, seed: int = 0) -> Checkpoint:
+def open_checkpoint(
+    model: str | ModelEntry, *, weights: str | None = None, seed: int = 0, bars: bool = False
+) -> Checkpoint:
     """The checkpoint of `model`, with everything checked that can be known without reading the weights themselves.
 
     `weights` is a folder in Hugging Face's layout, or "random"; None looks in the local hub cache and then on the hub
-    (`pocket` is made instead). `seed` matters for random weights only.
+    (`pocket` is made instead). `seed` matters for random weights only. `bars` shows on a terminal how far a download is.
 
     Raises RequestError for an unknown model, CheckpointError when there are no usable weights.
     """
@@ -145,55 +149,125 @@ def open_checkpoint(model: str | ModelEntry, *, weights: str | None = None, seed
         if entry is not POCKET:
             raise CheckpointError(f"{entry.name} has no place on the hub; give its folder with --weights DIR")
         return FolderCheckpoint(pocket_folder(), entry, label=f"{entry.name} (seeded, untrained)")
-    return FolderCheckpoint(_hub_folder(entry, entry.hub_id), entry, label=entry.hub_id)
+    return FolderCheckpoint(_hub_folder(entry, entry.hub_id, bars=bars), entry, label=entry.hub_id)
 
 
-def _hub_folder(entry: ModelEntry, hub_id: str) -> Path:
+def _hub_folder(entry: ModelEntry, hub_id: str, *, bars: bool) -> Path:
     """The snapshot of `hub_id` in the local hub cache, downloaded when it is not there whole."""
     wanted = ["*.json", "*.safetensors", "*.jinja"]
+    nothing = f"no weights for {entry.name}: "
     ways_out = (
         "three ways out: put the files in a folder and pass --weights DIR; connect to the network so that they can be "
         "downloaded; or pass --weights random to measure latency without them"
     )
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    except ImportError as error:
-        raise CheckpointError(
-            f"no weights for {entry.name}: huggingface_hub is not installed ({error}); {ways_out}"
-        ) from error
+        from huggingface_hub.utils import tqdm
+    except (ImportError, ValueError) as error:  # ValueError: of its variables in the environment, some hold numbers
+        raise CheckpointError(f"{nothing}huggingface_hub cannot be loaded ({error}); {ways_out}") from error
     try:
         cached = Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=True))
-        if _is_complete(cached):
+    except (OSError, RuntimeError, ValueError):
+        pass  # nothing whole in the cache: the download below is the next step, not a failure
+    else:
+        if not _missing_files(cached):
+            _refuse_damaged(cached)
             return cached
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
-        pass  # nothing in the cache yet: the download below is the next step, not a failure
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """The client's bar, which it would draw into files and pipes as well."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            hidden = not (bars and sys.stderr.isatty())
+            super().__init__(*args, **{**settings, "disable": hidden or settings.get("disable")})
+
     try:
-        fetched = Path(snapshot_download(hub_id, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fetched = Path(snapshot_download(hub_id, allow_patterns=wanted, tqdm_class=Bar))
+    except Exception as error:  # its client stands on two others, and no base class unites what they raise
         raise CheckpointError(
-            f"no weights for {entry.name}: {hub_id} is not in the local hub cache and cannot be downloaded "
-            f"({reason}); {ways_out}"
+            f"{nothing}{hub_id} is not in the local hub cache and cannot be downloaded ({_reason(error)}); "
+            f"{_next_step(error)}{ways_out}"
         ) from error
-    # Without a connection the hub's client hands out an unfinished download as if it were whole.
-    if not _is_complete(fetched):
+    # Without a connection the hub's client may hand out an unfinished download as if it were whole.
+    missing = _missing_files(fetched)
+    if missing:
         raise CheckpointError(
-            f"no weights for {entry.name}: the copy of {hub_id} in the local hub cache ({fetched}) is incomplete and "
-            f"cannot be completed; {ways_out}"
+            f"{nothing}the copy of {hub_id} in the local hub cache ({fetched}, without {missing[0]}{_more(missing)}) "
+            f"is incomplete and cannot be completed; {ways_out}"
         )
+    _refuse_damaged(fetched)
     return fetched
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has every file it names; an interrupted download leaves one that has not."""
+def _missing_files(folder: Path) -> tuple[str, ...]:
+    """The files that a snapshot names and has not; an interrupted download leaves one that has not all."""
     if not (folder / "config.json").is_file():
-        return False
+        return ("config.json",)
     if (folder / _SINGLE).is_file():
-        return True
-    index = read_object(folder / _INDEX)
-    shards = index.get("weight_map") if index else None
-    return isinstance(shards, dict) and all((folder / str(name)).is_file() for name in set(shards.values()))
+        return ()
+    if not (folder / _INDEX).is_file():
+        return (_SINGLE,)
+    return tuple(sorted(name for name in _shards(folder) if not (folder / name).is_file()))
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files that a snapshot's index names; none where there is no index that can be read."""
+    try:
+        weight_map = (read_object(folder / _INDEX) or {}).get("weight_map")
+    except CheckpointError:
+        return set()
+    return {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+
+
+def _refuse_damaged(snapshot: Path) -> None:
+    """Names the damaged file of a snapshot: the hub's client takes whatever bears the right name for whole."""
+    single = (snapshot / _SINGLE).is_file()
+    try:
+        for path in (snapshot / "config.json", *(() if single else (snapshot / _INDEX,))):
+            read_object(path)
+        for path in (snapshot / name for name in ({_SINGLE} if single else _shards(snapshot))):
+            read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: delete {path.resolve()} from the hub's cache and run the same command, which then downloads "
+            "this file alone"
+        ) from error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong underneath, with its kind."""
+    root = list(_chain(error))[-1]
+    lines = str(root).split("\n")
+    return f"{type(root).__name__}: {lines[0].strip()[:200]}" if lines[0].strip() else type(root).__name__
+
+
+def _next_step(error: Exception) -> str:
+    """A way out that only some errors have, before those that all have."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    for at in _chain(error):
+        if isinstance(at, OfflineModeIsEnabled):
+            return ""
+        if isinstance(at, GatedRepoError):
+            return "ask for access on the model's page, log in with `hf auth login` and run again; or "
+        if isinstance(at, HfHubHTTPError) and at.response.status_code in (401, 403, 404):
+            return (
+                "log in with `hf auth login`, or take HF_TOKEN and HF_ENDPOINT back if they are set, and run again; or "
+            )
+        if isinstance(at, OSError) and at.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "free some space or set HF_HOME to a folder on a larger disk, and run again to resume; or "
+        no_folder = isinstance(at, PermissionError | NotADirectoryError | FileExistsError)
+        no_home = type(at) is RuntimeError and "home" in str(at)  # pathlib's, where the user has none
+        if no_folder or no_home or (isinstance(at, OSError) and at.errno == errno.EROFS):
+            return "set HF_HOME to a folder that can be written, and run again; or "
+    return "run the same command again to resume, files that arrived whole are kept; or "
 
 
 def canonical_name(stored: str) -> str | None:

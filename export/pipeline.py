@@ -94,7 +94,7 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
         # Opened before any work, so that an output that cannot be written is found out first.
         writers = [stack.enter_context(BundleWriter(bundle.path)) for bundle in plan.bundles]
         with progress.stage("open the checkpoint") as stage:
-            checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed)
+            checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed, bars=not progress.quiet)
             identity = checkpoint.identity()
             stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
             if unread := checkpoint.unread():

@@ -365,8 +365,8 @@ class LlavaGeometry:
         if promised is not None and (type(promised) is not int or promised != geometry.image_tokens):
             rows, columns = geometry.grid
             raise CheckpointError(
-                f"config.json: image_seq_length={shown(promised)}, but {geometry.vision.image_size} pixels in patches of "
-                f"{geometry.vision.patch_size} make {rows} x {columns} = {geometry.image_tokens} image tokens"
+                f"config.json: image_seq_length={shown(promised)}, but {geometry.vision.image_size} pixels in patches "
+                f"of {geometry.vision.patch_size} make {rows} x {columns} = {geometry.image_tokens} image tokens"
             )
         return geometry
 
