@@ -132,7 +132,7 @@ def open_checkpoint(
     """The checkpoint of `model`, with everything checked that can be known without reading the weights themselves.
 
     `weights` is a folder in Hugging Face's layout, or "random"; None looks in the local hub cache and then on the hub
-    (`pocket` is made instead). `seed` matters for random weights only. `bars` shows on a terminal how far a download is.
+    (`pocket` is made instead). `seed` matters for random weights only. `bars` shows a download on a terminal.
 
     Raises RequestError for an unknown model, CheckpointError when there are no usable weights.
     """

@@ -540,11 +540,15 @@ def image_info(checkpoint: Checkpoint, entry: ModelEntry) -> ImageInfo:
     from export.models.preprocessor import read_preprocessor
     from runtime.bundle import ImageInfo
 
-    info = ImageInfo.from_preprocessor(read_preprocessor(checkpoint.folder, checkpoint.geometry.vision.image_size))
+    settings = read_preprocessor(checkpoint.folder, checkpoint.geometry.vision.image_size)
+    try:
+        info = ImageInfo.from_preprocessor(settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     side = checkpoint.geometry.vision.image_size
     if tuple(info.size) != (side, side):
         raise CheckpointError(
-            f"preprocessor_config.json crops to {info.size[0]} x {info.size[1]} pixels, "
+            f"{checkpoint.folder}: preprocessor_config.json crops to {info.size[0]} x {info.size[1]} pixels, "
             f"but the tower of {entry.name} takes {side} x {side}"
         )
     return info
