@@ -43,6 +43,7 @@ _MOST_BYTES = 2**63
 _MAX_HEADER_BYTES = 100_000_000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_FILE_NAME = 255
 # What training with adapters leaves in a folder; transformers would load them over the weights beside them.
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 _MERGE = (
@@ -637,7 +638,7 @@ def _with_image_token(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _stored_tensors(folder: Path) -> tuple[tuple[Path, ...], list[StoredTensor]]:
     """All weight files of a folder and what they hold."""
     single, index_path = folder / _SINGLE, folder / _INDEX
-    if single.is_file() or single.is_symlink():
+    if single.exists() or single.is_symlink():
         return (single,), list(read_header(single).values())
     index = read_object(index_path)
     if index is None:
@@ -678,7 +679,7 @@ def _stored_tensors(folder: Path) -> tuple[tuple[Path, ...], list[StoredTensor]]
 def _is_plain_name(name: str) -> bool:
     """Whether `name` is a file's own name, on any system, that can be printed and encoded."""
     plain = PurePosixPath(name).name == name == PureWindowsPath(name).name
-    return plain and name not in (".", "..") and name.isprintable()
+    return plain and name not in (".", "..") and name.isprintable() and len(name) <= _LONGEST_FILE_NAME
 
 
 def _by_canonical_name(folder: Path, stored: Sequence[StoredTensor]) -> dict[str, StoredTensor]:

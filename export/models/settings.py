@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.errors import CheckpointError
 
-_LONGEST_SHOWN = 60
+_LONGEST_SHOWN = 80
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
