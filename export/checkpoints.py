@@ -175,12 +175,13 @@ def _hub_folder(entry: ModelEntry, hub_id: str, *, bars: bool) -> Path:
             _refuse_damaged(cached)
             return cached
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """The client's bar, which it would draw into files and pipes as well."""
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             hidden = not (bars and sys.stderr.isatty())
-            super().__init__(*args, **{**settings, "disable": hidden or settings.get("disable")})
+            settings["disable"] = hidden or settings.get("disable")
+            super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
     try:
         fetched = Path(snapshot_download(hub_id, allow_patterns=wanted, tqdm_class=Bar))

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.models.llava import ModelEntry, prompt_info
+from export.models.llava import ModelEntry, decisive_part, prompt_info
 from runtime.errors import CheckpointError, ExportError
 
 if TYPE_CHECKING:
@@ -113,12 +112,12 @@ def _exact_float32() -> Iterator[None]:
 
 
 def _eager_config(checkpoint: Checkpoint) -> Any:
-    """transformers' own reading of config.json, with the plain attention whose arithmetic is the definition."""
+    """transformers' own reading of what counts in config.json, with the plain attention that defines the arithmetic."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import LlavaConfig
 
     try:
-        config: Any = LlavaConfig.from_dict(deepcopy(dict(checkpoint.config)))
+        config: Any = LlavaConfig.from_dict(decisive_part(checkpoint.config))
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

@@ -634,12 +634,13 @@ def test_null_means_what_leaving_the_key_out_means(section: str | None, key: str
 
 def test_a_missing_section_is_the_published_one() -> None:
     config = {"model_type": "llava", "vision_config": None}
-    theirs = LlavaConfig.from_dict({"model_type": "llava"})
+    theirs: Any = LlavaConfig.from_dict({"model_type": "llava"})
     ours = LlavaGeometry.from_config(config)
     assert (ours.vision.hidden, ours.vision.image_size) == (1024, theirs.vision_config.image_size)
     assert (ours.text.hidden, ours.text.vocab) == (theirs.text_config.hidden_size, theirs.text_config.vocab_size)
     empty = LlavaGeometry.from_config({"model_type": "llava", "vision_config": {}})
-    assert empty.vision.hidden == LlavaConfig.from_dict({"vision_config": {}}).vision_config.hidden_size
+    theirs = LlavaConfig.from_dict({"vision_config": {}})
+    assert empty.vision.hidden == theirs.vision_config.hidden_size
 
 
 @pytest.mark.parametrize(
@@ -670,7 +671,8 @@ def test_rope_is_read_as_transformers_reads_it(rope: dict[str, Any]) -> None:
     if "rope_parameters" not in rope:
         del config["text_config"]["rope_parameters"]
     text = LlavaGeometry.from_config(config).text
-    theirs = LlamaRotaryEmbedding(LlavaConfig.from_dict(json.loads(json.dumps(config))).text_config)
+    read: Any = LlavaConfig.from_dict(json.loads(json.dumps(config)))
+    theirs = LlamaRotaryEmbedding(read.text_config)
     assert torch.allclose(_inverse_frequencies(text.rope, text.head_dim), theirs.inv_freq, rtol=1e-6)
 
 
@@ -691,15 +693,22 @@ def test_json_that_no_parser_takes(tmp_path: Path, text: str) -> None:
     assert "not valid JSON" in refusal(tmp_path)
 
 
-def test_what_only_transformers_refuses_is_one_error(tmp_path: Path) -> None:
-    config = _config("text_config", initializer_range="wide")
+def test_keys_that_decide_nothing_may_hold_anything(tmp_path: Path) -> None:
+    config = _config("text_config", initializer_range="wide", use_cache=None)
+    config |= {"num_labels": 10**18, "dtype": [], "auto_map": 3, "temperature": float("nan")}
     checkpoint = FolderCheckpoint(write_tiny(tmp_path, config=config), TINY)
-    with pytest.raises(CheckpointError, match=r"transformers does not take it .*initializer_range"):
-        _eager_config(checkpoint)
-    checkpoint = FolderCheckpoint(
-        write_tiny(tmp_path, config=_config("text_config", initializer_range=None, use_cache=None)), TINY
-    )
-    assert _eager_config(checkpoint).text_config.hidden_size == 48
+    assert _eager_config(checkpoint).to_dict() == _eager_config(RandomCheckpoint(TINY, seed=0)).to_dict()
+
+
+def test_what_only_transformers_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> None:
+        raise ValueError("a rule of a later version\nin two lines")
+
+    monkeypatch.setattr(LlavaConfig, "from_dict", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"transformers does not take it \(a rule of a later version in two lines\)"
+    ):
+        _eager_config(RandomCheckpoint(TINY, seed=0))
 
 
 def test_another_models_config(tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ _LARGEST_SIZE = 2**24
 _LARGEST_ID = 2**31 - 1
 # Keys of the layout that LLaVA's authors publish; no config.json of Hugging Face's layout has one.
 _AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size", "tune_mm_mlp_adapter")
+# What decides about the rotary embedding, in the spelling of any version.
+_ROPE_KEYS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
 # Where quantisers leave their mark; older compressed-tensors wrote the second.
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
 
@@ -454,6 +462,16 @@ class LlavaGeometry:
             yield from _linear(f"{base}.mlp.down_proj", text.mlp, text.hidden, bias=text.mlp_bias)
         yield "language_model.norm.weight", (text.hidden,)
         yield "lm_head.weight", (text.vocab, text.hidden)
+
+
+def decisive_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies from a config.json what decides about the model's arithmetic, and none of what else such files hold."""
+    config = without_nulls(config)
+    part = {key: config[key] for key in (*_LLAVA_DEFAULTS, "image_token_id", "image_seq_length") if key in config}
+    for name, keys in (("vision_config", _VISION_DEFAULTS), ("text_config", (*_TEXT_DEFAULTS, *_ROPE_KEYS))):
+        if name in config:
+            part[name] = {key: value for key, value in _section(config, name).items() if key in keys}
+    return part
 
 
 def _refuse_other_layouts(config: Mapping[str, Any]) -> None:

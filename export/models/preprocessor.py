@@ -94,7 +94,7 @@ def _in_one_form(given: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: {name} is null, which transformers does not take; leave the key out for its default, "
                 "or download the file again"
             )
-    if type(settings["resample"]) is not int:
+    if type(settings["resample"]) is not int or not 0 <= settings["resample"] <= 3:
         raise CheckpointError(
             f"{where}: resample must be one of Pillow's numbers 0..3, got {shown(settings['resample'])}; 3 is bicubic"
         )
@@ -112,7 +112,8 @@ def _in_one_form(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
         # What is squeezed into the shape of the crop is not cut any more.
         settings["do_center_crop"] = "height" not in size
-    return settings
+    # What decides about the pixels, and nothing else that a file may hold.
+    return {name: settings[name] for name in clip_preprocessor(_USUAL_SIZE) if name in settings}
 
 
 def _size(what: str, got: object, *, square: bool) -> dict[str, int]:
