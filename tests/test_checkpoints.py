@@ -26,6 +26,7 @@ from export.graphs.llama import _inverse_frequencies
 from export.models import MODELS, llava
 from export.models.llava import LlavaGeometry, image_info
 from export.models.preprocessor import clip_preprocessor, read_preprocessor
+from export.models.settings import without_non_finite
 from runtime.bundle import ImageInfo
 from runtime.errors import CheckpointError, RequestError
 from runtime.image import preprocess
@@ -585,6 +586,8 @@ def _config(section: str | None, **values: object) -> dict[str, Any]:
         (_config("text_config", attention_bias=1), "attention_bias must be true or false"),
         (_config("text_config", mlp_bias="false"), "mlp_bias must be true or false"),
         (_config("text_config", max_position_embeddings=10**18), "max_position_embeddings"),
+        (_config("text_config", max_position_embeddings=16), "no room for text beside 16 image tokens"),
+        ({"model_type": "llava", "hidden_size": 4096, "num_attention_heads": 32}, "authors' own layout"),
         (_config("vision_config", layer_norm_eps=float("nan")), "layer_norm_eps must be a number"),
         (_config("vision_config", image_size=[56, 56]), "image_size must be a positive whole number"),
         (_config("vision_config", num_hidden_layers="3"), "num_hidden_layers must be a positive whole number"),
@@ -691,6 +694,11 @@ def test_the_image_tokens_id_is_asked_of_the_tokenizer(tmp_path: Path, given: di
 def test_json_that_no_parser_takes(tmp_path: Path, text: str) -> None:
     (write_tiny(tmp_path) / "config.json").write_text(text)
     assert "not valid JSON" in refusal(tmp_path)
+
+
+def test_what_is_written_for_others_is_json() -> None:
+    made = without_non_finite({"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": "NaN"})
+    assert made == {"a": [None, 1.5, {"b": None}], "c": "NaN"}
 
 
 def test_keys_that_decide_nothing_may_hold_anything(tmp_path: Path) -> None:

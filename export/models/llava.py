@@ -297,6 +297,11 @@ class LlavaGeometry:
                 f"{self.vision.layers} layers; allowed 1..{self.vision.layers} or -1..-{self.vision.layers}"
             )
         _one_of("projector_hidden_act", self.projector_activation, ("gelu",))
+        if self.text.max_positions <= self.image_tokens:
+            raise CheckpointError(
+                f"config.json: text_config.max_position_embeddings={self.text.max_positions} leaves no room for text "
+                f"beside {self.image_tokens} image tokens; correct it or download the file again"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -475,7 +480,8 @@ def decisive_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_layouts(config: Mapping[str, Any]) -> None:
-    authors = [key for key in _AUTHORS_KEYS if key in config]
+    flat = ("hidden_size",) if "text_config" not in config else ()
+    authors = [key for key in (*_AUTHORS_KEYS, *flat) if key in config]
     if authors or str(config.get("model_type")).startswith("llava_ll"):
         key = authors[0] if authors else "model_type"
         raise CheckpointError(

@@ -42,6 +42,15 @@ def without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def without_non_finite(value: Any) -> Any:
+    """Copies a value with null for NaN and infinity, which Python reads from JSON files and JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: without_non_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def shown(value: object) -> str:
     """Spells a value for an error, on one line and short."""
     try:
