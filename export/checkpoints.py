@@ -163,7 +163,7 @@ def _hub_folder(entry: ModelEntry, hub_id: str, *, bars: bool) -> Path:
     )
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import tqdm
+        from huggingface_hub.utils.tqdm import tqdm
     except (ImportError, ValueError) as error:  # ValueError: of its variables in the environment, some hold numbers
         raise CheckpointError(f"{nothing}huggingface_hub cannot be loaded ({error}); {ways_out}") from error
     try:
@@ -437,6 +437,14 @@ class FolderCheckpoint:
         """Checks config, files, names, shapes and dtypes; reads no weights. CheckpointError for the first fault."""
         self._folder = folder
         self._label = label or folder.resolve().name
+        try:
+            self._open(folder, entry)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be read: {error.strerror or error}; give a folder that this user may read"
+            ) from error
+
+    def _open(self, folder: Path, entry: ModelEntry) -> None:
         if not folder.exists():
             raise CheckpointError(f"the weights folder {folder} does not exist; give a folder with config.json in it")
         if not folder.is_dir():

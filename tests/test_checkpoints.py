@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -343,6 +344,14 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
     path.unlink()
     os.mkfifo(path)
     assert "is not a file" in refusal(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert os.strerror(errno.EACCES) in refusal(tmp_path)
 
 
 def test_values_beyond_float32(tmp_path: Path) -> None:
