@@ -72,6 +72,12 @@ _CONSTANTS = (
     ".rotary_emb.cos_cached",
     ".rotary_emb.sin_cached",
 )
+# The keys of config.json that announce biases, by the canonical names of these.
+_BIAS_KEYS: Mapping[str, str] = {
+    r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj\.bias": "text_config.attention_bias",
+    r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.bias": "text_config.mlp_bias",
+    r"multi_modal_projector\.linear_[12]\.bias": "multimodal_projector_bias",
+}
 # Beginnings of the names of all parts that graphs are built from, and of what other layouts call them.
 _BUILT_PARTS = (
     "vision_tower.",
@@ -218,7 +224,9 @@ def _shards(folder: Path) -> set[str]:
         weight_map = (read_object(folder / _INDEX) or {}).get("weight_map")
     except CheckpointError:
         return set()
-    return {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    # Others are refused when the checkpoint is opened; here a path from outside must not be called damaged.
+    return {name for name in names if isinstance(name, str) and _is_plain_name(name)}
 
 
 def _refuse_damaged(snapshot: Path) -> None:
@@ -525,11 +533,8 @@ class FolderCheckpoint:
         if meant:
             stored = unread[meant[0]]
             hint = "the weights belong to another model, or config.json does"
-            if stored.stored_name.endswith(".bias"):
-                flags = {"self_attn": "attention_bias", "mlp": "mlp_bias", "multi_modal_projector": "projector_bias"}
-                keys = [key for part, key in flags.items() if part in meant[0]]
-                if keys:
-                    key = "multimodal_projector_bias" if keys[0] == "projector_bias" else f"text_config.{keys[0]}"
+            for part, key in _BIAS_KEYS.items():
+                if re.fullmatch(part, meant[0]):
                     hint = f"set {key} to true in config.json if the model was trained with it"
             raise CheckpointError(
                 f"{stored.path} holds {shown(stored.stored_name)}{_more(meant)}, which would change the answers, "

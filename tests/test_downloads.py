@@ -300,3 +300,12 @@ def test_an_index_that_names_more_than_the_hub_has(hub: Hub) -> None:
     index["weight_map"]["lm_head.weight"] = "model-00003-of-00003.safetensors"
     hub.files["model.safetensors.index.json"] = json.dumps(index).encode()
     assert "without model-00003-of-00003.safetensors) is incomplete and cannot be completed" in refusal()
+
+
+def test_an_index_that_leads_out_of_the_cache_is_not_called_damaged(hub: Hub) -> None:
+    index = json.loads(hub.files["model.safetensors.index.json"])
+    index["weight_map"]["lm_head.weight"] = "/etc/passwd"
+    hub.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    with pytest.raises(CheckpointError, match="only plain file names") as caught:
+        open_checkpoint(ENTRY)
+    assert "delete" not in str(caught.value)
