@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from export.models import MODELS
 from export.models.llava import LlavaGeometry, ModelEntry, check_same_model
-from export.models.preprocessor import read_object
+from export.models.settings import read_object, shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -24,11 +27,69 @@ if TYPE_CHECKING:
 RANDOM = "random"
 """The value of `--weights` that asks for seeded weights of the true geometry."""
 
-_FLOAT_BYTES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_FLOATS = ("F16", "BF16", "F32", "F64")
+# Every type of the format, in bits an element.
+_BITS: Mapping[str, int] = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+# No shape and no offset can be larger: the library counts in 64 bits.
+_MOST_BYTES = 2**63
 # The library reading these files refuses longer headers too; a file that claims one is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LONGEST_FILE_NAME = 255
+# What training with adapters leaves in a folder; transformers would load them over the weights beside them.
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+_MERGE = (
+    "load it over its base model with peft, call merge_and_unload() and save_pretrained(), and give the new folder; "
+    "if it is merged already, move its files away"
+)
+# What LLaVA's authors put in place of the image token; it is no row of the vocabulary.
+_AUTHORS_IMAGE_INDEX = -200
+_IMAGE_TOKEN = "<image>"
+
+# Tensors by the marks that peft, GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints leave in their names.
+_ADAPTER_TENSOR = re.compile(
+    r"(^|\.)(base_model|base_layer|modules_to_save|original_module"
+    r"|(lora|ia3|oft|boft|hada|lokr|vera|randlora|bone|miss)_\w+)(\.|$)"
+)
+_QUANTISED_TENSOR = re.compile(
+    r"\.(qweight|qzeros|qscales|g_idx|scales|zeros|SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map"
+    r"|quant_state\.\w+|weight_packed|weight_shape|weight_g_idx|weight_zero_point|weight_scale\w*|weight_global_scale"
+    r"|input_scale|output_scale|activation_scale|q_scale|k_scale|v_scale)$"
+)
+# Constants that older versions of transformers stored; what they hold follows from config.json.
+_CONSTANTS = (
+    ".position_ids",
+    ".rotary_emb.inv_freq",
+    ".rotary_emb.original_inv_freq",
+    ".rotary_emb.cos_cached",
+    ".rotary_emb.sin_cached",
+)
+# The keys of config.json that announce biases, by the canonical names of these.
+_BIAS_KEYS: Mapping[str, str] = {
+    r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj\.bias": "text_config.attention_bias",
+    r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.bias": "text_config.mlp_bias",
+    r"multi_modal_projector\.linear_[12]\.bias": "multimodal_projector_bias",
+}
+# Beginnings of the names of all parts that graphs are built from, and of what other layouts call them.
+_BUILT_PARTS = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "language_model.",
+    "lm_head.",
+    "layers.",
+    "embed_tokens.",
+    "mm_projector.",
+    "vision_model.",
+    "image_newline",
+)
 
 
 class Checkpoint(Protocol):
@@ -65,15 +126,20 @@ class Checkpoint(Protocol):
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """A few rows of a matrix, without reading the rest: `(len(indices), columns)`."""
 
+    def unread(self) -> tuple[str, ...]:
+        """Names of stored tensors that belong to none of the model's parts, and are left alone."""
+
     def identity(self) -> WeightsInfo:
         """Where the weights came from, with a hash over all of them."""
 
 
-def open_checkpoint(model: str | ModelEntry, *, weights: str | None = None, seed: int = 0) -> Checkpoint:
+def open_checkpoint(
+    model: str | ModelEntry, *, weights: str | None = None, seed: int = 0, bars: bool = False
+) -> Checkpoint:
     """The checkpoint of `model`, with everything checked that can be known without reading the weights themselves.
 
     `weights` is a folder in Hugging Face's layout, or "random"; None looks in the local hub cache and then on the hub
-    (`pocket` is made instead). `seed` matters for random weights only.
+    (`pocket` is made instead). `seed` matters for random weights only. `bars` shows a download on a terminal.
 
     Raises RequestError for an unknown model, CheckpointError when there are no usable weights.
     """
@@ -90,55 +156,128 @@ def open_checkpoint(model: str | ModelEntry, *, weights: str | None = None, seed
         if entry is not POCKET:
             raise CheckpointError(f"{entry.name} has no place on the hub; give its folder with --weights DIR")
         return FolderCheckpoint(pocket_folder(), entry, label=f"{entry.name} (seeded, untrained)")
-    return FolderCheckpoint(_hub_folder(entry, entry.hub_id), entry, label=entry.hub_id)
+    return FolderCheckpoint(_hub_folder(entry, entry.hub_id, bars=bars), entry, label=entry.hub_id)
 
 
-def _hub_folder(entry: ModelEntry, hub_id: str) -> Path:
+def _hub_folder(entry: ModelEntry, hub_id: str, *, bars: bool) -> Path:
     """The snapshot of `hub_id` in the local hub cache, downloaded when it is not there whole."""
     wanted = ["*.json", "*.safetensors", "*.jinja"]
+    nothing = f"no weights for {entry.name}: "
     ways_out = (
         "three ways out: put the files in a folder and pass --weights DIR; connect to the network so that they can be "
         "downloaded; or pass --weights random to measure latency without them"
     )
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    except ImportError as error:
-        raise CheckpointError(
-            f"no weights for {entry.name}: huggingface_hub is not installed ({error}); {ways_out}"
-        ) from error
+        from huggingface_hub.utils.tqdm import tqdm
+    except (ImportError, ValueError) as error:  # ValueError: of its variables in the environment, some hold numbers
+        raise CheckpointError(f"{nothing}huggingface_hub cannot be loaded ({error}); {ways_out}") from error
     try:
         cached = Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=True))
-        if _is_complete(cached):
+    except (OSError, RuntimeError, ValueError):
+        pass  # nothing whole in the cache: the download below is the next step, not a failure
+    else:
+        if not _missing_files(cached):
+            _refuse_damaged(cached)
             return cached
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
-        pass  # nothing in the cache yet: the download below is the next step, not a failure
+
+    class Bar(tqdm):
+        """The client's bar, which it would draw into files and pipes as well."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            hidden = not (bars and sys.stderr.isatty())
+            settings["disable"] = hidden or settings.get("disable")
+            super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
+
     try:
-        fetched = Path(snapshot_download(hub_id, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fetched = Path(snapshot_download(hub_id, allow_patterns=wanted, tqdm_class=Bar))
+    except Exception as error:  # its client stands on two others, and no base class unites what they raise
         raise CheckpointError(
-            f"no weights for {entry.name}: {hub_id} is not in the local hub cache and cannot be downloaded "
-            f"({reason}); {ways_out}"
+            f"{nothing}{hub_id} is not in the local hub cache and cannot be downloaded ({_reason(error)}); "
+            f"{_next_step(error)}{ways_out}"
         ) from error
-    # Without a connection the hub's client hands out an unfinished download as if it were whole.
-    if not _is_complete(fetched):
+    # Without a connection the hub's client may hand out an unfinished download as if it were whole.
+    missing = _missing_files(fetched)
+    if missing:
         raise CheckpointError(
-            f"no weights for {entry.name}: the copy of {hub_id} in the local hub cache ({fetched}) is incomplete and "
-            f"cannot be completed; {ways_out}"
+            f"{nothing}the copy of {hub_id} in the local hub cache ({fetched}, without {missing[0]}{_more(missing)}) "
+            f"is incomplete and cannot be completed; {ways_out}"
         )
+    _refuse_damaged(fetched)
     return fetched
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot has every file it names; an interrupted download leaves one that has not."""
+def _missing_files(folder: Path) -> tuple[str, ...]:
+    """The files that a snapshot names and has not; an interrupted download leaves one that has not all."""
     if not (folder / "config.json").is_file():
-        return False
+        return ("config.json",)
     if (folder / _SINGLE).is_file():
-        return True
-    index = read_object(folder / _INDEX)
-    shards = index.get("weight_map") if index else None
-    return isinstance(shards, dict) and all((folder / str(name)).is_file() for name in set(shards.values()))
+        return ()
+    if not (folder / _INDEX).is_file():
+        return (_SINGLE,)
+    return tuple(sorted(name for name in _shards(folder) if not (folder / name).is_file()))
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files that a snapshot's index names; none where there is no index that can be read."""
+    try:
+        weight_map = (read_object(folder / _INDEX) or {}).get("weight_map")
+    except CheckpointError:
+        return set()
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    # Others are refused when the checkpoint is opened; here a path from outside must not be called damaged.
+    return {name for name in names if isinstance(name, str) and _is_plain_name(name)}
+
+
+def _refuse_damaged(snapshot: Path) -> None:
+    """Names the damaged file of a snapshot: the hub's client takes whatever bears the right name for whole."""
+    single = (snapshot / _SINGLE).is_file()
+    try:
+        for path in (snapshot / "config.json", *(() if single else (snapshot / _INDEX,))):
+            read_object(path)
+        for path in (snapshot / name for name in ({_SINGLE} if single else _shards(snapshot))):
+            read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: delete {path.resolve()} from the hub's cache and run the same command, which then downloads "
+            "this file alone"
+        ) from error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong underneath, with its kind."""
+    root = list(_chain(error))[-1]
+    lines = str(root).split("\n")
+    return f"{type(root).__name__}: {lines[0].strip()[:200]}" if lines[0].strip() else type(root).__name__
+
+
+def _next_step(error: Exception) -> str:
+    """A way out that only some errors have, before those that all have."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+
+    for at in _chain(error):
+        if isinstance(at, OfflineModeIsEnabled):
+            return ""
+        if isinstance(at, GatedRepoError):
+            return "ask for access on the model's page, log in with `hf auth login` and run again; or "
+        if isinstance(at, HfHubHTTPError) and at.response.status_code in (401, 403, 404):
+            return (
+                "log in with `hf auth login`, or take HF_TOKEN and HF_ENDPOINT back if they are set, and run again; or "
+            )
+        if isinstance(at, OSError) and at.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "free some space or set HF_HOME to a folder on a larger disk, and run again to resume; or "
+        no_folder = isinstance(at, PermissionError | NotADirectoryError | FileExistsError)
+        no_home = type(at) is RuntimeError and "home" in str(at)  # pathlib's, where the user has none
+        if no_folder or no_home or (isinstance(at, OSError) and at.errno == errno.EROFS):
+            return "set HF_HOME to a folder that can be written, and run again; or "
+    return "run the same command again to resume, files that arrived whole are kept; or "
 
 
 def canonical_name(stored: str) -> str | None:
@@ -157,7 +296,7 @@ def canonical_name(stored: str) -> str | None:
         if name.startswith(old):
             name = new + name.removeprefix(old)
             break
-    if name.endswith((".position_ids", ".rotary_emb.inv_freq")):
+    if name.endswith(_CONSTANTS):
         return None
     return name
 
@@ -177,24 +316,29 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError for a file that is missing, of another format, truncated or inconsistent.
     """
+    again = "; download it again"
     try:
+        if path.exists() and not path.is_file():  # a pipe might never end
+            raise CheckpointError(f"{path} is not a file; give the model's safetensors files")
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            _refuse_other_formats(path, start)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or (length <= _MAX_HEADER_BYTES and 8 + length > size):
-                raise CheckpointError(
-                    f"{path} is truncated: its header alone needs more than the {size} bytes it has; download it again"
-                )
+            start = file.read(9)
+            # The first 8 bytes are a length and may look like anything; behind them stands a brace, or a blank.
+            length = int.from_bytes(start[:8], "little")
+            if length > _MAX_HEADER_BYTES or start[8:].strip(b" \t\r\n{"):
+                _refuse_other_formats(path, start)
             if length > _MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path} is not a safetensors file, whatever its name says (it starts with {start!r}); "
-                    "download it again"
+                    f"{path} is not a safetensors file, whatever its name says (it starts with {start[:8]!r}){again}"
                 )
+            if 8 + length > size or len(start) < 8:
+                raise CheckpointError(
+                    f"{path} is truncated: its header alone needs more than the {size} bytes it has{again}"
+                )
+            file.seek(8)
             header = file.read(length)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; download it again") from error
+        raise CheckpointError(f"{path} is missing{again}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     return _parse_header(path, header, size - 8 - length)
@@ -208,7 +352,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
         what = "a Python pickle"
     elif start.startswith(b"version "):
         what = "a git-lfs pointer instead of the file (run `git lfs pull`)"
-    elif start.lstrip()[:1] == b"<":
+    elif start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
         what = "a web page"
     elif start[:4] == b"GGUF":
         what = "a GGUF file"
@@ -223,26 +367,35 @@ def _parse_header(path: Path, header: bytes, data_bytes: int) -> dict[str, Store
     corrupt = f"{path} is corrupt: "
     again = "; download it again"
     try:
-        entries = json.loads(header)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{corrupt}its header is not valid JSON ({error}){again}") from error
+        # Decoded here because json would also guess at UTF-16, which the format does not know.
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # ValueError: also what is no UTF-8, and numbers of too many digits
+        raise CheckpointError(f"{corrupt}its header is not valid JSON ({str(error)[:120]}){again}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{corrupt}its header is not a JSON object{again}")
+    about = entries.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        raise CheckpointError(f"{corrupt}its __metadata__ must hold text alone, got {shown(about)}{again}")
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{corrupt}the header entry of {name!r} is malformed ({error!r}){again}") from error
-        if not whole or not isinstance(dtype, str) or end < begin:
-            raise CheckpointError(f"{corrupt}the header entry of {name!r} is malformed ({entry!r}){again}")
-        if dtype in _FLOAT_BYTES and end - begin != math.prod(shape) * _FLOAT_BYTES[dtype]:
+            whole = all(type(count) is int and 0 <= count < _MOST_BYTES for count in (*shape, begin, end))
+            sound = whole and isinstance(dtype, str) and begin <= end
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{corrupt}the header entry of {shown(name)} is malformed ({shown(entry)}){again}")
+        if dtype not in _BITS:
             raise CheckpointError(
-                f"{corrupt}{name!r} of shape {list(shape)} and dtype {dtype} cannot have {end - begin} bytes{again}"
+                f"{corrupt}{shown(name)} has the dtype {shown(dtype)}, which the format does not know; "
+                f"it knows {', '.join(_BITS)}{again}"
+            )
+        if (end - begin) * 8 != _elements(shape) * _BITS[dtype]:
+            raise CheckpointError(
+                f"{corrupt}{shown(name)} of shape {shown(list(shape))} and dtype {dtype} cannot have "
+                f"{end - begin} bytes{again}"
             )
         tensors[name] = StoredTensor(path, name, shape, dtype)
         spans.append((begin, end, name))
@@ -252,7 +405,7 @@ def _parse_header(path: Path, header: bytes, data_bytes: int) -> dict[str, Store
     position = 0
     for begin, end, name in spans:
         if begin != position:
-            raise CheckpointError(f"{corrupt}the bytes of {name!r} overlap others or leave a gap{again}")
+            raise CheckpointError(f"{corrupt}the bytes of {shown(name)} overlap others or leave a gap{again}")
         position = end
     if position > data_bytes:
         raise CheckpointError(
@@ -265,6 +418,26 @@ def _parse_header(path: Path, header: bytes, data_bytes: int) -> dict[str, Store
     return tensors
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; ValueError for a key that stands twice, of which only one could count."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} stands twice")
+    return entries
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    """The product of a shape, stopped where no file could hold it: a hostile shape has a million dimensions."""
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= _MOST_BYTES:
+            return count
+    return count
+
+
 class FolderCheckpoint:
     """A folder in Hugging Face's layout: config.json, and one safetensors file or several with an index."""
 
@@ -272,35 +445,55 @@ class FolderCheckpoint:
         """Checks config, files, names, shapes and dtypes; reads no weights. CheckpointError for the first fault."""
         self._folder = folder
         self._label = label or folder.resolve().name
+        try:
+            self._open(folder, entry)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be read: {error.strerror or error}; give a folder that this user may read"
+            ) from error
+
+    def _open(self, folder: Path, entry: ModelEntry) -> None:
         if not folder.exists():
             raise CheckpointError(f"the weights folder {folder} does not exist; give a folder with config.json in it")
         if not folder.is_dir():
             raise CheckpointError(
                 f"--weights {folder} is a file; give the folder that holds config.json and the safetensors files"
             )
+        _refuse_adapter(folder)
         config = read_object(folder / "config.json")
         if config is None:
             raise CheckpointError(f"{folder} has no config.json; give a folder in Hugging Face's layout")
-        self._config: Mapping[str, Any] = config
         try:
-            self._geometry = LlavaGeometry.from_config(config)
+            self._config: Mapping[str, Any] = _with_image_token(folder, without_nulls(config))
+            self._geometry = LlavaGeometry.from_config(self._config)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         check_same_model(entry, self._geometry, MODELS, str(folder / "config.json"))
         self._files, stored = _stored_tensors(folder)
         self._tensors = _by_canonical_name(folder, stored)
         self._check_tensors(entry)
+        self._unread = self._unread_tensors()
 
     def _check_tensors(self, entry: ModelEntry) -> None:
         expected = self._geometry.tensor_shapes()
         optional = self._geometry.optional_tensors()
+        # Before what is missing: such checkpoints lack tensors because others stand in for them.
+        self._refuse_marked()
         missing = [name for name in expected if name not in self._tensors and name not in optional]
         if missing:
             hint = "download the checkpoint again"
             if any("mm_projector" in name for name in self._tensors):
                 hint = "this is the authors' own layout: give the converted one, as under llava-hf on the hub"
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{self._folder} lacks the tensor {missing[0]}{more} that {entry.name} needs; {hint}")
+            raise CheckpointError(
+                f"{self._folder} lacks the tensor {missing[0]}{_more(missing)} that {entry.name} needs; {hint}"
+            )
+        for name in expected:
+            stored = self._tensors.get(name)
+            if stored is not None and stored.dtype not in _FLOATS:
+                raise CheckpointError(
+                    f"{stored.path}: {name} has dtype {stored.dtype}; supported: {', '.join(_FLOATS)}; "
+                    "give weights that are not quantised"
+                )
         wrong = [name for name, shape in expected.items() if name in self._tensors and self.shape(name) != shape]
         if wrong:
             name = wrong[0]
@@ -312,16 +505,42 @@ class FolderCheckpoint:
             ]
             hint = f"these are the weights of {others[0]}" if others else "they belong to another model"
             raise CheckpointError(
-                f"{self._tensors[name].path}: {name} has shape {list(self.shape(name))}, but config.json and "
+                f"{self._tensors[name].path}: {name} has shape {shown(list(self.shape(name)))}, but config.json and "
                 f"{entry.name} want {list(expected[name])}{more}; {hint}"
             )
-        for name in expected:
-            stored = self._tensors.get(name)
-            if stored is not None and stored.dtype not in _FLOAT_BYTES:
-                raise CheckpointError(
-                    f"{stored.path}: {name} has dtype {stored.dtype}; supported: {', '.join(_FLOAT_BYTES)}; "
-                    "give weights that are not quantised"
-                )
+
+    def _refuse_marked(self) -> None:
+        """Refuses tensors of adapters and of quantised weights, by their names."""
+        adapter = [stored for stored in self._tensors.values() if _ADAPTER_TENSOR.search(stored.stored_name)]
+        if adapter:
+            raise CheckpointError(
+                f"{adapter[0].path} holds tensors of an adapter that is not merged into the weights "
+                f"({shown(adapter[0].stored_name)}{_more(adapter)}); {_MERGE}"
+            )
+        quantised = [stored for stored in self._tensors.values() if _QUANTISED_TENSOR.search(stored.stored_name)]
+        if quantised:
+            raise CheckpointError(
+                f"{quantised[0].path} holds weights that are already quantised "
+                f"({shown(quantised[0].stored_name)}{_more(quantised)}); "
+                "pruneport quantises by itself, give it the float16, bfloat16 or float32 weights"
+            )
+
+    def _unread_tensors(self) -> tuple[str, ...]:
+        """Names of tensors that nobody reads; CheckpointError for one that lies inside a part of the model."""
+        expected = self._geometry.tensor_shapes()
+        unread = {name: stored for name, stored in self._tensors.items() if name not in expected}
+        meant = [name for name in unread if name.startswith(_BUILT_PARTS)]
+        if meant:
+            stored = unread[meant[0]]
+            hint = "the weights belong to another model, or config.json does"
+            for part, key in _BIAS_KEYS.items():
+                if re.fullmatch(part, meant[0]):
+                    hint = f"set {key} to true in config.json if the model was trained with it"
+            raise CheckpointError(
+                f"{stored.path} holds {shown(stored.stored_name)}{_more(meant)}, which would change the answers, "
+                f"but a model as config.json describes it has no such tensor; {hint}"
+            )
+        return tuple(stored.stored_name for stored in unread.values())
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -353,17 +572,23 @@ class FolderCheckpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """Reads one tensor, in the dtype it is stored in."""
         found = self._find(name)
-        with _opened(found.path) as file:
-            return _finite(file.get_tensor(found.stored_name), found)
+        return _finite(_read(found, lambda file: file.get_tensor(found.stored_name)), found)
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Reads a few rows of a matrix."""
         import torch
 
         found = self._find(name)
-        with _opened(found.path) as file:
+
+        def chosen(file: Any) -> torch.Tensor:
             matrix = file.get_slice(found.stored_name)
-            return _finite(torch.cat([matrix[index : index + 1] for index in indices]), found)
+            return torch.cat([matrix[index : index + 1] for index in indices])
+
+        return _finite(_read(found, chosen), found)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names of tensors that belong to none of the model's parts, as the files spell them."""
+        return self._unread
 
     def identity(self) -> WeightsInfo:
         """The label and the hash of the weights: the file's own, for shards that of their `sha256sum` listing."""
@@ -391,10 +616,43 @@ class FolderCheckpoint:
         return found
 
 
+def _more(names: Sequence[object]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuses a folder with an adapter in it, alone or beside the weights that it was trained for."""
+    found = [name for name in _ADAPTER_FILES if (folder / name).exists()]
+    if found:
+        raise CheckpointError(f"{folder} holds an adapter that is not merged into weights ({found[0]}); {_MERGE}")
+
+
+def _with_image_token(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the image token's id, asked of the tokenizer where config.json does not say it.
+
+    Nothing is changed where the tokenizer does not know either: Hugging Face's default counts then.
+    """
+    keys = [key for key in ("image_token_id", "image_token_index") if key in config]  # the first one counts
+    if keys and config[keys[0]] != _AUTHORS_IMAGE_INDEX:
+        return config
+    added = (read_object(folder / "tokenizer.json") or {}).get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids = {token.get("id") for token in tokens if token.get("content") == _IMAGE_TOKEN}
+    if len(ids) == 1:
+        rest = {key: value for key, value in config.items() if key not in keys}
+        return {**rest, "image_token_index": ids.pop()}
+    if keys:
+        raise CheckpointError(
+            f"config.json: {keys[0]}={_AUTHORS_IMAGE_INDEX} is the mark of LLaVA's authors and no id, and "
+            f"tokenizer.json has no token {_IMAGE_TOKEN!r}; set {keys[0]} to the id that the image has in the prompt"
+        )
+    return config
+
+
 def _stored_tensors(folder: Path) -> tuple[tuple[Path, ...], list[StoredTensor]]:
     """All weight files of a folder and what they hold."""
     single, index_path = folder / _SINGLE, folder / _INDEX
-    if single.is_file() or single.is_symlink():
+    if single.exists() or single.is_symlink():
         return (single,), list(read_header(single).values())
     index = read_object(index_path)
     if index is None:
@@ -411,23 +669,31 @@ def _stored_tensors(folder: Path) -> tuple[tuple[Path, ...], list[StoredTensor]]
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map that names files; download it again")
     headers: dict[str, dict[str, StoredTensor]] = {}
-    tensors: list[StoredTensor] = []
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or shard in (".", ".."):
+        if not isinstance(shard, str) or not _is_plain_name(shard):
             raise CheckpointError(
-                f"{index_path} names the file {shard!r}; only plain file names in that folder are read"
+                f"{index_path} names the file {shown(shard)}; only plain file names in that folder are read"
             )
         if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index_path} names {shard!r}, which is not a safetensors file; pickles are refused")
+            raise CheckpointError(
+                f"{index_path} names {shown(shard)}, which is not a safetensors file; pickles are refused"
+            )
         if shard not in headers:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
             raise CheckpointError(
-                f"{index_path} says that {shard} holds {name}, but it does not; the index belongs to other files: "
-                "download the checkpoint again"
+                f"{index_path} says that {shard} holds {name if name.isprintable() else shown(name)}, but it does not; "
+                "the index belongs to other files: download the checkpoint again"
             )
-        tensors.append(headers[shard][name])
-    return tuple(folder / shard for shard in sorted(headers)), tensors
+    # All that the files hold, as transformers reads them: an index that forgets a tensor hides none.
+    stored = [tensor for header in headers.values() for tensor in header.values()]
+    return tuple(folder / shard for shard in sorted(headers)), stored
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether `name` is a file's own name, on any system, that can be printed and encoded."""
+    plain = PurePosixPath(name).name == name == PureWindowsPath(name).name
+    return plain and name not in (".", "..") and name.isprintable() and len(name) <= _LONGEST_FILE_NAME
 
 
 def _by_canonical_name(folder: Path, stored: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
@@ -445,13 +711,15 @@ def _by_canonical_name(folder: Path, stored: Sequence[StoredTensor]) -> dict[str
     return tensors
 
 
-def _opened(path: Path) -> Any:
+def _read(stored: StoredTensor, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """What `read` takes out of the tensor's opened file."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(stored.path, framework="pt") as file:
+            return read(file)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}; download it again") from error
+        raise CheckpointError(f"{stored.path} cannot be read as safetensors: {error}; download it again") from error
 
 
 def _finite(tensor: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
@@ -461,6 +729,10 @@ def _finite(tensor: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
     if not torch.isfinite(tensor.sum(dtype=torch.float64)):
         raise CheckpointError(
             f"{stored.path} is corrupt: {stored.stored_name} holds NaN or infinite values; download it again"
+        )
+    if tensor.dtype == torch.float64 and not torch.isfinite(tensor.float()).all():
+        raise CheckpointError(
+            f"{stored.path}: {stored.stored_name} holds values that no float32 can; give the float32 weights"
         )
     return tensor
 
@@ -553,6 +825,10 @@ class RandomCheckpoint:
                 row[done : done + take].copy_(self._block(name, number)[offset : offset + take])
                 done += take
         return out
+
+    def unread(self) -> tuple[str, ...]:
+        """None: only what the model has is drawn."""
+        return ()
 
     def identity(self) -> WeightsInfo:
         """Marked as random; the hash stands for the recipe, the seed and the shapes, which decide every number."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.models.llava import ModelEntry, prompt_info
-from runtime.errors import ExportError
+from export.models.llava import ModelEntry, decisive_part, prompt_info
+from runtime.errors import CheckpointError, ExportError
 
 if TYPE_CHECKING:
     import torch
@@ -116,10 +116,17 @@ def _exact_float32() -> Iterator[None]:
 
 
 def _eager_config(checkpoint: Checkpoint) -> Any:
-    """transformers' own reading of config.json, with the plain attention whose arithmetic is the definition."""
+    """transformers' own reading of what counts in config.json, with the plain attention that defines the arithmetic."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlavaConfig
 
-    config: Any = LlavaConfig.from_dict(dict(checkpoint.config))
+    try:
+        config: Any = LlavaConfig.from_dict(decisive_part(checkpoint.config))
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"config.json: transformers does not take it ({reason}); correct it or download the file again"
+        ) from error
     config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
     return config
 

@@ -94,9 +94,11 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
         # Opened before any work, so that an output that cannot be written is found out first.
         writers = [stack.enter_context(BundleWriter(bundle.path)) for bundle in plan.bundles]
         with progress.stage("open the checkpoint") as stage:
-            checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed)
+            checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed, bars=not progress.quiet)
             identity = checkpoint.identity()
             stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
+            if unread := checkpoint.unread():
+                stage.note(f"left alone: {len(unread)} tensors that are no part of the model, such as {unread[0]!r}")
         making = _Making(plan, checkpoint, progress, version)
         manifests = [making.write(bundle, writer) for bundle, writer in zip(plan.bundles, writers, strict=True)]
         del checkpoint, making

@@ -456,7 +456,11 @@ def _check_weights(weights: str | None) -> None:
     if weights is None or weights == "random":
         return
     path = Path(weights)
-    if not weights or not path.exists():
+    try:
+        exists = bool(weights) and path.exists()
+    except OSError as error:
+        raise RequestError(f"weights={weights[:80]!r} cannot be read: {error.strerror or error}") from error
+    if not exists:
         raise RequestError(f"weights={weights!r} does not exist; give a checkpoint folder, or the word random")
     if not path.is_dir():
         raise RequestError(f"weights={weights} is a file; give the folder that holds config.json and *.safetensors")

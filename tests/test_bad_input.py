@@ -168,6 +168,11 @@ def test_weights_that_are_a_file(checkpoint: Checkpoint, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_of_a_name_that_no_system_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(tmp_path / "out", "--model", "pocket", "--weights", "a" * 5000) == 2
+    assert os.strerror(errno.ENAMETOOLONG) in one_message(capsys)
+
+
 # --- photos ---
 
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import LlavaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, canonical_name, open_checkpoint, read_header
-from export.models import MODELS
-from export.models.llava import LlavaGeometry
+from export.golden import _eager_config
+from export.graphs.llama import _inverse_frequencies
+from export.models import MODELS, llava
+from export.models.llava import LlavaGeometry, image_info
+from export.models.preprocessor import clip_preprocessor, read_preprocessor
+from export.models.settings import without_non_finite
+from runtime.bundle import ImageInfo
 from runtime.errors import CheckpointError, RequestError
+from runtime.image import preprocess
 from tests.tiny_llava import CONFIG, TINY, stored_name, tiny_tensors, write_tiny
 
 INDEX = "model.safetensors.index.json"
@@ -245,6 +258,111 @@ def test_header_that_is_not_json(tmp_path: Path) -> None:
     assert "not valid JSON" in refusal(tmp_path)
 
 
+def _text(entries: dict[str, Any] | bytes, data: bytes) -> bytes:
+    header = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "data"),
+    [
+        (b"  " + json.dumps({"a": ONE}).encode() + b"\n\t ", bytes(4)),
+        ({"__metadata__": {"format": "pt"}, "a": ONE}, bytes(4)),
+        ({"__metadata__": None, "a": ONE}, bytes(4)),
+        ({"a": {**ONE, "more": 1}}, bytes(4)),
+        ({"a": {**ONE, "shape": []}}, bytes(4)),
+        ({"a": {**ONE, "shape": [0, 3], "data_offsets": [4, 4]}, "b": ONE}, bytes(4)),
+        ({"a": {**ONE, "data_offsets": [4, 8]}, "b": ONE}, bytes(8)),
+        ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "b": {**ONE, "data_offsets": [1, 5]}}, bytes(5)),
+        ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, bytes(1)),
+        ({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, bytes(2)),
+        ({"": ONE}, bytes(4)),
+    ],
+)
+def test_headers_that_the_format_allows(tmp_path: Path, entries: dict[str, Any] | bytes, data: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(_text(entries, data))
+    with safe_open(path, framework="pt") as file:
+        assert set(read_header(path)) == set(file.keys())
+
+
+# As numbers these begin like a web page, a pickle, a zip archive, a GGUF file's neighbour and white space.
+@pytest.mark.parametrize("start", [b" <", b"<", b"\x80\x02", b"\x80\x05", b"\n<", b"PK", b"{", b"ve", b"\xff\xff"])
+def test_a_header_of_any_length(tmp_path: Path, start: bytes) -> None:
+    path = write_tiny(tmp_path) / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    padded = int.from_bytes(start.ljust(2, b"\0") + b"\x01", "little")  # 65536 and more
+    path.write_bytes(padded.to_bytes(8, "little") + data[8 : 8 + length].ljust(padded) + data[8 + length :])
+    assert FolderCheckpoint(tmp_path, TINY).names() == tuple(TINY.geometry.tensor_shapes())
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "truncated" in refusal(tmp_path)
+    path.write_bytes(path.read_bytes()[:300])
+    assert "truncated" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (b'{"a":' * 100_000, "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a":' + b"9" * 5000 + b"}", "not valid JSON"),
+        (json.dumps({"a": ONE}).encode("utf-16"), "not valid JSON"),
+        (b'{"a": NaN}', "malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', "malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4]}}', "malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', "malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [18446744073709551616], "data_offsets": [0, 4]}}', "malformed"),
+        (json.dumps({"a": {**ONE, "shape": [2**62] * 1000}}).encode(), "cannot have 4 bytes"),
+        (b'{"a": {"dtype": "F128", "shape": [1], "data_offsets": [0, 4]}}', "dtype 'F128'"),
+        (b'{"a": {"dtype": "I32", "shape": [2], "data_offsets": [0, 4]}}', "cannot have 4 bytes"),
+        (b'{"__metadata__": {"format": 1}}', "__metadata__"),
+        (f'{{"a": {json.dumps(ONE)}, "a": {json.dumps(ONE)}}}'.encode(), "'a' stands twice"),
+        (b'{"a": ["F32", [1], [0, 4]]}', "malformed"),
+        (b"[]", "not a JSON object"),
+        (b"", "not valid JSON"),
+        (b"{}", "no tensors"),
+    ],
+)
+def test_hostile_headers(tmp_path: Path, header: bytes, says: str) -> None:
+    (write_tiny(tmp_path) / "model.safetensors").write_bytes(_text(header, bytes(4)))
+    assert says in refusal(tmp_path)
+
+
+def test_a_length_beyond_all_headers(tmp_path: Path) -> None:
+    (write_tiny(tmp_path) / "model.safetensors").write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
+    assert "not a safetensors file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = write_tiny(tmp_path) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert "is not a file" in refusal(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert os.strerror(errno.EACCES) in refusal(tmp_path)
+
+
+def test_values_beyond_float32(tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    name = "model.multi_modal_projector.linear_1.weight"
+    tensors[name] = tensors[name].double() + 1e300
+    checkpoint = FolderCheckpoint(write_tiny(tmp_path, tensors=tensors), TINY)
+    with pytest.raises(CheckpointError, match="values that no float32 can"):
+        checkpoint.tensor("multi_modal_projector.linear_1.weight")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     tensors = tiny_tensors()
@@ -292,6 +410,76 @@ def test_the_same_tensor_under_two_names(tmp_path: Path) -> None:
     assert "holds lm_head.weight twice" in refusal(write_tiny(tmp_path, tensors=tensors))
 
 
+# --- tensors that nobody reads ------------------------------------------------------------------------------------
+
+LAYER = "model.language_model.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (f"{LAYER}.self_attn.q_proj.lora_A.weight", "merge_and_unload"),
+        (f"{LAYER}.self_attn.q_proj.lora_B.default.weight", "merge_and_unload"),
+        (f"{LAYER}.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
+        (f"{LAYER}.self_attn.q_proj.lora_magnitude_vector", "merge_and_unload"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "merge_and_unload"),
+        ("lm_head.modules_to_save.default.weight", "merge_and_unload"),
+        (f"{LAYER}.mlp.up_proj.qweight", "already quantised"),
+        (f"{LAYER}.mlp.up_proj.weight.absmax", "already quantised"),
+        (f"{LAYER}.mlp.up_proj.weight.quant_state.bitsandbytes__nf4", "already quantised"),
+        (f"{LAYER}.mlp.up_proj.SCB", "already quantised"),
+        (f"{LAYER}.mlp.up_proj.weight_scale_inv", "already quantised"),
+        (f"{LAYER}.mlp.up_proj.weight_packed", "already quantised"),
+        ("lm_head.bias", "has no such tensor"),
+        ("model.vision_tower.head.probe", "has no such tensor"),
+        ("model.vision_tower.encoder.layers.3.mlp.fc1.weight", "has no such tensor"),
+        ("model.language_model.layers.3.mlp.up_proj.weight", "has no such tensor"),
+        (f"{LAYER}.self_attn.q_norm.weight", "has no such tensor"),
+        ("model.image_newline", "has no such tensor"),
+        ("model.mm_projector.0.weight", "has no such tensor"),
+    ],
+)
+def test_a_tensor_that_would_change_the_answers(tmp_path: Path, name: str, says: str) -> None:
+    message = refusal(write_tiny(tmp_path, tensors={**tiny_tensors(), name: torch.zeros(2)}))
+    assert name in message
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "part"),
+    [
+        ("text_config", "attention_bias", "self_attn"),
+        ("text_config", "mlp_bias", "mlp"),
+        (None, "multimodal_projector_bias", "linear_"),
+    ],
+)
+def test_biases_that_config_json_does_not_announce(tmp_path: Path, section: str | None, key: str, part: str) -> None:
+    message = refusal(write_tiny(tmp_path, config=_config(section, **{key: False})))
+    assert part in message.split(", which")[0]
+    assert f"{key} to true in config.json" in message
+
+
+def test_constants_and_unrelated_tensors_are_left_alone(tmp_path: Path) -> None:
+    more = {
+        "model.vision_tower.vision_model.embeddings.position_ids": torch.arange(17),
+        f"{LAYER}.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "logit_scale": torch.zeros(()),
+    }
+    checkpoint = FolderCheckpoint(write_tiny(tmp_path, tensors={**tiny_tensors(), **more}), TINY)
+    assert checkpoint.unread() == ("logit_scale",)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_an_adapter_that_is_not_merged(tmp_path: Path, name: str, with_base: bool) -> None:
+    if with_base:
+        write_tiny(tmp_path)
+    (tmp_path / name).write_text("{}")
+    message = refusal(tmp_path)
+    assert name in message
+    assert "merge_and_unload() and save_pretrained()" in message
+
+
 # --- index --------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +506,12 @@ def test_index_naming_a_tensor_that_the_shard_lacks(tmp_path: Path) -> None:
         ("../model.safetensors", "only plain file names"),
         ("/etc/passwd", "only plain file names"),
         ("a\\b.safetensors", "only plain file names"),
+        ("a\0.safetensors", "only plain file names"),
+        ("a\n.safetensors", "only plain file names"),
+        ("\ud800.safetensors", "only plain file names"),
+        ("C:a.safetensors", "only plain file names"),
+        (None, "only plain file names"),
+        ("a" * 5000 + ".safetensors", "only plain file names"),
         ("..", "only plain file names"),
         (7, "only plain file names"),
         ("pytorch_model-00001.bin", "pickles are refused"),
@@ -329,7 +523,19 @@ def test_index_that_leads_elsewhere(tmp_path: Path, shard: object, complaint: st
     assert complaint in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": [1]}])
+def test_a_shard_holds_more_than_the_index_says(tmp_path: Path) -> None:
+    write_tiny(tmp_path, shards=2)
+    changed(tmp_path / INDEX, lambda index: index["weight_map"].pop(NORM))
+    assert FolderCheckpoint(tmp_path, TINY).has("language_model.norm.weight")
+
+
+def test_a_single_file_beside_an_index_counts_as_in_transformers(tmp_path: Path) -> None:
+    write_tiny(tmp_path, shards=2)
+    write_tiny(tmp_path)
+    assert {path.name for path in FolderCheckpoint(tmp_path, TINY)._files} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": [1]}])
 def test_index_without_files(tmp_path: Path, index: dict[str, Any]) -> None:
     write_tiny(tmp_path, shards=2)
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -369,11 +575,157 @@ def _config(section: str | None, **values: object) -> dict[str, Any]:
         (_config("text_config", rope_parameters={"rope_type": "yarn"}), "rope_type"),
         (_config("text_config", rope_parameters={"rope_theta": -1}), "rope_theta"),
         (_config("text_config", rope_parameters={"rope_theta": "x"}), "not understood"),
+        (_config("text_config", rope_parameters={"rope_theta": float("nan")}), "rope_theta"),
+        (_config("text_config", rope_parameters={"rope_type": "linear"}), "lacks factor"),
+        (_config("text_config", rope_parameters={"rope_type": "llama3", "factor": 8.0}), "lacks low_freq_factor"),
+        (_config("text_config", rope_parameters={"rope_type": None, "type": "su"}), "rope_type is 'su'"),
+        (_config("text_config", rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic'"),
+        (_config("text_config", rope_scaling="linear"), "must be an object"),
+        (_config("text_config", rope_parameters={"full_attention": {"rope_type": "default"}}), "full_attention"),
+        (_config("text_config", rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        (_config("text_config", hidden_size=48.0), "positive whole number"),
+        (_config("text_config", hidden_size=True), "positive whole number"),
+        (_config("text_config", hidden_size=10**18), "positive whole number"),
+        (_config("text_config", hidden_size=-48), "positive whole number"),
+        (_config("text_config", num_attention_heads=5), "not a multiple"),
+        (_config("text_config", num_key_value_heads=0), "positive whole number"),
+        (_config("text_config", rms_norm_eps="1e-5"), "rms_norm_eps must be a number"),
+        (_config("text_config", rms_norm_eps=float("inf")), "rms_norm_eps must be a number"),
+        (_config("text_config", rms_norm_eps=-1e-5), "rms_norm_eps must be a number"),
+        (_config("text_config", attention_bias=1), "attention_bias must be true or false"),
+        (_config("text_config", mlp_bias="false"), "mlp_bias must be true or false"),
+        (_config("text_config", max_position_embeddings=10**18), "max_position_embeddings"),
+        (_config("text_config", max_position_embeddings=16), "no room for text beside 16 image tokens"),
+        ({"model_type": "llava", "hidden_size": 4096, "num_attention_heads": 32}, "authors' own layout"),
+        (_config("vision_config", layer_norm_eps=float("nan")), "layer_norm_eps must be a number"),
+        (_config("vision_config", image_size=[56, 56]), "image_size must be a positive whole number"),
+        (_config("vision_config", num_hidden_layers="3"), "num_hidden_layers must be a positive whole number"),
+        (_config(None, image_token_index=5.0), "image_token_index must be a whole number"),
+        (_config(None, image_token_index=-200), "no token '<image>'"),
+        (_config(None, image_token_index=-1), "image_token_index must be a whole number"),
+        (_config(None, image_token_index=10**18), "image_token_index must be a whole number"),
+        (_config(None, image_seq_length=16.0), "image_seq_length=16.0"),
+        (_config(None, vision_feature_layer="-2"), "one layer number"),
+        (_config(None, vision_feature_layer=10**30), "vision_feature_layer"),
+        (_config(None, tie_word_embeddings="true"), "tie_word_embeddings must be true or false"),
+        (_config(None, model_type="llava_llama"), "authors' own layout"),
+        (_config(None, mm_vision_tower="openai/clip-vit-large-patch14-336"), "authors' own layout"),
+        (_config(None, text_config=[]), "text_config must be an object"),
+        (_config("text_config", quantization_config={"quant_method": "gptq"}), "'gptq'"),
+        (_config(None, compression_config={"format": "int"}), "already quantised"),
+        (_config("text_config", hidden_act="x" * 9999), "hidden_act"),
     ],
 )
 def test_wrong_configs(tmp_path: Path, config: Mapping[str, Any], complaint: str) -> None:
     write_tiny(tmp_path, config=config)
     assert complaint in refusal(tmp_path)
+
+
+def _nulled() -> list[tuple[str | None, str]]:
+    """Every key that is read, by section."""
+    keys: list[tuple[str | None, str]] = [(None, key) for key in llava._LLAVA_DEFAULTS if key != "model_type"]
+    keys += [(None, "image_token_id"), (None, "image_seq_length"), (None, "quantization_config")]
+    keys += [("vision_config", key) for key in llava._VISION_DEFAULTS]
+    keys += [("text_config", key) for key in (*llava._TEXT_DEFAULTS, "rope_parameters", "rope_scaling", "rope_theta")]
+    return keys
+
+
+@pytest.mark.parametrize(("section", "key"), _nulled())
+def test_null_means_what_leaving_the_key_out_means(section: str | None, key: str) -> None:
+    absent = _config(section)
+    (absent if section is None else absent[section]).pop(key, None)
+    nulled = _config(section, **{key: None})
+    outcomes = []
+    for config in (nulled, absent):
+        try:
+            outcomes.append(str(LlavaGeometry.from_config(config)))
+        except CheckpointError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_missing_section_is_the_published_one() -> None:
+    config = {"model_type": "llava", "vision_config": None}
+    theirs: Any = LlavaConfig.from_dict({"model_type": "llava"})
+    ours = LlavaGeometry.from_config(config)
+    assert (ours.vision.hidden, ours.vision.image_size) == (1024, theirs.vision_config.image_size)
+    assert (ours.text.hidden, ours.text.vocab) == (theirs.text_config.hidden_size, theirs.text_config.vocab_size)
+    empty = LlavaGeometry.from_config({"model_type": "llava", "vision_config": {}})
+    theirs = LlavaConfig.from_dict({"vision_config": {}})
+    assert empty.vision.hidden == theirs.vision_config.hidden_size
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_theta": 20000},
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 7e3},
+        {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 9.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}, "rope_theta": 3.0},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ],
+)
+def test_rope_is_read_as_transformers_reads_it(rope: dict[str, Any]) -> None:
+    config = _config("text_config", **rope)
+    if "rope_parameters" not in rope:
+        del config["text_config"]["rope_parameters"]
+    text = LlavaGeometry.from_config(config).text
+    read: Any = LlavaConfig.from_dict(json.loads(json.dumps(config)))
+    theirs = LlamaRotaryEmbedding(read.text_config)
+    assert torch.allclose(_inverse_frequencies(text.rope, text.head_dim), theirs.inv_freq, rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{"image_token_index": -200}, {"image_token_id": -200}, {"image_token_index": None}])
+def test_the_image_tokens_id_is_asked_of_the_tokenizer(tmp_path: Path, given: dict[str, Any]) -> None:
+    config = {**CONFIG, "image_token_index": None, **given}
+    write_tiny(tmp_path, config=config)
+    tokens = [{"id": 3, "content": "<s>"}, {"id": 9, "content": "<image>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    checkpoint = FolderCheckpoint(tmp_path, TINY)
+    assert checkpoint.geometry.image_token_id == checkpoint.config["image_token_index"] == 9
+    assert "image_token_id" not in checkpoint.config
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "9" * 5000 + "}", "[" * 100_000, '{"a":' * 100_000])
+def test_json_that_no_parser_takes(tmp_path: Path, text: str) -> None:
+    (write_tiny(tmp_path) / "config.json").write_text(text)
+    assert "not valid JSON" in refusal(tmp_path)
+
+
+def test_what_is_written_for_others_is_json() -> None:
+    made = without_non_finite({"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": "NaN"})
+    assert made == {"a": [None, 1.5, {"b": None}], "c": "NaN"}
+
+
+def test_keys_that_decide_nothing_may_hold_anything(tmp_path: Path) -> None:
+    config = _config("text_config", initializer_range="wide", use_cache=None)
+    config |= {"num_labels": 10**18, "dtype": [], "auto_map": 3, "temperature": float("nan")}
+    checkpoint = FolderCheckpoint(write_tiny(tmp_path, config=config), TINY)
+    assert _eager_config(checkpoint).to_dict() == _eager_config(RandomCheckpoint(TINY, seed=0)).to_dict()
+
+
+def test_what_only_transformers_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> None:
+        raise ValueError("a rule of a later version\nin two lines")
+
+    monkeypatch.setattr(LlavaConfig, "from_dict", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"transformers does not take it \(a rule of a later version in two lines\)"
+    ):
+        _eager_config(RandomCheckpoint(TINY, seed=0))
 
 
 def test_another_models_config(tmp_path: Path) -> None:
@@ -413,6 +765,118 @@ def test_full_size_headers_are_accepted_without_reading_weights(tmp_path: Path) 
     checkpoint = open_checkpoint("llava-1.5-7b", weights=str(tmp_path))
     assert checkpoint.geometry.image_tokens == 576
     assert checkpoint.rows("language_model.embed_tokens.weight", [31999]).shape == (1, 4096)
+
+
+# --- image settings -----------------------------------------------------------------------------------------------
+
+
+def _prepared(folder: Path, settings: dict[str, Any], photo: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The photo as transformers prepares it by `settings`, as we do, and as transformers does by what we read."""
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    read = read_preprocessor(folder, 42)
+    theirs, golden = (
+        CLIPImageProcessorPil(**made)(photo, input_data_format="channels_last", return_tensors="np")["pixel_values"]
+        for made in (settings, read)
+    )
+    return theirs, preprocess(photo, ImageInfo.from_preprocessor(read)), golden
+
+
+SETTINGS = clip_preprocessor(42)
+SQUARE = {"height": 42, "width": 42}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"size": 42, "crop_size": 42},
+        {"size": {"shortest_edge": 60}},
+        {"size": SQUARE},
+        {"size": [42, 42], "crop_size": [42, 42]},
+        {"size": SQUARE, "do_center_crop": False, "crop_size": None},
+        {"size": SQUARE, "do_center_crop": None},
+        {"do_convert_rgb": None},
+        {"do_convert_rgb": False},
+        {"do_pad": None},
+        {"do_pad": False},
+        {"image_mean": 0.5, "image_std": 0.5},
+        {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]},
+        {"rescale_factor": 1},
+        {"resample": 0},
+        {"image_processor_type": None},
+        {"image_processor_type": "CLIPImageProcessorFast"},
+        {"image_processor_type": "LlavaImageProcessor"},
+    ],
+)
+def test_image_settings_give_transformers_pixels(tmp_path: Path, change: dict[str, Any]) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (67, 90, 3), dtype=np.uint8)
+    theirs, ours, golden = _prepared(tmp_path, {**SETTINGS, **change}, photo)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
+    assert np.array_equal(golden, theirs)
+
+
+@pytest.mark.parametrize("key", sorted(SETTINGS))
+def test_image_settings_that_are_left_out_are_the_classes(tmp_path: Path, key: str) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (67, 90, 3), dtype=np.uint8)
+    sized_for_default = {**clip_preprocessor(224), "image_mean": [0.1, 0.2, 0.3]}
+    theirs, ours, golden = _prepared(tmp_path, {k: v for k, v in sized_for_default.items() if k != key}, photo)
+    assert np.abs(ours - theirs).max() < 1e-5
+    assert np.array_equal(golden, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"do_resize": None}, "do_resize is null"),
+        ({"do_rescale": False}, "do_rescale is false"),
+        ({"do_normalize": None}, "do_normalize is null"),
+        ({"do_normalize": 1}, "do_normalize must be true or false"),
+        ({"do_center_crop": "false"}, "do_center_crop must be true or false"),
+        ({"do_pad": True}, "do_pad"),
+        ({"use_square_size": True}, "use_square_size"),
+        *(
+            ({key: None}, f"{key} is null")
+            for key in ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+        ),
+        ({"size": 42, "do_center_crop": False}, "height"),
+        ({"size": {"height": 60, "width": 60}}, "only one of both"),
+        ({"size": {"shortest_edge": 42, "longest_edge": 50}}, "size must be height and width"),
+        ({"size": {"shortest_edge": 30}}, "must be at least the crop"),
+        ({"size": {"shortest_edge": 42.0}}, "size must be"),
+        ({"size": 0}, "size must be"),
+        ({"size": "42"}, "size must be"),
+        ({"crop_size": {"shortest_edge": 42}}, "crop_size must be"),
+        ({"size": 10**18}, "resize_shortest"),
+        ({"resample": "bicubic"}, "Pillow's numbers"),
+        ({"resample": True}, "Pillow's numbers"),
+        ({"resample": 5}, "5"),
+        ({"rescale_factor": "0.1"}, "rescale_factor must be a number"),
+        ({"rescale_factor": float("inf")}, "rescale_factor must be a number"),
+        ({"image_mean": [0.5, 0.5]}, "length 3"),
+        ({"image_mean": [float("nan"), 0, 0]}, "finite"),
+        ({"image_std": [0, 1, 1]}, "positive"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "'SiglipImageProcessor'"),
+        ({"image_processor_type": 7}, "image_processor_type is 7"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_image_settings_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], says: str, nested: bool) -> None:
+    settings: dict[str, Any] = {**SETTINGS, **change}
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (tmp_path / name).write_text(json.dumps({"image_processor": settings} if nested else settings))
+    checkpoint = FolderCheckpoint(write_tiny(tmp_path), TINY)
+    with pytest.raises(CheckpointError) as caught:
+        image_info(checkpoint, TINY)
+    assert str(tmp_path) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_the_newer_files_image_part_counts_first(tmp_path: Path) -> None:
+    newer = {**SETTINGS, "image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": newer}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    assert read_preprocessor(tmp_path, 42)["image_mean"] == [0.1, 0.2, 0.3]
 
 
 # --- where weights come from --------------------------------------------------------------------------------------

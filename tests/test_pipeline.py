@@ -46,6 +46,9 @@ class FakeCheckpoint:
     def identity(self) -> WeightsInfo:
         return WeightsInfo(source="checkpoint", id="fake", sha256="0" * 64)
 
+    def unread(self) -> tuple[str, ...]:
+        return ()
+
 
 @dataclass(frozen=True)
 class FakeEncoder:

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 from export.backends.onnx import OPSET, coverage_of, quiet
 from export.backends.tracing import converting, trace
 from export.models.llava import image_info, prompt_info
-from export.models.preprocessor import read_object, read_preprocessor
+from export.models.preprocessor import read_preprocessor
 from export.models.prompt import template_text
+from export.models.settings import read_object, without_non_finite
 from export.quantize import SCHEMES
 from runtime.errors import CheckpointError, ExportError
 
@@ -101,7 +102,7 @@ def write_transformers_js(
         },
     }
     for name, content in configs.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
+        text = json.dumps(without_non_finite(content), indent=2)
         (folder / name).write_text(text + "\n", encoding="utf-8")
     copyfile(_tokenizer_folder(checkpoint) / "tokenizer.json", folder / "tokenizer.json")
     longest = checkpoint.geometry.text.max_positions

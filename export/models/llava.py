@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from export.models.settings import flag, number, shown, without_nulls
 from runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -64,15 +65,43 @@ _VISION_WHEN_ABSENT: Mapping[str, Any] = {
 }
 
 
-def _positive(section: str, **sizes: int) -> None:
+# Far above every published size, far below what would exhaust memory before anything else is noticed.
+_LARGEST_SIZE = 2**24
+_LARGEST_ID = 2**31 - 1
+# Keys of the layout that LLaVA's authors publish; no config.json of Hugging Face's layout has one.
+_AUTHORS_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size", "tune_mm_mlp_adapter")
+# What decides about the rotary embedding, in the spelling of any version.
+_ROPE_KEYS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
+# Where quantisers leave their mark; older compressed-tensors wrote the second.
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
+
+
+def _positive(section: str, **sizes: object) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise CheckpointError(f"config.json: {section}.{name} must be a positive whole number, got {size!r}")
+        _whole(f"{section}.{name}", size, 1, _LARGEST_SIZE, "a positive whole number")
+
+
+def _whole(what: str, got: object, least: int, most: int, allowed: str = "a whole number") -> int:
+    if type(got) is not int or not least <= got <= most:
+        raise CheckpointError(
+            f"config.json: {what} must be {allowed} in {least}..{most}, got {shown(got)}; "
+            "correct it or download the file again"
+        )
+    return got
 
 
 def _one_of(what: str, got: object, allowed: tuple[str, ...]) -> str:
     if not isinstance(got, str) or got not in allowed:
-        raise CheckpointError(f"config.json: {what} is {got!r}; supported: {', '.join(allowed)}")
+        raise CheckpointError(
+            f"config.json: {what} is {shown(got)}; supported: {', '.join(allowed)}; "
+            "give a checkpoint of the LLaVA-1.5 family in Hugging Face's layout"
+        )
     return got
 
 
@@ -115,6 +144,7 @@ class VisionGeometry:
                 f"config.json: vision_config.num_channels={self.channels}; only RGB (3) images are supported"
             )
         _one_of("vision_config.hidden_act", self.activation, ("quick_gelu", "gelu"))
+        number("config.json: vision_config.layer_norm_eps", self.norm_eps, above=0, below=1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,9 +172,14 @@ class Rope:
 
     def __post_init__(self) -> None:
         _one_of("text_config.rope_parameters.rope_type", self.kind, ("default", "linear", "llama3"))
-        for name, value in (("rope_theta", self.theta), ("factor", self.factor)):
-            if not (math.isfinite(value) and value > 0):
-                raise CheckpointError(f"config.json: text_config.rope_parameters.{name} must be positive, got {value}")
+        for name, value in (
+            ("rope_theta", self.theta),
+            ("factor", self.factor),
+            ("low_freq_factor", self.low_freq_factor),
+            ("high_freq_factor", self.high_freq_factor),
+            ("original_max_position_embeddings", self.original_max_positions),
+        ):
+            number(f"config.json: text_config.rope_parameters.{name}", value, above=0)
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise CheckpointError(
                 f"config.json: rope high_freq_factor={self.high_freq_factor} must exceed "
@@ -153,22 +188,46 @@ class Rope:
 
     @classmethod
     def from_text_config(cls, text: Mapping[str, Any]) -> Rope:
-        """Reads both spellings: `rope_parameters`, and the older `rope_theta` beside `rope_scaling`."""
-        given = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        """Reads both spellings: `rope_parameters`, and the older `rope_scaling` beside `rope_theta`.
+
+        Where a file has both, `rope_scaling` counts, as in transformers.
+        """
+        given = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        what = "config.json: text_config.rope_parameters"
         if not isinstance(given, Mapping):
-            raise CheckpointError(f"config.json: text_config.rope_parameters must be an object, got {given!r}")
-        theta = given.get("rope_theta", text.get("rope_theta"))
-        try:
-            return cls(
-                theta=float(10000.0 if theta is None else theta),
-                kind=given.get("rope_type", given.get("type", "default")),
-                factor=float(given.get("factor", 1.0)),
-                low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-                high_freq_factor=float(given.get("high_freq_factor", 4.0)),
-                original_max_positions=int(given.get("original_max_position_embeddings", 8192)),
-            )
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json: text_config.rope_parameters is not understood: {error}") from error
+            raise CheckpointError(f"{what} must be an object, got {shown(given)}")
+        nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+        if nested:
+            raise CheckpointError(f"{what} is not understood: {shown(nested[0])} is an object; one rope for all layers")
+        kind = _one_of(
+            "text_config.rope_parameters.rope_type",
+            given.get("rope_type", given.get("type", "default")),
+            ("default", "linear", "llama3"),
+        )
+        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())
+        missing = [key for key in needed if key not in given]
+        if missing:
+            raise CheckpointError(f"{what} of type {kind!r} lacks {missing[0]}; download the file again")
+        if given.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
+            raise CheckpointError(f"{what}: partial_rotary_factor is not understood; allowed: 1")
+        # The published model's length stands outside in some files, and is the model's own in those that leave it out.
+        original = text.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
+        if kind != "llama3" or original is None:
+            original = text["max_position_embeddings"]
+        stretch = {key: _rope_number(key, given[key]) for key in needed}
+        return cls(
+            theta=_rope_number("rope_theta", given.get("rope_theta", text.get("rope_theta", 10000.0))),
+            kind=kind,
+            original_max_positions=_whole("original_max_position_embeddings", original, 1, _LARGEST_SIZE),
+            **stretch,
+        )
+
+
+def _rope_number(name: str, got: object) -> float:
+    try:
+        return number(f"config.json: text_config.rope_parameters.{name}", got, above=0)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (the rotary embedding is not understood)") from error
 
 
 @dataclass(frozen=True)
@@ -216,6 +275,7 @@ class TextGeometry:
                 f"config.json: text_config.head_dim={self.head_dim} must be even for rotary embedding"
             )
         _one_of("text_config.hidden_act", self.activation, ("silu",))
+        number("config.json: text_config.rms_norm_eps", self.norm_eps, above=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -237,6 +297,11 @@ class LlavaGeometry:
                 f"{self.vision.layers} layers; allowed 1..{self.vision.layers} or -1..-{self.vision.layers}"
             )
         _one_of("projector_hidden_act", self.projector_activation, ("gelu",))
+        if self.text.max_positions <= self.image_tokens:
+            raise CheckpointError(
+                f"config.json: text_config.max_position_embeddings={self.text.max_positions} leaves no room for text "
+                f"beside {self.image_tokens} image tokens; correct it or download the file again"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -251,25 +316,26 @@ class LlavaGeometry:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LlavaGeometry:
         """The geometry a LLaVA config.json describes; CheckpointError when it is not one, or contradicts itself."""
+        config = without_nulls(config)
+        _refuse_other_layouts(config)
         _one_of("model_type", config.get("model_type"), ("llava",))
-        if config.get("quantization_config"):
-            raise CheckpointError(
-                "config.json: the checkpoint is already quantised (quantization_config); "
-                "pruneport quantises by itself, give it the float16, bfloat16 or float32 weights"
-            )
-        given_vision = _section(config, "vision_config")
-        given_text = _section(config, "text_config")
-        vision = {**(_VISION_DEFAULTS if given_vision else _VISION_WHEN_ABSENT), **given_vision}
-        text = {**_TEXT_DEFAULTS, **given_text}
+        # An empty section means the defaults of its class, an absent one the tower of the published LLaVA-1.5.
+        defaults = _VISION_DEFAULTS if "vision_config" in config else _VISION_WHEN_ABSENT
+        vision = {**defaults, **_section(config, "vision_config")}
+        text = {**_TEXT_DEFAULTS, **_section(config, "text_config")}
         top = {**_LLAVA_DEFAULTS, **config}
         _one_of("vision_config.model_type", vision["model_type"], ("clip_vision_model",))
         _one_of("text_config.model_type", text["model_type"], ("llama",))
         _one_of("vision_feature_select_strategy", top["vision_feature_select_strategy"], ("default",))
         _positive("text_config", hidden_size=text["hidden_size"], num_attention_heads=text["num_attention_heads"])
+        _positive("vision_config", num_hidden_layers=vision["num_hidden_layers"])
         feature_layer = top["vision_feature_layer"]
-        if not isinstance(feature_layer, int) or isinstance(feature_layer, bool):
+        if isinstance(feature_layer, list) and len(feature_layer) == 1:  # the same features, by transformers' rules
+            feature_layer = feature_layer[0]
+        if type(feature_layer) is not int:
             raise CheckpointError(
-                f"config.json: vision_feature_layer={feature_layer!r}; one layer number is supported, as in LLaVA-1.5"
+                f"config.json: vision_feature_layer={shown(feature_layer)}; one layer number is supported, "
+                "as in LLaVA-1.5"
             )
         geometry = cls(
             vision=VisionGeometry(
@@ -280,7 +346,7 @@ class LlavaGeometry:
                 image_size=vision["image_size"],
                 patch_size=vision["patch_size"],
                 channels=vision["num_channels"],
-                norm_eps=float(vision["layer_norm_eps"]),
+                norm_eps=vision["layer_norm_eps"],
                 activation=vision["hidden_act"],
             ),
             text=TextGeometry(
@@ -292,25 +358,28 @@ class LlavaGeometry:
                 mlp=text["intermediate_size"],
                 vocab=text["vocab_size"],
                 max_positions=text["max_position_embeddings"],
-                norm_eps=float(text["rms_norm_eps"]),
+                norm_eps=text["rms_norm_eps"],
                 activation=text["hidden_act"],
-                attention_bias=bool(text["attention_bias"]),
-                mlp_bias=bool(text["mlp_bias"]),
+                attention_bias=flag("config.json: text_config.attention_bias", text["attention_bias"]),
+                mlp_bias=flag("config.json: text_config.mlp_bias", text["mlp_bias"]),
                 rope=Rope.from_text_config(text),
             ),
             # Hugging Face counts hidden states from the embeddings, so index i is the output of the i-th layer.
             tower_layers=feature_layer if feature_layer >= 0 else vision["num_hidden_layers"] + 1 + feature_layer,
             projector_activation=top["projector_hidden_act"],
-            projector_bias=bool(top["multimodal_projector_bias"]),
-            image_token_id=int(top.get("image_token_id", top["image_token_index"])),
-            tied_embeddings=bool(top["tie_word_embeddings"] or text["tie_word_embeddings"]),
+            projector_bias=flag("config.json: multimodal_projector_bias", top["multimodal_projector_bias"]),
+            image_token_id=_whole(
+                "image_token_index", top.get("image_token_id", top["image_token_index"]), 0, _LARGEST_ID
+            ),
+            tied_embeddings=flag("config.json: tie_word_embeddings", top["tie_word_embeddings"])
+            | flag("config.json: text_config.tie_word_embeddings", text["tie_word_embeddings"]),
         )
         promised = config.get("image_seq_length")
-        if promised is not None and promised != geometry.image_tokens:
+        if promised is not None and (type(promised) is not int or promised != geometry.image_tokens):
             rows, columns = geometry.grid
             raise CheckpointError(
-                f"config.json: image_seq_length={promised}, but {geometry.vision.image_size} pixels in patches of "
-                f"{geometry.vision.patch_size} make {rows} x {columns} = {geometry.image_tokens} image tokens"
+                f"config.json: image_seq_length={shown(promised)}, but {geometry.vision.image_size} pixels in patches "
+                f"of {geometry.vision.patch_size} make {rows} x {columns} = {geometry.image_tokens} image tokens"
             )
         return geometry
 
@@ -400,10 +469,42 @@ class LlavaGeometry:
         yield "lm_head.weight", (text.vocab, text.hidden)
 
 
+def decisive_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies from a config.json what decides about the model's arithmetic, and none of what else such files hold."""
+    config = without_nulls(config)
+    part = {key: config[key] for key in (*_LLAVA_DEFAULTS, "image_token_id", "image_seq_length") if key in config}
+    for name, keys in (("vision_config", _VISION_DEFAULTS), ("text_config", (*_TEXT_DEFAULTS, *_ROPE_KEYS))):
+        if name in config:
+            part[name] = {key: value for key, value in _section(config, name).items() if key in keys}
+    return part
+
+
+def _refuse_other_layouts(config: Mapping[str, Any]) -> None:
+    flat = ("hidden_size",) if "text_config" not in config else ()
+    authors = [key for key in (*_AUTHORS_KEYS, *flat) if key in config]
+    if authors or str(config.get("model_type")).startswith("llava_ll"):
+        key = authors[0] if authors else "model_type"
+        raise CheckpointError(
+            f"config.json: {key}={shown(config[key])} is the authors' own layout, whose files hold no vision tower; "
+            "give the converted checkpoint, as under llava-hf on the hub"
+        )
+    for name in ("", "vision_config", "text_config"):
+        section = _section(config, name) if name else config
+        for key in _QUANTISED_KEYS:
+            if section.get(key):
+                settings = section[key] if isinstance(section[key], Mapping) else {}
+                raise CheckpointError(
+                    f"config.json: the checkpoint is already quantised ({key}, {shown(settings.get('quant_method'))}); "
+                    "pruneport quantises by itself, give it the float16, bfloat16 or float32 weights"
+                )
+
+
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name) or {}
+    section = config.get(name, {})
     if not isinstance(section, Mapping):
-        raise CheckpointError(f"config.json: {name} must be an object, got {section!r}")
+        raise CheckpointError(
+            f"config.json: {name} must be an object, got {shown(section)}; correct it or download the file again"
+        )
     return section
 
 
@@ -463,11 +564,15 @@ def image_info(checkpoint: Checkpoint, entry: ModelEntry) -> ImageInfo:
     from export.models.preprocessor import read_preprocessor
     from runtime.bundle import ImageInfo
 
-    info = ImageInfo.from_preprocessor(read_preprocessor(checkpoint.folder, checkpoint.geometry.vision.image_size))
+    settings = read_preprocessor(checkpoint.folder, checkpoint.geometry.vision.image_size)
+    try:
+        info = ImageInfo.from_preprocessor(settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     side = checkpoint.geometry.vision.image_size
     if tuple(info.size) != (side, side):
         raise CheckpointError(
-            f"preprocessor_config.json crops to {info.size[0]} x {info.size[1]} pixels, "
+            f"{checkpoint.folder}: preprocessor_config.json crops to {info.size[0]} x {info.size[1]} pixels, "
             f"but the tower of {entry.name} takes {side} x {side}"
         )
     return info

@@ -112,7 +112,13 @@ def pocket_cache() -> Path:
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "pruneport"
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "pruneport"
+    except RuntimeError as error:
+        raise OutputError(
+            f"the pocket model cannot be kept: this user has no home folder ({error}); "
+            "set PRUNEPORT_CACHE to a folder that can be written"
+        ) from error
 
 
 def pocket_folder(cache: Path | None = None) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.models.preprocessor import read_object
+from export.models.settings import read_object
 from runtime.errors import CheckpointError
 from runtime.prompt import QUESTION
 

@@ -1,0 +1,76 @@
+"""The JSON files of a checkpoint: read whole, with nulls left out and values that an error can show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import CheckpointError
+
+_LONGEST_SHOWN = 80
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Reads the JSON object in `path`, None when there is no such file; CheckpointError for anything else."""
+    try:
+        # Anything else, a pipe say, might never end.
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is not a file; give the checkpoint's own")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # beside JSONDecodeError: too many digits, too deep
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}; download it again")
+    return value
+
+
+def without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies `settings` without the keys that are null, in its sections too: a null stands for the default."""
+    return {
+        key: without_nulls(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if value is not None
+    }
+
+
+def without_non_finite(value: Any) -> Any:
+    """Copies a value with null for NaN and infinity, which Python reads from JSON files and JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: without_non_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shown(value: object) -> str:
+    """Spells a value for an error, on one line and short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits, or nested without end
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def number(what: str, got: object, *, above: float, below: float = math.inf) -> float:
+    """Returns `got` as a float between two bounds, both excluded; CheckpointError for anything else."""
+    # Compared before it becomes a float: a whole number may have more digits than one holds.
+    if isinstance(got, int | float) and not isinstance(got, bool) and above < got < min(below, 1e300):
+        return float(got)
+    allowed = f"a number above {above:g}" + (f" and below {below:g}" if below < math.inf else "")
+    raise CheckpointError(f"{what} must be {allowed}, got {shown(got)}; correct it or download the file again")
+
+
+def flag(what: str, got: object) -> bool:
+    """Returns `got` when it is a truth value; CheckpointError for anything else, 0 and 1 included."""
+    if not isinstance(got, bool):
+        raise CheckpointError(f"{what} must be true or false, got {shown(got)}; correct it or download the file again")
+    return got
