@@ -255,9 +255,9 @@ def _export(args: argparse.Namespace, version: str) -> int:
         print(f"pruneport: interrupted, {what}", file=sys.stderr)
         return INTERRUPTED
     if args.quiet:
-        print(made.bundle.path)
+        print(made.path)
     else:
-        _show(made.bundle, made.verdict, next_command=_command("verify", str(made.bundle.path)))
+        _show(made.bundle, made.verdict, next_command=_command("verify", str(made.path)))
     return _exit_code(made.verdict)
 
 
@@ -372,9 +372,7 @@ def _command(*words: str) -> str:
 
 def verdict_word(verdict: Verdict) -> str:
     """`failed`, `not checked` or `passed`: the worst that happened in any step."""
-    if verdict.failed_steps:
-        return "failed"
-    return "not checked" if verdict.unchecked_steps else "passed"
+    return verdict.outcome
 
 
 def _exit_code(verdict: Verdict) -> int:
