@@ -119,7 +119,8 @@ assert runtime.errors.BundleError is pruneport.runtime.errors.BundleError is run
 assert export.request is pruneport.export.request
 assert export.request.RequestError is pruneport.RequestError
 assert type(pickle.loads(pickle.dumps(pruneport.BundleError("x")))) is runtime.errors.BundleError
-print(len([module for module in set(sys.modules.values()) if getattr(module, "__file__", "") == runtime.bundle.__file__]))
+files = [getattr(module, "__file__", "") for module in set(sys.modules.values())]
+print(files.count(runtime.bundle.__file__))
 """
     assert run(program, root, tmp_path) == "1\n"
 
