@@ -79,22 +79,26 @@ __all__ = ["__version__", "export_bundle", *(name for names in _HOMES.values() f
 find_rooms()
 
 
-def __getattr__(name: str) -> object:
-    """Imports a public name when it is first used. Raises ImportError for one that needs torch where torch is not."""
-    for home, names in _HOMES.items():
-        if name in names:
-            try:
-                value: object = getattr(import_module(f"{__name__}.{home}"), name)
-            except ModuleNotFoundError as err:
-                if err.name != "torch":
-                    raise
-                raise ImportError(
-                    f"pruneport.{name} needs torch, which is not installed here; run: pip install 'pruneport[export]'",
-                    name=err.name,
-                ) from err
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _public(name: str) -> object:
+    """Imports a public name when it is first used; ImportError for one that needs torch where torch is not."""
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value: object = getattr(import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as err:
+        if err.name != "torch":
+            raise
+        raise ImportError(
+            f"pruneport.{name} needs torch, which is not installed here; run: pip install 'pruneport[export]'",
+            name=err.name,
+        ) from err
+    globals()[name] = value
+    return value
+
+
+if not TYPE_CHECKING:  # to a type checker it would mean that every name is there
+    __getattr__ = _public
 
 
 def __dir__() -> list[str]:

@@ -716,11 +716,13 @@ def test_open_bundle_shares_the_photo(bundle: Bundle, photo: Path, golden: Golde
 def test_answer_tells_what_it_took_so_far(bundle: Bundle, photo: Path, golden: Golden) -> None:
     with runtime.ask.open_bundle(bundle.path) as opened:
         answer = opened.ask(photo, golden.question, max_new_tokens=5, stop="no such text")
-        assert answer.took.ttft_ms is None
+        before = answer.took
         list(answer)
-        assert answer.took.ttft_ms is not None
-        assert len(answer.took.token_ms) == 4
-        assert answer.took.question_tokens == len(golden.question_ids)
+        after = answer.took
+    assert (before.ttft_ms, before.token_ms) == (None, ())
+    assert after.ttft_ms is not None
+    assert len(after.token_ms) == 4
+    assert after.question_tokens == len(golden.question_ids)
 
 
 def test_answer_ends_where_another_or_the_bundle_does(bundle: Bundle, photo: Path, golden: Golden) -> None:

@@ -183,6 +183,7 @@ def test_examples_with_torch(lean: Path, root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "bundles" / "pocket-keep64-android-onnx" / "manifest.json").is_file()
 
 
+MYPY = (sys.executable, "-m", "mypy", "--strict", "--python-executable")
 USER = """
 from typing import assert_type
 
@@ -213,8 +214,7 @@ def test_types_of_a_users_program(lean: Path, tmp_path: Path) -> None:
     foreign_rooms(tmp_path)
     revealed = "".join(f"reveal_type(pruneport.{name})\n" for name in pruneport.__all__)
     (tmp_path / "program.py").write_text(USER + revealed, encoding="utf-8")
-    words = [sys.executable, "-m", "mypy", "--strict", "--python-executable", lean / "python", "program.py"]
-    done = run(*words, cwd=tmp_path)
+    done = run(*MYPY, lean / "python", "program.py", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     types = re.findall(r'note: Revealed type is "(.*)"', done.stdout)
     assert len(types) == len(pruneport.__all__)
@@ -222,8 +222,10 @@ def test_types_of_a_users_program(lean: Path, tmp_path: Path) -> None:
 
 
 def test_types_are_checked(lean: Path, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text("import pruneport\npruneport.verify('x').pased\n", encoding="utf-8")
-    words = [sys.executable, "-m", "mypy", "--strict", "--python-executable", lean / "python", "program.py"]
-    done = run(*words, cwd=tmp_path)
+    (tmp_path / "program.py").write_text(
+        "import pruneport\npruneport.verify('x').pased\npruneport.verfy\n", encoding="utf-8"
+    )
+    done = run(*MYPY, lean / "python", "program.py", cwd=tmp_path)
     assert done.returncode == 1
     assert '"Verdict" has no attribute "pased"' in done.stdout
+    assert 'Module has no attribute "verfy"' in done.stdout
