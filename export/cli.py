@@ -255,9 +255,9 @@ def _export(args: argparse.Namespace, version: str) -> int:
         print(f"pruneport: interrupted, {what}", file=sys.stderr)
         return INTERRUPTED
     if args.quiet:
-        print(made.path)
+        print(made.bundle.path)
     else:
-        _show(made.bundle, made.verdict, next_command=_command("verify", str(made.path)))
+        _show(made.bundle, made.verdict, next_command=_command("verify", str(made.bundle.path)))
     return _exit_code(made.verdict)
 
 

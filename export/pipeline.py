@@ -66,15 +66,10 @@ TOOLS = (
 
 @dataclass(frozen=True)
 class Made:
-    """A finished export: the bundle on disk, what its check said, and the folder."""
+    """A finished export: the bundle on disk and what its check said."""
 
     bundle: Bundle
     verdict: Verdict
-
-    @property
-    def path(self) -> Path:
-        """The bundle's folder."""
-        return self.bundle.path
 
 
 def stage_count(plan: Plan) -> int:

@@ -13,17 +13,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pruneport.rooms import find_rooms
 
 if TYPE_CHECKING:
-    from pruneport.export.pipeline import Made as Made
-    from pruneport.pruning import PruneSpec as PruneSpec
-    from pruneport.pruning import SpecError as SpecError
-    from pruneport.pruning import TokenPruner as TokenPruner
-    from pruneport.pruning import reference as reference
+    import pruneport.pruning.reference as reference  # noqa: F401 - public, as all names here are
+    from pruneport.pruning.spec import PruneSpec as PruneSpec
+    from pruneport.pruning.spec import SpecError as SpecError
+    from pruneport.pruning.static import TokenPruner as TokenPruner
     from pruneport.runtime.ask import Answer as Answer
     from pruneport.runtime.ask import OpenBundle as OpenBundle
     from pruneport.runtime.ask import Took as Took
@@ -52,7 +53,6 @@ __version__ = "0.1.0"
 
 # Where each public name comes from. The same as above, for Python instead of for type checkers.
 _HOMES = {
-    "export.pipeline": ("Made",),
     "pruning": ("PruneSpec", "SpecError", "TokenPruner", "reference"),
     "runtime.ask": ("Answer", "OpenBundle", "Took", "open_bundle"),
     "runtime.bundle": ("Bundle", "read_bundle"),
@@ -74,7 +74,7 @@ _HOMES = {
     "runtime.image": ("load_photo", "preprocess"),
 }
 
-__all__ = ["__version__", "export_bundle", *(name for names in _HOMES.values() for name in names)]
+__all__ = ["Exported", "__version__", "export_bundle", *(name for names in _HOMES.values() for name in names)]
 
 find_rooms()
 
@@ -105,6 +105,14 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A finished export: the bundle's folder, and what its check in the engine said."""
+
+    path: Path
+    verdict: Verdict
+
+
 def export_bundle(
     *,
     model: str,
@@ -126,7 +134,7 @@ def export_bundle(
     output_dir: str | os.PathLike[str] = "bundles",
     twin: bool = False,
     progress: bool = False,
-) -> Made:
+) -> Exported:
     """Makes a bundle from a checkpoint and checks it in its engine, as `pruneport export` does.
 
     Each choice is the flag of that name. `progress` tells on standard error what is being done, and what it took.
@@ -161,8 +169,10 @@ def export_bundle(
             twin=twin,
         )
     )
+    shown = Progress(stages=stage_count(planned), quiet=not progress)
     with library_noise(shown=False):
-        return export(planned, progress=Progress(stages=stage_count(planned), quiet=not progress), version=__version__)
+        made = export(planned, progress=shown, version=__version__)
+    return Exported(made.bundle.path, made.verdict)
 
 
 def _word(value: object) -> str | None:

@@ -203,6 +203,7 @@ def tell(path: str) -> str:
         assert_type(answer.took.token_ms, tuple[float, ...])
     made = pruneport.export_bundle(model="pocket", keep="all", output_dir="bundles")
     assert_type(made.verdict, pruneport.Verdict)
+    assert_type(made, pruneport.Exported)
     assert_type(pruneport.PruneSpec(keep=64).tokens, int)
     return ", ".join(step.name for step in pruneport.verify(made.path).failed_steps)
 
