@@ -372,9 +372,7 @@ def _command(*words: str) -> str:
 
 def verdict_word(verdict: Verdict) -> str:
     """`failed`, `not checked` or `passed`: the worst that happened in any step."""
-    if verdict.failed_steps:
-        return "failed"
-    return "not checked" if verdict.unchecked_steps else "passed"
+    return verdict.outcome
 
 
 def _exit_code(verdict: Verdict) -> int:

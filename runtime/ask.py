@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
 
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import BundleError, OutputError, RequestError
 from runtime.generation import (
     VISION_ENCODER,
-    Answers,
     Prefill,
     Sampling,
     Token,
@@ -20,9 +25,12 @@ from runtime.generation import (
 )
 from runtime.image import load_photo, preprocess
 from runtime.latency import peak_rss_bytes
-from runtime.prompt import Tokenizer, open_tokenizer
+from runtime.prompt import open_tokenizer
 
 PREFILL_SUFFIX = ".safetensors"
+
+Photo = str | os.PathLike[str] | np.ndarray | Prefill
+"""A picture file or a saved prefill (*.safetensors), pixels uint8 (H, W, 3) RGB, or a photo that was seen before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +73,7 @@ class Inquiry:
                 raise RequestError(
                     f"the question {question!r} is a file; one photo is supported, what follows it are questions"
                 )
-        if "" in self.stops:
-            raise RequestError("stop='' would end every answer at once; give a text, or leave --stop out")
+        check_stops(self.stops)
         if self.save_prefill is None:
             return
         if self.photo.suffix == PREFILL_SUFFIX:
@@ -86,14 +93,145 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def ask(
-    path: Path, inquiry: Inquiry, *, compare: bool, say: Callable[[str], None], tell: Callable[[str], None]
-) -> tuple[Took, ...]:
-    """Asks a bundle, and with `compare` its unpruned twin beside it; answers go to `say` piece by piece.
+class Answer(Iterator[str]):
+    """The text of an answer, piece by piece as the bundle makes it; `"".join(answer)` is all of it.
 
-    `tell` gets whole lines about what happens and what it took. Everything that can be refused is refused before a
-    graph is opened. Raises RequestError, BundleError, ImageError, EngineError.
+    A character that takes several tokens comes when it is whole. Raises RequestError when another photo or question
+    has taken the cache meanwhile, or the bundle was closed.
     """
+
+    def __init__(self, pieces: Iterator[str], took: Callable[[], Took]) -> None:
+        self._pieces = pieces
+        self._took = took
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def took(self) -> Took:
+        """Times of the tokens so far, in ms, and the memory."""
+        return self._took()
+
+
+class OpenBundle:
+    """A bundle with its graphs open in their engine, ready to be asked about photos; made by `open_bundle`.
+
+    It answers one question at a time: the next one ends an answer that is still streaming. Leaving its `with` block, or
+    `close`, lets go of the memory.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Opens the graphs of a bundle whose files were checked. Raises BundleError, EngineError."""
+        self.bundle = bundle
+        self._tokenizer = open_tokenizer(bundle)
+        with ExitStack() as stack:
+            graphs = stack.enter_context(open_graphs(bundle, threads=threads))
+            self._answers = start_answers(bundle, graphs)
+            self.emulated = graphs[VISION_ENCODER].placement().emulated
+            self._open = stack.pop_all()
+        self._closed = False
+        self._last: tuple[np.ndarray, Prefill] | None = None
+
+    def see(self, photo: Photo) -> Prefill:
+        """Prefills a photo, which then can be asked about again and again, and saved with `Prefill.save`.
+
+        The photo that was seen last, pixel for pixel, is not prefilled again. Raises ImageError, BundleError for the
+        prefill of another bundle, EngineError.
+        """
+        self._check_open()
+        if isinstance(photo, str | os.PathLike):
+            photo = _load(Path(photo))
+        if isinstance(photo, Prefill):
+            photo.check_made_by(self.bundle.identity)
+            return photo
+        pixels = preprocess(photo, self.bundle.manifest.image)
+        if self._last is None or not np.array_equal(self._last[0], pixels):
+            self._last = pixels, self._answers.see(pixels)
+        return self._last[1]
+
+    def ask(
+        self,
+        photo: Photo,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Answer:
+        """Asks a question about a photo; the answer streams while it is read.
+
+        Questions about one photo share its prefill. `max_new_tokens` and the first text of `stop` end the answer, of
+        which the latter is no part. `temperature` lies in 0..100, 0 is greedy; above it tokens are drawn, by `seed`,
+        from the likeliest up to a share of `top_p`.
+
+        Refused before anything runs: RequestError for a question or a number that cannot be answered, ImageError,
+        BundleError for the prefill of another bundle.
+        """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        check_stops(stops)
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        ids = self._tokenizer.question_ids(question)
+        check_room(len(ids), max_new_tokens, room=self._answers.room)
+        seen = self.see(photo)
+        tokens = self._answers.answer(seen, ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        times_ms: list[float] = []
+
+        def took() -> Took:
+            return Took(
+                bundle=self.bundle.manifest.name,
+                image_ready_ms=seen.image_ready_ms,
+                question_tokens=len(ids),
+                ttft_ms=times_ms[0] if times_ms else None,
+                token_ms=tuple(times_ms[1:]),
+                kv_cache_bytes=self._answers.cache_bytes,
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+
+        return Answer(until_stop(self._tokenizer.text(self._ids(tokens, times_ms)), stops), took)
+
+    def _ids(self, tokens: Iterator[Token], times_ms: list[float]) -> Iterator[int]:
+        while True:
+            self._check_open()
+            token = next(tokens, None)
+            if token is None:
+                return
+            times_ms.append(token.ms)
+            yield token.id
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"{self.bundle.manifest.name} is closed; open it again with open_bundle")
+
+    def close(self) -> None:
+        """Lets go of the graphs and their memory; the bundle cannot be asked afterwards."""
+        self._closed = True
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_bundle(path: str | os.PathLike[str], *, threads: int | None = None) -> OpenBundle:
+    """Hashes a bundle's files and opens its graphs, to be asked. ONNX bundles need no torch for it.
+
+    `threads` None means the cores of the machine, at most 4. Raises BundleError for a bundle that is damaged or that
+    cannot be asked, RequestError for one that only an Apple device can run, EngineError, EngineMissingError.
+    """
+    bundle = _askable(Path(path))
+    open_tokenizer(bundle)  # refused before the hashes, which take longer
+    bundle.check_files()
+    return OpenBundle(bundle, threads=threads)
+
+
+def _askable(path: Path) -> Bundle:
+    """Reads a bundle and refuses one that cannot be asked here."""
     bundle = read_bundle(path)
     if bundle.manifest.ready_for is not None:
         raise BundleError(
@@ -109,68 +247,69 @@ def ask(
             f"{path} is made for Core ML, which answers on a Mac or an iPhone and not here; what can be done here is "
             "`pruneport verify`"
         )
+    return bundle
+
+
+def _load(path: Path) -> np.ndarray | Prefill:
+    return Prefill.load(path) if path.suffix == PREFILL_SUFFIX else load_photo(path)
+
+
+def ask(
+    path: Path, inquiry: Inquiry, *, compare: bool, say: Callable[[str], None], tell: Callable[[str], None]
+) -> tuple[Took, ...]:
+    """Asks a bundle, and with `compare` its unpruned twin beside it; answers go to `say` piece by piece.
+
+    `tell` gets whole lines about what happens and what it took. Everything that can be refused is refused before a
+    graph is opened. Raises RequestError, BundleError, ImageError, EngineError.
+    """
+    bundle = _askable(path)
+    assert bundle.manifest.text is not None
     tokenizer = open_tokenizer(bundle)
-    ids = [tokenizer.question_ids(question) for question in inquiry.questions]
-    for tokens in ids:
-        check_room(len(tokens), inquiry.max_new_tokens, room=bundle.manifest.text.tokens)
+    for question in inquiry.questions:
+        check_room(len(tokenizer.question_ids(question)), inquiry.max_new_tokens, room=bundle.manifest.text.tokens)
     bundles = [bundle]
     if compare:
         if inquiry.photo.suffix == PREFILL_SUFFIX:
             raise RequestError(f"{inquiry.photo} is the prefill of one bundle; to compare, give the photo itself")
         bundles.append(unpruned_twin(bundle))
-    seen = Prefill.load(inquiry.photo) if inquiry.photo.suffix == PREFILL_SUFFIX else load_photo(inquiry.photo)
+    seen = _load(inquiry.photo)
     if isinstance(seen, Prefill):
         seen.check_made_by(bundle.identity)
     for each in bundles:
         each.check_files()
     took: list[Took] = []
+    sampling = inquiry.sampling
     for each in bundles:
         if compare:
             tell(each.manifest.name)
-        with open_graphs(each) as graphs:
-            if graphs[VISION_ENCODER].placement().emulated:
+        with OpenBundle(each) as opened:
+            if opened.emulated:
                 tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
-            answers = start_answers(each, graphs)
-            photo = seen if isinstance(seen, Prefill) else answers.see(preprocess(seen, each.manifest.image))
+            photo = opened.see(seen)
             if inquiry.save_prefill is not None and each is bundle:
                 photo.save(inquiry.save_prefill)
-            for question in ids:
-                one = _answer(each, answers, tokenizer, photo, question, inquiry, say=say)
-                tell(str(one))
-                took.append(one)
+            for question in inquiry.questions:
+                answer = opened.ask(
+                    photo,
+                    question,
+                    max_new_tokens=inquiry.max_new_tokens,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=sampling.seed,
+                    stop=inquiry.stops,
+                )
+                for piece in answer:
+                    say(piece)
+                say("\n")
+                tell(str(answer.took))
+                took.append(answer.took)
     return tuple(took)
 
 
-def _answer(
-    bundle: Bundle,
-    answers: Answers,
-    tokenizer: Tokenizer,
-    photo: Prefill,
-    question: Sequence[int],
-    inquiry: Inquiry,
-    *,
-    say: Callable[[str], None],
-) -> Took:
-    times_ms: list[float] = []
-
-    def ids(tokens: Iterable[Token]) -> Iterator[int]:
-        for token in tokens:
-            times_ms.append(token.ms)
-            yield token.id
-
-    tokens = answers.answer(photo, question, max_new_tokens=inquiry.max_new_tokens, sampling=inquiry.sampling)
-    for piece in until_stop(tokenizer.text(ids(tokens)), inquiry.stops):
-        say(piece)
-    say("\n")
-    return Took(
-        bundle=bundle.manifest.name,
-        image_ready_ms=photo.image_ready_ms,
-        question_tokens=len(question),
-        ttft_ms=times_ms[0] if times_ms else None,
-        token_ms=tuple(times_ms[1:]),
-        kv_cache_bytes=answers.cache_bytes,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises RequestError for a text that ends every answer."""
+    if "" in stops:
+        raise RequestError("stop='' would end every answer at once; give a text, or leave --stop out")
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

@@ -523,7 +523,7 @@ class Bundle:
             raise BundleError(f"{path} is not a readable safetensors file ({err}); export again") from err
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Reads and validates a bundle's manifest and makes sure that every listed file is there in its listed size.
 
     Hashes are left to `Bundle.check_files`. Raises BundleError.

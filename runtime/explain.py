@@ -6,6 +6,7 @@ packages. No engine is opened and nothing is hashed; that is `runtime.harness`. 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -206,9 +207,12 @@ class Explanation(_Record, frozen=True):
         return all(lint.not_looked_at is None for lint in self.lints)
 
 
-def explain(path: Path) -> Explanation:
-    """Reads a bundle and explains it. Raises BundleError, and EngineError for a damaged package."""
-    bundle = read_bundle(path)
+def explain(path: str | os.PathLike[str]) -> Explanation:
+    """Reads a bundle and tells what each delegate took, what stayed outside and why, and which rewrite would help.
+
+    No engine is opened and nothing is hashed. Raises BundleError, and EngineError for a damaged package.
+    """
+    bundle = read_bundle(Path(path))
     graphs = bundle.manifest.graphs
     return Explanation(
         name=bundle.manifest.name,

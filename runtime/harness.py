@@ -120,8 +120,15 @@ class Verdict(_Record, frozen=True):
     twin: Twin | None = None
 
     @property
+    def outcome(self) -> Status:
+        """The worst that happened in any step: `failed`, `not checked` or `passed`."""
+        if self.failed_steps:
+            return "failed"
+        return "not checked" if self.unchecked_steps else "passed"
+
+    @property
     def passed(self) -> bool:
-        """True when nothing failed; steps that were not checked do not count."""
+        """True when nothing failed; steps that were not checked do not count, so `outcome` says more."""
         return not self.failed_steps
 
     @property
@@ -162,12 +169,13 @@ class LatencyFile(_Record, frozen=True):
     twin: Twin | None
 
 
-def verify(path: Path, *, threads: int | None = None, progress: Progress | None = None) -> Verdict:
+def verify(path: str | os.PathLike[str], *, threads: int | None = None, progress: Progress | None = None) -> Verdict:
     """Checks hashes, preprocessing and parity of a bundle from disk, without writing anything.
 
-    A result that differs is a Verdict that did not pass; a bundle that cannot be trusted is a BundleError.
+    A result that differs is a Verdict that did not pass; a bundle that cannot be trusted is a BundleError. `threads`
+    None means the cores of the machine, at most 4; `progress` is told what is being done. ONNX bundles need no torch.
     """
-    bundle = read_bundle(path)
+    bundle = read_bundle(Path(path))
     return _Check(bundle, threads=threads, progress=progress).verdict()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ MAX_PIXELS = 128_000_000
 MAX_ASPECT = 50
 
 
-def load_photo(path: Path) -> np.ndarray:
+def load_photo(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads a photo as uint8 (H, W, 3) RGB.
 
     The EXIF rotation is applied, transparency is laid on white, 16-bit samples keep their upper 8 bits, an animation

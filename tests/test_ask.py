@@ -23,6 +23,7 @@ from PIL import Image
 import runtime.ask
 from export import cli
 from runtime.bundle import MANIFEST, Bundle, read_bundle
+from runtime.errors import BundleError, RequestError
 from runtime.generation import VISION_ENCODER, Answers, Sampling, open_graphs, start_answers
 from runtime.image import load_photo, preprocess
 from runtime.prompt import Tokenizer, open_tokenizer
@@ -689,3 +690,76 @@ def test_second_session_takes_its_cache_and_no_weights(onnx_bundle: Path, root: 
     weights = (onnx_bundle / WEIGHTS).stat().st_size
     assert 0.8 * cache < session < 1.3 * cache + 2e6 < cache + weights / 4
     assert graphs_again > cache + weights / 2
+
+
+# From Python
+
+
+def test_open_bundle_shares_the_photo(bundle: Bundle, photo: Path, golden: Golden, runs: list[str]) -> None:
+    """As a file, as pixels and as what was seen, whatever was asked in between."""
+    with runtime.ask.open_bundle(str(bundle.path)) as opened:
+        seen = opened.see(load_photo(photo))
+        answers = [
+            "".join(opened.ask(given, golden.question, max_new_tokens=6))
+            for given in (str(photo), load_photo(photo), seen)
+        ]
+        assert runs.count(VISION_ENCODER) == 1
+        other = load_photo(photo)[:, ::-1].copy()
+        assert "".join(opened.ask(other, golden.question, max_new_tokens=6)) != answers[0]
+        assert runs.count(VISION_ENCODER) == 2
+        assert "".join(opened.ask(seen, golden.question, max_new_tokens=6)) == answers[0]
+        assert runs.count(VISION_ENCODER) == 2
+    assert len(set(answers)) == 1
+    assert golden.text.startswith(answers[0])
+
+
+def test_answer_tells_what_it_took_so_far(bundle: Bundle, photo: Path, golden: Golden) -> None:
+    with runtime.ask.open_bundle(bundle.path) as opened:
+        answer = opened.ask(photo, golden.question, max_new_tokens=5, stop="no such text")
+        before = answer.took
+        list(answer)
+        after = answer.took
+    assert (before.ttft_ms, before.token_ms) == (None, ())
+    assert after.ttft_ms is not None
+    assert len(after.token_ms) == 4
+    assert after.question_tokens == len(golden.question_ids)
+
+
+def test_answer_ends_where_another_or_the_bundle_does(bundle: Bundle, photo: Path, golden: Golden) -> None:
+    with runtime.ask.open_bundle(bundle.path) as opened:
+        first = opened.ask(photo, golden.question)
+        next(first)
+        next(opened.ask(photo, OTHER))
+        with pytest.raises(RequestError, match="another photo or question has taken the cache"):
+            list(first)
+        last = opened.ask(photo, OTHER)
+        next(last)
+    for late in (lambda: list(last), lambda: opened.ask(photo, OTHER)):
+        with pytest.raises(RequestError, match="is closed; open it again with open_bundle"):
+            late()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"question": " "}, "the question is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": float("nan")}, "temperature=nan must lie in"),
+        ({"stop": ["x", ""]}, "stop='' would end every answer"),
+    ],
+)
+def test_what_ask_refuses_at_once(
+    words: dict[str, Any], message: str, bundle: Bundle, photo: Path, runs: list[str]
+) -> None:
+    with runtime.ask.open_bundle(bundle.path) as opened, pytest.raises(RequestError, match=message):
+        opened.ask(photo, **{"question": OTHER, **words})
+    assert runs == []
+
+
+def test_open_bundle_hashes_first(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = variant(bundle.path, tmp_path / "b", WEIGHTS)
+    with (changed / WEIGHTS).open("r+b") as file:
+        file.write(b"changed")
+    monkeypatch.setattr(runtime.ask, "open_graphs", lambda *_, **__: pytest.fail("a graph was opened"))
+    with pytest.raises(BundleError, match="was changed: sha256"):
+        runtime.ask.open_bundle(changed)

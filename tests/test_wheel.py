@@ -1,10 +1,12 @@
-"""The built wheel beside nothing but what it declares: it starts, and it verifies a bundle without torch."""
+"""The built wheel beside nothing but what it declares: it starts, verifies without torch, and is what users import."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
+import pruneport
 from runtime.bundle import read_bundle
 from runtime.prompt import open_tokenizer
+from tests.test_python import foreign_rooms
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +69,9 @@ def applies(line: str, extra: str) -> bool:
     return marker is None or marker.evaluate({"extra": extra})
 
 
-def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*words: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     # Nothing of the checkout may be found by accident.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
     env["COLUMNS"] = "250"  # so that no line of a table is broken
     return subprocess.run(
         [*map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -124,3 +128,105 @@ def test_export_without_torch_names_the_remedy(lean: Path, tmp_path: Path) -> No
     assert done.returncode == 2, done.stdout + done.stderr
     assert "pip install 'pruneport[export]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# `import pruneport`, beside modules of somebody else that have the rooms' names
+
+
+def examples(root: Path, part: str) -> str:
+    """The examples of one part of the page, as one program."""
+    text = (root / "docs" / "python.md").read_text(encoding="utf-8").split(f"\n## {part}\n")[1].split("\n## ")[0]
+    found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert found
+    return "\n".join(found)
+
+
+WHERE = """
+import sys
+import pruneport.runtime.bundle
+import export, pruning, runtime.bundle
+assert export.MINE and pruning.MINE and runtime.MINE and runtime.bundle.MINE
+print(sorted({"torch", "transformers"} & set(sys.modules)), pruneport.runtime.bundle.__file__)
+"""
+
+
+def test_examples_without_torch(lean: Path, onnx_bundle: Path, root: Path, tmp_path: Path) -> None:
+    foreign_rooms(tmp_path)
+    (tmp_path / "bundles").symlink_to(onnx_bundle.parent)
+    golden = read_bundle(onnx_bundle).golden()
+    Image.fromarray(golden["photo"]).save(tmp_path / "photo.jpg", quality=95)
+    (tmp_path / "program.py").write_text(examples(root, "Without PyTorch") + WHERE, encoding="utf-8")
+    done = run(lean / "python", "-W", "error", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "passed"
+    assert "bundles/nothing does not exist" in done.stdout
+    loaded, where = lines[-1].split(" ")
+    assert (loaded, Path(where).is_relative_to(lean.parent)) == ("[]", True)
+
+
+def test_examples_with_torch(lean: Path, root: Path, tmp_path: Path) -> None:
+    """The wheel's environment, which finds what the exporter needs in the one that runs the tests."""
+    foreign_rooms(tmp_path)
+    (tmp_path / "program.py").write_text(examples(root, "With PyTorch") + WHERE, encoding="utf-8")
+    done = run(
+        lean / "python",
+        "program.py",
+        cwd=tmp_path,
+        PYTHONPATH=sysconfig.get_path("purelib"),
+        PRUNEPORT_CACHE=str(tmp_path / "cache"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "bundles/pocket-keep64-android-onnx passed"
+    assert Path(lines[-1].split("] ")[1]).is_relative_to(lean.parent)
+    assert (tmp_path / "bundles" / "pocket-keep64-android-onnx" / "manifest.json").is_file()
+
+
+MYPY = (sys.executable, "-m", "mypy", "--strict", "--python-executable")
+USER = """
+from typing import assert_type
+
+import pruneport
+
+
+def tell(path: str) -> str:
+    try:
+        verdict = pruneport.verify(path)
+    except pruneport.BundleError as error:
+        assert_type(error.exit_code, int)
+        return str(error)
+    assert_type(verdict.passed, bool)
+    with pruneport.open_bundle(path) as bundle:
+        answer = bundle.ask("photo.jpg", "What?", temperature=0.5)
+        assert_type(next(answer), str)
+        assert_type(answer.took.token_ms, tuple[float, ...])
+    made = pruneport.export_bundle(model="pocket", keep="all", output_dir="bundles")
+    assert_type(made.verdict, pruneport.Verdict)
+    assert_type(made, pruneport.Exported)
+    assert_type(pruneport.PruneSpec(keep=64).tokens, int)
+    return ", ".join(step.name for step in pruneport.verify(made.path).failed_steps)
+
+
+"""
+
+
+def test_types_of_a_users_program(lean: Path, tmp_path: Path) -> None:
+    foreign_rooms(tmp_path)
+    revealed = "".join(f"reveal_type(pruneport.{name})\n" for name in pruneport.__all__)
+    (tmp_path / "program.py").write_text(USER + revealed, encoding="utf-8")
+    done = run(*MYPY, lean / "python", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    types = re.findall(r'note: Revealed type is "(.*)"', done.stdout)
+    assert len(types) == len(pruneport.__all__)
+    assert "Any" not in types
+
+
+def test_types_are_checked(lean: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import pruneport\npruneport.verify('x').pased\npruneport.verfy\n", encoding="utf-8"
+    )
+    done = run(*MYPY, lean / "python", "program.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert '"Verdict" has no attribute "pased"' in done.stdout
+    assert 'Module has no attribute "verfy"' in done.stdout
