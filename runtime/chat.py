@@ -65,23 +65,22 @@ def _compiled(text: str) -> Template:
         def _body(self, caller: Macro) -> str:
             return caller()
 
+    def check(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace takes no name that begins with an underscore, got {name!r}")
+
     class Names(Namespace):
         """`namespace()`, without names that Python keeps for itself."""
 
         def __init__(self, /, *args: Any, **kwargs: Any) -> None:
             values = dict(*args, **kwargs)
             for name in values:
-                self._check(name)
+                check(name)
             super().__init__(values)
 
         def __setitem__(self, name: str, value: Any) -> None:
-            self._check(name)
+            check(name)
             super().__setitem__(name, value)
-
-        @staticmethod
-        def _check(name: object) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(f"a namespace takes no name that begins with an underscore, got {name!r}")
 
     class Dict:
         """`dict()` and `dict.fromkeys()`, and nothing else of Python's type."""

@@ -85,12 +85,24 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     path = folder / TOKENIZER_FILE
     for name in _SETTINGS_FILES:
         read_object(folder / name)
+    for template in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        try:
+            template.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{template} cannot be read: {error}; download it again") from error
     try:
         load: Any = AutoTokenizer.from_pretrained
         made = load(str(folder), local_files_only=True, trust_remote_code=False)
         content: str = read_tokenizer(made.backend_tokenizer.to_str()).to_str()
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}; download it again") from error
+    if made.split_special_tokens:
+        raise CheckpointError(
+            f"{folder}/tokenizer_config.json says split_special_tokens=true, with which the image token is no token; "
+            "set it to false"
+        )
     ids = {role: getattr(made, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     return TokenizerFiles(
         content=content,
@@ -101,14 +113,18 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _template_text(folder: Path, tokenizer: Any) -> str:
-    """The template by the processor's rules (its config, chat_template.json, .jinja files), else by the tokenizer's."""
+    """The template that the processor takes (by its config, chat_template.json, .jinja files), or else the tokenizer.
+
+    Where no processor can be made of the folder, the tokenizer's comes first.
+    """
     from transformers.processing_utils import ProcessorMixin
 
+    has_processor = any((folder / name).is_file() for name in ("config.json", "preprocessor_config.json"))
     try:
         found = ProcessorMixin.get_processor_dict(str(folder), local_files_only=True)[0].get("chat_template")
         if isinstance(found, dict):  # several named templates
             found = found.get("default")
-        if not isinstance(found, str) and tokenizer.chat_template is not None:
+        if tokenizer.chat_template is not None and not (has_processor and isinstance(found, str)):
             found = tokenizer.get_chat_template()
     except (OSError, ValueError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
