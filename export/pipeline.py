@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from runtime.harness import Verdict
 
 GOLDEN_FILE = "golden.safetensors"
-# Files of the checkpoint that a phone needs as they are.
-CARRIED_FILES = ("tokenizer.json", "preprocessor_config.json")
 # The whole numbers of float16 are exact up to here.
 HALF_COUNTS = 2048
 # How many default photos, beside the photo of the check, show how large the numbers inside a float16 graph become.
@@ -148,10 +146,7 @@ class _Making:
         islands = text_half.islands if text_half else ()
         graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
         with self.progress.stage(_label("write the bundle", bundle)):
-            for name in CARRIED_FILES:
-                source = None if checkpoint.folder is None else checkpoint.folder / name
-                if source is not None and source.is_file() and not (writer.path / name).exists():
-                    copyfile(source, writer.path / name)
+            self._carry(writer.path)
             return writer.write_manifest(
                 Manifest(
                     name=bundle.path.name,
@@ -186,6 +181,21 @@ class _Making:
                     calibration=_calibration_info(plan),
                 )
             )
+
+    def _carry(self, folder: Path) -> None:
+        """Writes the checkpoint's files that a phone needs, except those that a layout wrote in its own way."""
+        from export.models.prompt import has_tokenizer, read_tokenizer_files
+        from runtime.prompt import TOKENIZER_FILE
+
+        source = self.checkpoint.folder
+        if source is None:
+            return
+        preprocessor = "preprocessor_config.json"
+        if (source / preprocessor).is_file() and not (folder / preprocessor).exists():
+            copyfile(source / preprocessor, folder / preprocessor)
+        # The file as it lies there may pad, cut, drop merges at random, and lack tokens that other files add.
+        if has_tokenizer(source) and not (folder / TOKENIZER_FILE).exists():
+            (folder / TOKENIZER_FILE).write_text(read_tokenizer_files(source).content, encoding="utf-8")
 
     def _write_golden(self, bundle: BundlePlan, folder: Path) -> tuple[str, RangesInfo | None]:
         """Writes what the desktop model computes for the photo.
@@ -245,6 +255,7 @@ class _Making:
             return None
         from export.graphs.decoder import PROMPT_CHUNK
         from export.models.llava import prompt_info
+        from export.models.prompt import end_ids
         from runtime.bundle import TextInfo
 
         prompt = prompt_info(self.checkpoint, self.plan.entry)
@@ -252,7 +263,7 @@ class _Making:
             tokens=self.plan.text_tokens,
             chunk=PROMPT_CHUNK,
             first_position=len(prompt.prefix_ids) + self.plan.entry.geometry.image_tokens,
-            end_ids=(prompt.special_ids["eos"],) if "eos" in prompt.special_ids else (),
+            end_ids=end_ids(self.checkpoint),
         )
 
     def _sample_text(self) -> SampleText | None:

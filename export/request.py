@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -410,7 +411,7 @@ def number(what: str, text: str) -> float:
 def whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:
     """The whole number in low..high that `text` spells; RequestError for anything else."""
     allowed = f"{low}..{high}{why}"
-    if not (text.isascii() and text.lstrip("+-").isdigit() and len(text) < 20):
+    if not re.fullmatch("[+-]?[0-9]{1,18}", text):
         raise RequestError(f"{what}={text[:20]!r} is not a whole number; it must lie in {allowed}")
     number = int(text)
     if not low <= number <= high:

@@ -313,14 +313,16 @@ def check_stops(stops: Sequence[str]) -> None:
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text up to the first of `stops`; what may be the beginning of one is held back until it is not."""
+    """The text up to the one of `stops` that is complete first; what may be the beginning of one is held back."""
     held = ""
     for piece in pieces:
         held += piece
-        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
+        # By where they end: it must not matter in which pieces the text comes.
+        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
         if found:
-            if min(found):
-                yield held[: min(found)]
+            _, start = min(found)
+            if start:
+                yield held[:start]
             return
         safe = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
         if safe:

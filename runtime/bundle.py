@@ -289,13 +289,31 @@ def _edge(size: object, key: str) -> int:
     return msgspec.convert(size[key] if isinstance(size, Mapping) else size, int)
 
 
+class ChatTemplate(_Record, frozen=True):
+    """The checkpoint's chat template as Jinja, and what it gets beside the question: a system prompt, special tokens.
+
+    `special_tokens` are the variables `bos_token`, `eos_token` ... with their texts.
+    """
+
+    text: str
+    system: str | None = None
+    special_tokens: dict[str, str] = {}
+
+
 class PromptInfo(_Record, frozen=True):
-    """The chat template around the image: ids and text before it, text after it, and the ids with a meaning."""
+    """The conversation around the image: ids and text before it, text after it, and the ids with a meaning.
+
+    `template` is what makes it of a question. `suffix_text` serves who has no Jinja: the question, stripped of white
+    space at both ends where `trims_question`, goes in the place of `{question}`. It is None where that would not be
+    what the template makes. Without any text, `prefix_ids` are a stand-in.
+    """
 
     prefix_ids: tuple[TokenId, ...]
     prefix_text: str | None = None
     suffix_text: str | None = None
     special_ids: dict[str, TokenId] = {}
+    trims_question: bool = False
+    template: ChatTemplate | None = None
 
 
 class TextInfo(_Record, frozen=True):

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime.bundle import Bundle, GraphInfo, TensorInfo
-from runtime.errors import BundleError, OutputError, RequestError
+from runtime.errors import BundleError, EngineError, OutputError, RequestError
 from runtime.session import Session, open_session
 
 VISION_ENCODER = "vision_encoder"
@@ -50,15 +50,28 @@ class Sampling:
             raise RequestError(f"seed={self.seed} must be at least 0")
 
     def choose(self, logits: np.ndarray, chance: np.random.Generator) -> int:
-        """One token for logits (V,); the first one on ties."""
+        """One token for logits (V,); the first one on ties where it is the likeliest that counts.
+
+        Raises EngineError for logits from which none can be chosen: not a number, or minus infinity for all.
+        """
+        largest = logits.max()  # NaN where there is one
+        if np.isnan(largest) or largest == -np.inf:
+            raise EngineError(
+                f"the graph gave {'not a number' if np.isnan(largest) else 'minus infinity for all'} instead of "
+                "logits; run `pruneport verify` on the bundle, or export it with --precision fp32"
+            )
         if self.temperature == 0.0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        weights = np.exp(scaled - scaled.max())
+        scores = logits.astype(np.float64)
+        # Below the largest, which may be infinite, before they are divided by what may be next to nothing.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            weights = np.exp(np.where(scores == largest, 0.0, scores - np.float64(largest)) / self.temperature)
         order = np.argsort(-weights, kind="stable")
         shares = weights[order] / weights.sum()
-        # The likeliest tokens up to and including the one that reaches top_p.
-        kept = int(np.searchsorted(np.cumsum(shares), self.top_p * (1.0 - 1e-12))) + 1
+        kept = len(shares)
+        if self.top_p < 1.0:
+            # The likeliest tokens up to and including the one that reaches top_p.
+            kept = int(np.searchsorted(np.cumsum(shares), self.top_p * (1.0 - 1e-12))) + 1
         shares = shares[:kept] / shares[:kept].sum()
         return int(order[chance.choice(len(shares), p=shares)])
 

@@ -119,8 +119,8 @@ def test_llava_gets_the_system_prompt_it_was_trained_with(folder: Path) -> None:
         ("{{ messages[7]['role'] + 1 }}", "cannot be rendered"),
         ("{{ raise_exception('no images here') }}", "no images here"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered"),
-        ("<image>", "each once"),
-        ("<image><image>{{ messages[-1]['content'][1]['text'] }}", "each once"),
+        ("<image>", "put the question behind the image"),
+        ("<image><image>{{ messages[-1]['content'][1]['text'] }}", "image token '<image>' once"),
         ("{{ messages[-1]['content'][1]['text'] }} <image>", "question before the image"),
     ],
 )

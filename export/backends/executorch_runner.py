@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.backends.executorch import FILE, write_program
 from export.backends.tracing import trace
+from export.models.settings import read_object
 from runtime.errors import CheckpointError, ExportError
 from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 
@@ -42,6 +44,7 @@ def write_for_runner(
 
     from export.graphs.ready_made import build_ready_made_graphs
     from export.models.llava import prompt_info
+    from export.models.prompt import end_ids
     from runtime.bundle import GraphInfo
 
     if vision.placement != "projector":
@@ -70,8 +73,9 @@ def write_for_runner(
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
     }
-    if "eos" in prompt.special_ids:  # else the runner takes what its tokenizer says
-        constants["get_eos_ids"] = [prompt.special_ids["eos"]]
+    if ends := end_ids(checkpoint):  # else the runner takes what its tokenizer says
+        constants["get_eos_ids"] = list(ends)
+    _copy_tokenizer(checkpoint, folder)
     coverage = write_program(graphs, folder, trace=_trace, copies_inputs=True, constants=constants)
     return tuple(
         GraphInfo(
@@ -99,6 +103,21 @@ def _trace(graph: Graph) -> torch.export.ExportedProgram:
     shapes = tuple(dict.fromkeys(info.dynamic, tokens) for info in infos)
     with torch.no_grad():
         return torch.export.export(graph, graph.example_inputs(), dynamic_shapes=shapes, strict=False)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the checkpoint's own tokenizer.json without the padding, truncation and dropout that were on in it.
+
+    Not the form that transformers makes of it: its Metaspace is nothing that the runner's tokenizer knows.
+    """
+    source = None if checkpoint.folder is None else checkpoint.folder / "tokenizer.json"
+    content = None if source is None else read_object(source)
+    if content is None:
+        return
+    content |= {"padding": None, "truncation": None}
+    if (content.get("model") or {}).get("dropout") is not None:
+        content["model"]["dropout"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -26,17 +26,17 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 from export.backends.onnx import OPSET, coverage_of, quiet
 from export.backends.tracing import converting, trace
 from export.models.llava import image_info, prompt_info
 from export.models.preprocessor import read_preprocessor
-from export.models.prompt import template_text
+from export.models.prompt import TokenizerFiles, end_ids, read_tokenizer_files
 from export.models.settings import read_object, without_non_finite
 from export.quantize import SCHEMES
 from runtime.errors import CheckpointError, ExportError
+from runtime.prompt import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,8 @@ def write_transformers_js(
     del text_tokens  # the cache grows as far as positions are known
     if quant_text is not None and SCHEMES[quant_text].bits != 4:
         raise ExportError(f"quant_text={quant_text!r}: transformers.js has no name for such weights; take int4")
-    configs = _configs(checkpoint, entry, vision.keep)
+    tokenizer = read_tokenizer_files(_tokenizer_folder(checkpoint))
+    configs = _configs(checkpoint, entry, tokenizer, vision.keep)
     (precision,) = (name for name, dtype in PRECISIONS.items() if dtype == vision.dtype)
     graphs = folder / GRAPHS_FOLDER
     graphs.mkdir()
@@ -104,7 +105,7 @@ def write_transformers_js(
     for name, content in configs.items():
         text = json.dumps(without_non_finite(content), indent=2)
         (folder / name).write_text(text + "\n", encoding="utf-8")
-    copyfile(_tokenizer_folder(checkpoint) / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tokenizer.content, encoding="utf-8")
     longest = checkpoint.geometry.text.max_positions
     return tuple(_info(name, file, folder, longest=longest) for name, file in files.items())
 
@@ -157,14 +158,17 @@ def _tokenizer_folder(checkpoint: Checkpoint) -> Path:
     return folder
 
 
-def _configs(checkpoint: Checkpoint, entry: ModelEntry, keep: int) -> dict[str, dict[str, Any]]:
+def _configs(
+    checkpoint: Checkpoint, entry: ModelEntry, tokenizer: TokenizerFiles, keep: int
+) -> dict[str, dict[str, Any]]:
     """The JSON files by name, with what the module's docstring lists set but `transformers.js_config`."""
-    from tokenizers import Tokenizer
-
     folder, geometry, config = _tokenizer_folder(checkpoint), checkpoint.geometry, checkpoint.config
     image_info(checkpoint, entry)
-    special_ids = prompt_info(checkpoint, entry).special_ids
-    ends = {f"{role}_token_id": special_ids[role] for role in ("bos", "eos", "pad") if role in special_ids}
+    prompt_info(checkpoint, entry)  # refuses what transformers.js would only find out when asked
+    generation = read_object(folder / "generation_config.json") or {
+        f"{role}_token_id": number for role, number in tokenizer.special_ids.items()
+    }
+    ends = list(end_ids(checkpoint))
     return {
         "config.json": {
             **config,
@@ -176,7 +180,7 @@ def _configs(checkpoint: Checkpoint, entry: ModelEntry, keep: int) -> dict[str, 
                 "num_hidden_layers": geometry.text.layers,
             },
         },
-        "generation_config.json": read_object(folder / "generation_config.json") or ends,
+        "generation_config.json": {**generation, "eos_token_id": ends[0] if len(ends) == 1 else ends or None},
         "preprocessor_config.json": {
             **read_preprocessor(folder, geometry.vision.image_size),
             "image_processor_type": "CLIPImageProcessor",
@@ -184,7 +188,7 @@ def _configs(checkpoint: Checkpoint, entry: ModelEntry, keep: int) -> dict[str, 
         },
         "processor_config.json": {
             **(read_object(folder / "processor_config.json") or {}),
-            "image_token": Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(geometry.image_token_id),
+            "image_token": read_tokenizer(tokenizer.content).id_to_token(geometry.image_token_id),
             "num_additional_image_tokens": keep - geometry.image_tokens,
             "patch_size": geometry.vision.patch_size,
             "processor_class": "LlavaProcessor",
@@ -192,7 +196,7 @@ def _configs(checkpoint: Checkpoint, entry: ModelEntry, keep: int) -> dict[str, 
         },
         "tokenizer_config.json": {
             **(read_object(folder / "tokenizer_config.json") or {}),
-            "chat_template": template_text(folder),
+            "chat_template": tokenizer.template,
         },
     }
 
