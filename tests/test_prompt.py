@@ -349,3 +349,18 @@ def test_broken_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
         ends(folder)
+
+
+def test_runner_gets_the_own_tokenizer_without_its_state(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What ExecuTorch's runner reads: the same normalizer, pre-tokenizer and decoder, nothing that pads or cuts."""
+    from export.backends.executorch_runner import _copy_tokenizer
+    from export.checkpoints import FolderCheckpoint
+
+    made = tmp_path_factory.mktemp("runner")
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    change(folder / "tokenizer.json", padding={**PADDING, "pad_token": "<pad>"}, truncation=TRUNCATION)
+    (folder / "digests.json").unlink()
+    _copy_tokenizer(FolderCheckpoint(folder, POCKET), made)
+    assert json.loads((made / "tokenizer.json").read_text()) == plain
