@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_a_date_before_the_image_is_that_of_the_export(
     prompt, ours = templated(folder, tmp_path, "{{ T }}", prefix="{{ strftime_now('%Y-%m-%d') }} ")
     before = ours.question_ids("Why?")
 
-    class Later(runtime.prompt.datetime):
+    class Later(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Later:
             return cls(2099, 1, 2)
