@@ -411,12 +411,11 @@ def number(what: str, text: str) -> float:
 def whole_number(what: str, text: str, low: int, high: int, why: str = "") -> int:
     """The whole number in low..high that `text` spells; RequestError for anything else."""
     allowed = f"{low}..{high}{why}"
-    if not re.fullmatch("[+-]?[0-9]{1,18}", text):
+    if not re.fullmatch("[+-]?[0-9]+", text):
         raise RequestError(f"{what}={text[:20]!r} is not a whole number; it must lie in {allowed}")
-    number = int(text)
-    if not low <= number <= high:
-        raise RequestError(f"{what}={number} must lie in {allowed}")
-    return number
+    if len(text) > 20 or not low <= int(text) <= high:
+        raise RequestError(f"{what}={text[:20]} must lie in {allowed}")
+    return int(text)
 
 
 def _keep(text: str, tokens: int, model: str) -> int:

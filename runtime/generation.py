@@ -54,7 +54,8 @@ class Sampling:
 
         Raises EngineError for logits from which none can be chosen: not a number, or minus infinity for all.
         """
-        largest = logits.max()  # NaN where there is one
+        with np.errstate(invalid="ignore"):
+            largest = logits.max()  # NaN where there is one
         if np.isnan(largest) or largest == -np.inf:
             raise EngineError(
                 f"the graph gave {'not a number' if np.isnan(largest) else 'minus infinity for all'} instead of "

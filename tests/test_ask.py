@@ -259,6 +259,43 @@ def test_stop_ends_before_the_text(ask: Ask, bundle: Bundle, photo: Path, golden
     assert len(said.stats) == 1
 
 
+@pytest.mark.parametrize(
+    ("stops", "right"),
+    [
+        (["abc", "b"], "xxa"),
+        (["b", "abc"], "xxa"),
+        (["cdx", "bcd"], "xxa"),
+        (["d", "bcd"], "xxa"),
+        (["xxab"], ""),
+        (["dd", "ddd"], "xxabc"),
+        (["z"], "xxabcddd"),
+    ],
+)
+def test_stops_do_not_depend_on_the_pieces(stops: list[str], right: str) -> None:
+    text = "xxabcddd"
+    for cuts in range(2 ** (len(text) - 1)):
+        ends = [at for at in range(1, len(text)) if cuts >> (at - 1) & 1]
+        pieces = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+        assert "".join(runtime.ask.until_stop(pieces, stops)) == right
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "5e-324"],
+        ["--temperature", "1e-30", "--seed", "4294967295"],
+        ["--temperature", "100", "--top-p", "5e-324"],
+        ["--temperature", "-0.0"],
+    ],
+)
+def test_draws_that_leave_one_choice_are_greedy(
+    words: list[str], ask: Ask, bundle: Bundle, photo: Path, golden: Golden
+) -> None:
+    said = ask(bundle.path, photo, golden.question, "--max-new-tokens", "5", *words)
+    assert said.out == ask(bundle.path, photo, golden.question, "--max-new-tokens", "5").out
+    assert said.code == 0
+
+
 def test_end_token_ends_the_answer(
     ask: Ask, bundle: Bundle, photo: Path, golden: Golden, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -395,6 +432,17 @@ def test_prefill_that_claims_to_be_ours(shape: tuple[int, ...], ask: Ask, bundle
         ("Why?", ["--stop", ""], "stop='' would end every answer at once"),
         ("Why?", ["--max-new-tokens", "0"], r"max_new_tokens=0 must lie in 1\.\.1000000"),
         ("Why?", ["--max-new-tokens", "many"], "max_new_tokens='many' is not a whole number"),
+        ("Why?", ["--max-new-tokens", "-3"], r"max_new_tokens=-3 must lie in 1\.\.1000000"),
+        ("Why?", ["--max-new-tokens=+-3"], r"max_new_tokens='\+-3' is not a whole number"),
+        ("Why?", ["--max-new-tokens", "9" * 5000], r"max_new_tokens=9{20} must lie in 1\.\.1000000"),
+        ("Why?", ["--max-new-tokens", "1000000"], r"a question of \d\d tokens and max_new_tokens=1000000 need"),
+        ("Why?", ["--temperature", "1e999"], "temperature='1e999' is not a number"),
+        ("Why?", ["--temperature", "1e308"], r"temperature=1e\+308 must lie in 0\.\.100"),
+        ("Why?", ["--temperature", "warm"], "temperature='warm' is not a number"),
+        ("Why?", ["--top-p", "1.0000001"], r"top_p=1\.0000001 must lie above 0 and at most at 1"),
+        ("Why?", ["--top-p", "inf"], "top_p='inf' is not a number"),
+        ("Why?", ["--seed", "4294967296"], r"seed=4294967296 must lie in 0\.\.4294967295"),
+        ("Why?", ["--seed", "1.0"], r"seed='1\.0' is not a whole number"),
         ("Why?", ["--temperature", "-1"], r"temperature=-1\.0 must lie in 0\.\.100; 0 is greedy"),
         ("Why?", ["--temperature", "nan"], "temperature='nan' is not a number"),
         ("Why?", ["--top-p", "0"], r"top_p=0\.0 must lie above 0 and at most at 1"),

@@ -534,3 +534,11 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "tools",
         "weights",
     ]
+    assert sorted(_raw(bundle)["prompt"]) == [
+        "prefix_ids",
+        "prefix_text",
+        "special_ids",
+        "suffix_text",
+        "template",
+        "trims_question",
+    ]

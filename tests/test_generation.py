@@ -19,7 +19,7 @@ from export.graphs.vision import build_vision_encoder
 from export.models.llava import prompt_info
 from pruning import PruneSpec, reference
 from runtime.bundle import GraphInfo
-from runtime.errors import BundleError, OutputError, RequestError
+from runtime.errors import BundleError, EngineError, OutputError, RequestError
 from runtime.generation import (
     IMAGE_PREFILL,
     TEXT_DECODER,
@@ -269,9 +269,61 @@ def test_sampling_follows_the_shares() -> None:
     np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.5, 0.3, 0.2], atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30])
+@pytest.mark.parametrize("logits", [[0.5, 2.0, -1e30], [3.0, np.inf, -np.inf], [-np.inf, -3e38, -np.inf]])
+def test_next_to_no_temperature_is_greedy(temperature: float, logits: list[float]) -> None:
+    scores, chance = np.asarray(logits, np.float32), np.random.default_rng(0)
+    assert {Sampling(temperature=temperature).choose(scores, chance) for _ in range(9)} == {int(scores.argmax())}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_draws_between_equals(dtype: type[np.floating[Any]]) -> None:
+    logits, chance = np.asarray([1.0, 7.0, -np.inf, 7.0], dtype), np.random.default_rng(0)
+    assert Sampling().choose(logits, chance) == 1
+    for temperature in (5e-324, 0.01):
+        assert {Sampling(temperature=temperature).choose(logits, chance) for _ in range(30)} == {1, 3}
+    assert {Sampling(temperature=100.0, top_p=5e-324).choose(logits, chance) for _ in range(30)} == {1}
+    assert {Sampling(temperature=100.0).choose(logits, chance) for _ in range(90)} == {0, 1, 3}
+
+
+def test_top_p_one_leaves_nothing_out() -> None:
+    # The second token's share is smaller than what any rounding of a sum up to 1 would see.
+    logits = np.asarray([0.0, np.log(1e-13)])
+
+    class Last:
+        """A draw that always takes the last token it is offered."""
+
+        def choice(self, count: int, p: np.ndarray) -> int:
+            return count - 1
+
+    last: Any = Last()
+    assert Sampling(temperature=1.0).choose(logits, last) == 1
+    assert Sampling(temperature=1.0, top_p=1 - 1e-9).choose(logits, last) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("logits", "says"), [([1.0, np.nan], "not a number"), ([-np.inf, -np.inf], "minus infinity for all")]
+)
+def test_logits_that_choose_nothing(temperature: float, logits: list[float], says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        Sampling(temperature=temperature).choose(np.asarray(logits, np.float32), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**64, 10**40])
+def test_seeds_of_any_size_repeat(seed: int) -> None:
+    logits = np.zeros(1000, np.float32)
+    draws = [Sampling(temperature=1.0, seed=seed).choose(logits, np.random.default_rng(seed)) for _ in range(2)]
+    assert draws[0] == draws[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"temperature": 1e308}, "temperature=1e\\+308 must lie in 0..100"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"top_p": 1 + 2**-52}, "top_p=1.0000000000000002"),
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),

@@ -13,9 +13,10 @@ from export.checkpoints import RandomCheckpoint, open_checkpoint
 from export.models import MODELS
 from export.models.llava import image_info, prompt_info
 from export.models.pocket import POCKET, write_pocket
-from export.models.prompt import read_prompt
+from export.models.prompt import end_ids, read_prompt, read_tokenizer_files
 from runtime.bundle import PromptInfo
 from runtime.errors import CheckpointError
+from runtime.prompt import Tokenizer
 from tests.tiny_llava import TINY
 
 TEMPLATE = (
@@ -192,3 +193,174 @@ def test_image_size_must_be_the_towers(folder: Path) -> None:
 
 def test_image_settings_without_a_folder_are_clips() -> None:
     assert image_info(RandomCheckpoint(TINY, seed=0), TINY).size == (58, 58)
+
+
+def change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+PADDING = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+TRUNCATION = {"max_length": 6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"padding": {**PADDING, "pad_token": "<pad>"}},
+        {"padding": {**PADDING, "pad_token": "<pad>", "direction": "Right", "pad_to_multiple_of": 8}},
+        {"truncation": TRUNCATION},
+        {"truncation": {**TRUNCATION, "direction": "Left", "stride": 3}},
+        {"truncation": {**TRUNCATION, "strategy": "OnlySecond"}, "padding": {**PADDING, "pad_token": "<pad>"}},
+        {"dropout": 0.9},
+    ],
+    ids=["fixed", "multiple", "cut", "cut left", "both", "dropout"],
+)
+def test_state_of_a_saved_tokenizer_is_not_for_prompts(folder: Path, state: dict[str, Any]) -> None:
+    plain, question = read(folder), "What is in this picture?"
+    path = folder / "tokenizer.json"
+    right = Tokenizer(path, plain).question_ids(question)
+    if "dropout" in state:
+        change(path, model=json.loads(path.read_text())["model"] | state)
+    else:
+        change(path, **state)
+    assert read(folder).prefix_ids == plain.prefix_ids
+    carried = read_tokenizer_files(folder).content
+    assert Tokenizer(path, plain).question_ids(question) == right
+    assert Tokenizer(path, plain, content=carried).question_ids(question) == right
+    saved = json.loads(carried)
+    assert (saved["padding"], saved["truncation"], saved["model"]["dropout"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "special_tokens_map"),
+    [
+        ({"eos_token": "<pad>"}, None),
+        ({"eos_token": {"__type": "AddedToken", "content": "<pad>", "normalized": False}}, None),
+        ({"eos_token": None}, {"eos_token": {"content": "<pad>", "normalized": False}}),
+        ({"eos_token": "</s>"}, {"eos_token": "<pad>"}),
+    ],
+    ids=["text", "object", "special_tokens_map.json", "it has the last word"],
+)
+def test_special_tokens_are_those_of_transformers(
+    folder: Path, settings: dict[str, Any], special_tokens_map: dict[str, Any] | None
+) -> None:
+    from transformers import AutoTokenizer
+
+    change(folder / "tokenizer_config.json", **settings)
+    if special_tokens_map is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens_map))
+    prompt = read(folder)
+    load: Any = AutoTokenizer.from_pretrained
+    assert prompt.template is not None
+    assert prompt.template.special_tokens == load(folder).special_tokens_map
+    assert (prompt.special_ids["eos"], prompt.template.special_tokens["eos_token"]) == (0, "<pad>")
+
+
+def test_places_of_a_template_in_the_order_of_the_processor(folder: Path) -> None:
+    def named(name: str) -> str:
+        return TEMPLATE.replace("message['role'].upper()", f"'{name}'")
+
+    for name, write in (
+        ("TOKENIZER", lambda: change(folder / "tokenizer_config.json", chat_template=named("TOKENIZER"))),
+        ("JINJA", lambda: (folder / "chat_template.jinja").write_text(named("JINJA"))),
+        ("JSON", lambda: (folder / "chat_template.json").write_text(json.dumps({"chat_template": named("JSON")}))),
+        ("CONFIG", lambda: change(folder / "processor_config.json", chat_template=named("CONFIG"))),
+    ):
+        if name == "TOKENIZER":
+            (folder / "chat_template.jinja").unlink()
+        write()
+        assert read(folder).prefix_text == f"{name}: "
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "processor_config.json",
+        "chat_template.json",
+    ],
+)
+def test_broken_settings_are_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{name} is not valid JSON"):
+        read(folder)
+
+
+def test_template_that_is_no_text_is_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff<image>")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        read(folder)
+
+
+def test_image_token_that_is_split_is_refused(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(CheckpointError, match="split_special_tokens=true"):
+        read(folder)
+
+
+def ends(folder: Path, generation: object = None, *, outer: object = None, text: object = 2) -> tuple[int, ...]:
+    """The ids that end an answer, with `eos_token_id` as given in generation_config.json, config.json, text_config."""
+    from export.checkpoints import FolderCheckpoint
+
+    config = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", eos_token_id=outer, text_config=config["text_config"] | {"eos_token_id": text})
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "digests.json").unlink(missing_ok=True)
+    return end_ids(FolderCheckpoint(folder, POCKET))
+
+
+@pytest.mark.parametrize(
+    ("generation", "outer", "text", "right"),
+    [
+        (None, None, 2, (2,)),
+        (None, None, None, ()),
+        (None, 7, 2, (7,)),
+        (None, None, [2, 5, 2], (2, 5)),
+        ({"eos_token_id": 9}, 7, 2, (9,)),
+        ({"eos_token_id": [511]}, None, 2, (511,)),
+        ({"eos_token_id": None}, 7, 2, ()),
+        ({"bos_token_id": 1}, 7, 2, ()),
+    ],
+)
+def test_answers_end_where_generate_ends(
+    folder: Path, generation: object, outer: object, text: object, right: tuple[int, ...]
+) -> None:
+    from transformers import GenerationConfig
+
+    assert ends(folder, generation, outer=outer, text=text) == right
+    source: dict[str, Any] = {} if generation else {"config_file_name": "config.json", "_from_model_config": True}
+    named: Any = GenerationConfig.from_pretrained(folder, **source).eos_token_id
+    assert right == tuple(dict.fromkeys(named if isinstance(named, list) else [] if named is None else [named]))
+
+
+@pytest.mark.parametrize("named", [512, -1, "2", 2.0, True, [], [2, None], [[2]], {"id": 2}])
+def test_end_that_is_no_id(folder: Path, named: object) -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json says eos_token_id=.* in 0\.\.511"):
+        ends(folder, {"eos_token_id": named})
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json says eos_token_id="):
+        ends(folder, text=named)
+
+
+def test_broken_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        ends(folder)
+
+
+def test_runner_gets_the_own_tokenizer_without_its_state(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What ExecuTorch's runner reads: the same normalizer, pre-tokenizer and decoder, nothing that pads or cuts."""
+    from export.backends.executorch_runner import _copy_tokenizer
+    from export.checkpoints import FolderCheckpoint
+
+    made = tmp_path_factory.mktemp("runner")
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    change(folder / "tokenizer.json", padding={**PADDING, "pad_token": "<pad>"}, truncation=TRUNCATION)
+    (folder / "digests.json").unlink()
+    _copy_tokenizer(FolderCheckpoint(folder, POCKET), made)
+    assert json.loads((made / "tokenizer.json").read_text()) == plain
