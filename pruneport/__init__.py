@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from pruneport.rooms import find_rooms
 
 if TYPE_CHECKING:
-    import pruneport.pruning.reference as reference  # noqa: F401 - public, as all names here are
+    import pruneport.pruning.reference as _reference
     from pruneport.pruning.spec import PruneSpec as PruneSpec
     from pruneport.pruning.spec import SpecError as SpecError
     from pruneport.pruning.static import TokenPruner as TokenPruner
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pruneport.runtime.harness import verify as verify
     from pruneport.runtime.image import load_photo as load_photo
     from pruneport.runtime.image import preprocess as preprocess
+
+    reference = _reference
 
 __version__ = "0.1.0"
 
