@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from export.models import MODELS
 from export.models.llava import LlavaGeometry, ModelEntry, check_same_model
 from export.models.preprocessor import read_object
 from runtime.errors import CheckpointError, RequestError
+from runtime.names import stored_name
 
 if TYPE_CHECKING:
     import torch
@@ -271,7 +273,7 @@ class FolderCheckpoint:
     def __init__(self, folder: Path, entry: ModelEntry, *, label: str | None = None) -> None:
         """Checks config, files, names, shapes and dtypes; reads no weights. CheckpointError for the first fault."""
         self._folder = folder
-        self._label = label or folder.resolve().name
+        self._label = label or stored_name(Path(os.path.realpath(folder)))
         if not folder.exists():
             raise CheckpointError(f"the weights folder {folder} does not exist; give a folder with config.json in it")
         if not folder.is_dir():

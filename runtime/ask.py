@@ -92,7 +92,8 @@ def ask(
     """Asks a bundle, and with `compare` its unpruned twin beside it; answers go to `say` piece by piece.
 
     `tell` gets whole lines about what happens and what it took. Everything that can be refused is refused before a
-    graph is opened. Raises RequestError, BundleError, ImageError, EngineError.
+    graph is opened. Raises RequestError, BundleError, ImageError, EngineError; a note of a KeyboardInterrupt says what
+    was written.
     """
     bundle = read_bundle(path)
     if bundle.manifest.ready_for is not None:
@@ -124,20 +125,27 @@ def ask(
     for each in bundles:
         each.check_files()
     took: list[Took] = []
-    for each in bundles:
-        if compare:
-            tell(each.manifest.name)
-        with open_graphs(each) as graphs:
-            if graphs[VISION_ENCODER].placement().emulated:
-                tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
-            answers = start_answers(each, graphs)
-            photo = seen if isinstance(seen, Prefill) else answers.see(preprocess(seen, each.manifest.image))
-            if inquiry.save_prefill is not None and each is bundle:
-                photo.save(inquiry.save_prefill)
-            for question in ids:
-                one = _answer(each, answers, tokenizer, photo, question, inquiry, say=say)
-                tell(str(one))
-                took.append(one)
+    written: list[Path] = []
+    try:
+        for each in bundles:
+            if compare:
+                tell(each.manifest.name)
+            with open_graphs(each) as graphs:
+                if graphs[VISION_ENCODER].placement().emulated:
+                    tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
+                answers = start_answers(each, graphs)
+                photo = seen if isinstance(seen, Prefill) else answers.see(preprocess(seen, each.manifest.image))
+                if inquiry.save_prefill is not None and each is bundle:
+                    photo.save(inquiry.save_prefill)
+                    written.append(inquiry.save_prefill)
+                for question in ids:
+                    one = _answer(each, answers, tokenizer, photo, question, inquiry, say=say)
+                    tell(str(one))
+                    took.append(one)
+    except KeyboardInterrupt as stop:
+        for path_written in written:
+            stop.add_note(f"the prefill was written before that: {path_written}")
+        raise
     return tuple(took)
 
 

@@ -107,12 +107,21 @@ _CORPUS = (
 
 
 def pocket_cache() -> Path:
-    """Where made checkpoints are kept: $PRUNEPORT_CACHE, else $XDG_CACHE_HOME/pruneport, else ~/.cache/pruneport."""
+    """Where made checkpoints are kept: $PRUNEPORT_CACHE, else $XDG_CACHE_HOME/pruneport, else ~/.cache/pruneport.
+
+    Raises OutputError for a user without a home.
+    """
     own = os.environ.get("PRUNEPORT_CACHE")
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "pruneport"
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "pruneport"
+    except RuntimeError as error:
+        raise OutputError(
+            "the pocket model has no place to be kept: this user has no home; set PRUNEPORT_CACHE to a folder that can "
+            "be written"
+        ) from error
 
 
 def pocket_folder(cache: Path | None = None) -> Path:
