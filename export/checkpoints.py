@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from export.models import MODELS
 from export.models.llava import LlavaGeometry, ModelEntry, check_same_model
 from export.models.settings import read_object, shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
+from runtime.names import stored_name
 
 if TYPE_CHECKING:
     import torch
@@ -444,7 +446,7 @@ class FolderCheckpoint:
     def __init__(self, folder: Path, entry: ModelEntry, *, label: str | None = None) -> None:
         """Checks config, files, names, shapes and dtypes; reads no weights. CheckpointError for the first fault."""
         self._folder = folder
-        self._label = label or folder.resolve().name
+        self._label = label or stored_name(Path(os.path.realpath(folder)))
         try:
             self._open(folder, entry)
         except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import signal
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from export.request import nearest
+from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
+from runtime.names import readable
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -58,6 +59,7 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
         "verify": _add_verify(verbs),
         "ask": _add_ask(verbs),
         "explain": _add_explain(verbs),
+        "clean": _add_clean(verbs),
     }
 
 
@@ -108,6 +110,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     else:
         run.add_argument("--output-dir", default="bundles", metavar="DIR", help="where bundles go (default bundles)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made and what it needs, then stop")
+    run.add_argument("--force", action="store_true", help="try it although it needs more RAM or disk than there is")
     _add_verbosity(run)
     return verb
 
@@ -163,6 +166,20 @@ def _add_explain(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
+def _add_clean(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    verb = verbs.add_parser(
+        "clean",
+        help="remove what exports that were killed left behind",
+        description="Removes the hidden folders that killed exports left in the folder where bundles go. What a "
+        "running export works in, or one on another computer, is left and named.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verb.add_argument("folder", metavar="DIR", nargs="?", default="bundles", help="where bundles go (default bundles)")
+    _add_verbosity(verb)
+    return verb
+
+
 def _add_verbosity(group: argparse._ActionsContainer) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="show what the libraries say")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, only the result")
@@ -191,30 +208,58 @@ def main(argv: Sequence[str], *, version: str, optimum: bool = False) -> int:
 
     With `optimum` it is `export` and what follows `optimum-cli export pruneport`, where the folder is no flag but OUT.
     """
-    try:
-        args = parse(argv, optimum=optimum)
-        if args.version:
-            print(f"pruneport {version}")
-            return PASSED
-        if args.verb == "export":
-            return _export(args, version)
-        if args.verb == "verify":
-            return _verify(args)
-        if args.verb == "ask":
-            return _ask(args)
-        if args.verb == "explain":
-            return _explain(args)
+    with standard_streams() as (output, error_output):
+        try:
+            code = _run(argv, version, output, optimum=optimum)
+            output.check()
+            return code
+        except PruneportError as error:
+            print(f"pruneport: error: {error}", file=error_output)
+            return error.exit_code
+        except OSError as error:
+            # Folders and files can go, or refuse, at any time, and in any library.
+            print(f"pruneport: error: {_system_error(error)}", file=error_output)
+            return BAD_REQUEST
+        except KeyboardInterrupt as stop:
+            what = "; ".join(getattr(stop, "__notes__", ())) or "nothing was written"
+            print(f"pruneport: interrupted, {what}", file=error_output)
+            return INTERRUPTED
+
+
+def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) -> int:
+    nul = next((word for word in argv if "\0" in word), None)
+    if nul is not None:
+        raise RequestError(f"{readable(nul)!r} holds a NUL character, which no name of a file has; leave it out")
+    args = parse(argv, optimum=optimum)
+    if args.version:
+        print(f"pruneport {version}")
+        return PASSED
+    if args.verb is None:
         build_parser()[0].print_help()
         return PASSED
-    except PruneportError as error:
-        print(f"pruneport: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("pruneport: interrupted, nothing was written", file=sys.stderr)
-        return INTERRUPTED
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise RequestError(
+            f"the folder that this runs in cannot be reached: {error.strerror}; go to another one with cd"
+        ) from error
+    if args.verb == "export":
+        return _export(args, version, output)
+    if args.verb == "verify":
+        return _verify(args)
+    if args.verb == "ask":
+        return _ask(args, output)
+    if args.verb == "clean":
+        return _clean(args)
+    return _explain(args)
 
 
-def _export(args: argparse.Namespace, version: str) -> int:
+def _system_error(error: OSError) -> str:
+    what = f"{error.filename} cannot be used: " if error.filename is not None else ""
+    return f"{what}{error.strerror or error}; check that it is there, may be read and written, and has space left"
+
+
+def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     from export.request import Request, describe, plan
 
     request = Request(
@@ -236,6 +281,7 @@ def _export(args: argparse.Namespace, version: str) -> int:
         calibration=args.calibration,
         output_dir=args.output_dir,
         twin=args.twin,
+        force=args.force,
     )
     planned = plan(request)
     if args.dry_run or not args.quiet:
@@ -255,7 +301,7 @@ def _export(args: argparse.Namespace, version: str) -> int:
         print(f"pruneport: interrupted, {what}", file=sys.stderr)
         return INTERRUPTED
     if args.quiet:
-        print(made.bundle.path)
+        output.write_path(made.bundle.path)
     else:
         _show(made.bundle, made.verdict, next_command=_command("verify", str(made.bundle.path)))
     return _exit_code(made.verdict)
@@ -293,7 +339,7 @@ def _verify(args: argparse.Namespace) -> int:
     return _exit_code(verdict)
 
 
-def _ask(args: argparse.Namespace) -> int:
+def _ask(args: argparse.Namespace, output: Stream) -> int:
     from export.progress import library_noise
     from export.request import number, whole_number
     from runtime.ask import Inquiry, ask
@@ -314,13 +360,11 @@ def _ask(args: argparse.Namespace) -> int:
 
     def say(piece: str) -> None:
         # A terminal may know fewer characters than the model.
-        encoding = sys.stdout.encoding or "utf-8"
-        try:
-            print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
-        except OSError as err:
-            # The interpreter would write what is left in the buffer once more when it ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise OutputError(f"the answer cannot be written to standard output: {err.strerror or err}") from err
+        encoding = output.encoding or "utf-8"
+        print(piece.encode(encoding, "replace").decode(encoding), end="", file=output, flush=True)
+        if output.lost is not None:
+            reason = output.lost.strerror or output.lost
+            raise OutputError(f"the answer cannot be written to standard output: {reason}")
 
     def tell(line: str) -> None:
         if not args.quiet:
@@ -328,6 +372,17 @@ def _ask(args: argparse.Namespace) -> int:
 
     with library_noise(shown=args.verbose):
         ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
+    return PASSED
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from runtime.leftovers import clean
+
+    leftovers = clean(Path(args.folder))
+    for leftover in leftovers:
+        print(leftover)
+    if not leftovers and not args.quiet:
+        print(f"nothing to remove in {args.folder}")
     return PASSED
 
 

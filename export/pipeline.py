@@ -86,8 +86,13 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
         PruneportError: what could not be used or done; runtime/errors.py has the tree.
     """
     from export.checkpoints import open_checkpoint
+    from export.request import check_memory
     from runtime.bundle import BundleWriter
+    from runtime.leftovers import clean
 
+    check_memory(plan)
+    output = plan.bundle.path.parent
+    leftovers = clean(output) if output.is_dir() else ()
     with ExitStack() as stack:
         # Opened before any work, so that an output that cannot be written is found out first.
         writers = [stack.enter_context(BundleWriter(bundle.path)) for bundle in plan.bundles]
@@ -97,6 +102,8 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
             stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
             if unread := checkpoint.unread():
                 stage.note(f"left alone: {len(unread)} tensors that are no part of the model, such as {unread[0]!r}")
+            for leftover in leftovers:
+                stage.note(str(leftover))
         making = _Making(plan, checkpoint, progress, version)
         manifests = [making.write(bundle, writer) for bundle, writer in zip(plan.bundles, writers, strict=True)]
         del checkpoint, making
@@ -171,7 +178,7 @@ class _Making:
                         file=GOLDEN_FILE,
                         device=device,
                         torch=metadata.version("torch"),
-                        photo=plan.photo_path.name,
+                        photo=plan.photo_name,
                     ),
                     tools={"pruneport": self.version, **_tool_versions()},
                     text=None if ready else self._text_info(),
@@ -233,7 +240,7 @@ class _Making:
             )
         # Serialised in memory first: a full disk is then an OSError like any other.
         (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": self.plan.photo}))
-        return device, None if watch is None else self._ranges_info(watch.ranges(), (plan.photo_path.name,))
+        return device, None if watch is None else self._ranges_info(watch.ranges(), (plan.photo_name,))
 
     def _desktop_pixels(self) -> NDArray[np.float32]:
         """The photo as transformers' own image processor prepares it: (1, 3, height, width) float32.
@@ -409,7 +416,7 @@ class _Making:
             checkpoint, plan.entry, None, placement="projector" if quantised else plan.placement, layer=plan.layer
         )
         # Spread over the whole set: photos first, then scenes from night to glare.
-        photos = default_photos(RANGE_PHOTOS) | {plan.photo_path.name: plan.photo}
+        photos = default_photos(RANGE_PHOTOS) | {plan.photo_name: plan.photo}
         image = image_info(checkpoint, plan.entry)
         pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
         info = self._ranges_info(measure(precise, pixels), tuple(photos))

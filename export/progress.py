@@ -57,12 +57,17 @@ class Progress:
             yield
             return
         from rich.console import Console
+
+        console = Console(file=self.stream)
+        if console.is_dumb_terminal or not console.encoding.startswith("utf"):
+            yield  # neither a line that is drawn again and again, nor the characters it is drawn with
+            return
         from rich.markup import escape
         from rich.progress import Progress as RichProgress
         from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with RichProgress(*columns, console=Console(file=self.stream), transient=True) as live:
+        with RichProgress(*columns, console=console, transient=True) as live:
             live.add_task(escape(head), total=None)
             yield
 

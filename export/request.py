@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from export.calibration import default_photos, read_photos, sample_paths
-from runtime.errors import ExportError, ImageError, NotYetError, OutputError, RequestError
+from runtime.errors import ExportError, ImageError, NotYetError, OutputError, PruneportError, RequestError
+from runtime.names import is_text, stored_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +74,7 @@ class Request:
     calibration: str | None = None
     output_dir: str = "bundles"
     twin: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ class Plan:
     on, None where it needs none.
     """
 
+    request: Request
     entry: ModelEntry
     target: Target
     backend: Backend
@@ -123,6 +126,11 @@ class Plan:
     bundle: BundlePlan
     twin: BundlePlan | None
     needs: Needs
+
+    @property
+    def photo_name(self) -> str:
+        """The photo's name as the manifest and the reports can hold it."""
+        return stored_name(self.photo_path)
 
     @property
     def layer(self) -> int:
@@ -237,6 +245,11 @@ def plan(request: Request) -> Plan:
         request.only or "",
         "random" if request.weights == "random" else "",
     ]
+    if not is_text(request.output_dir):
+        raise RequestError(
+            f"output_dir={request.output_dir} has a name that is not in UTF-8, which converters and engines cannot "
+            "open; choose another output folder"
+        )
     folder = Path(request.output_dir)
 
     def bundle_plan(keep: int) -> BundlePlan:
@@ -260,14 +273,16 @@ def plan(request: Request) -> Plan:
         bundles=2 if twin else 1,
         folder=folder,
     )
-    if needs.disk_bytes > needs.disk_free_bytes:
+    if needs.disk_bytes > needs.disk_free_bytes and not request.force:
         raise OutputError(
             f"{folder} has {_gib(needs.disk_free_bytes)} free, the export needs about {_gib(needs.disk_bytes)}; "
-            "free some space or choose another output folder"
+            "free some space (`pruneport clean` removes what killed exports left), choose another output folder, or "
+            "try it all the same with --force"
         )
     from runtime.image import load_photo
 
     return Plan(
+        request=request,
         entry=entry,
         target=target,
         backend=backend,
@@ -324,14 +339,45 @@ def describe(plan: Plan) -> str:
         + (f", for {plan.soc.name} ({plan.soc.chip}, HTP v{plan.soc.htp_arch}) alone" if plan.soc else "")
         + (f", for iOS {plan.backend.min_ios} and later" if plan.backend.min_ios else ""),
         f"  weights  {weights}",
-        f"  photo    {plan.photo_path.name}, {width} x {height}",
+        f"  photo    {plan.photo_name}, {width} x {height}",
         *([] if plan.calibration is None else [f"  ranges   from {len(plan.calibration)} photos"]),
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
         f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free)",
     ]
     if needs.ram_bytes > needs.ram_available_bytes:
-        lines.append("  warning  more RAM is needed than is available; the system may stop the export")
+        lines.append(
+            "  warning  more RAM is needed than is available; "
+            + ("the system may stop the export" if plan.request.force else "an export is refused without --force")
+        )
     return "\n".join(lines)
+
+
+def check_memory(planned: Plan) -> None:
+    """Refuses an export that the system would stop half-way for want of memory; RequestError says what needs less."""
+    needs, request = planned.needs, planned.request
+    if request.force or needs.ram_bytes <= needs.ram_available_bytes:
+        return
+    vision = replace(request, only="vision", quant_text=None)
+    others = {
+        "--precision fp16": replace(request, precision="fp16"),
+        **{f"--quant-text {name}": replace(request, quant_text=name) for name in planned.backend.quant_text[:1]},
+        "--only vision": vision,
+        "--prune-at projector --only vision": replace(vision, prune_at="projector"),
+    }
+    less = []
+    for words, other in others.items():
+        try:
+            ram_bytes = plan(other).needs.ram_bytes
+        except PruneportError:  # this backend has no such thing
+            continue
+        if ram_bytes < needs.ram_bytes:
+            less.append(f"{words} (about {_gib(ram_bytes)})")
+    ways_out = f"less is needed with {', '.join(less)}; or " if less else ""
+    raise RequestError(
+        f"the export needs about {_gib(needs.ram_bytes)} of RAM, {_gib(needs.ram_available_bytes)} are available, and "
+        f"the system would stop it half-way; {ways_out}close other programs, take a larger machine, or try it all the "
+        "same with --force"
+    )
 
 
 def _known(what: str, word: str, known: Iterable[Word]) -> Word:
@@ -455,6 +501,8 @@ def _check_size(backend: Backend, entry: ModelEntry, placement: Placement, preci
 def _check_weights(weights: str | None) -> None:
     if weights is None or weights == "random":
         return
+    if not is_text(weights):
+        raise RequestError(f"weights={weights} has a name that is not in UTF-8; rename the checkpoint folder")
     path = Path(weights)
     try:
         exists = bool(weights) and path.exists()
@@ -514,7 +562,7 @@ def _needs(
     bundles: int,
     folder: Path,
 ) -> Needs:
-    import psutil
+    from export.memory import available_bytes
 
     size = 2 if precision == "fp16" else 4
     graph_bytes = entry.geometry.vision_parameter_count(placement, DECODER_LAYER) * size
@@ -525,7 +573,7 @@ def _needs(
         text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(
         ram_bytes=BASE_RAM_BYTES + int(ram_factor * (RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes)),
-        ram_available_bytes=psutil.virtual_memory().available,
+        ram_available_bytes=available_bytes(),
         disk_bytes=bundles * (graph_bytes + text_bytes + BUNDLE_EXTRA_BYTES),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
@@ -534,8 +582,13 @@ def _needs(
 def _nearest_folder(folder: Path) -> Path:
     """The folder itself or the closest parent that exists: where a new bundle's bytes will go."""
     at = folder.absolute()
-    while not at.exists():
-        at = at.parent
+    try:
+        while not at.exists():
+            if at.is_symlink():
+                raise OutputError(f"{at} is a link that leads nowhere; remove it or choose another output folder")
+            at = at.parent
+    except OSError as error:
+        raise OutputError(f"{at} cannot be reached: {error.strerror}; choose another output folder") from error
     if not at.is_dir():
         raise OutputError(f"{at} is a file, so no bundle can be put under it; choose another output folder")
     if not os.access(at, os.W_OK | os.X_OK):

@@ -75,17 +75,17 @@ class TokenPruner(nn.Module):
         square, one = y * y + x * x, torch.ones(count)
         self.reach = float(spec.grid[0] ** 2 + spec.grid[1] ** 2)  # more than the largest squared distance
         ones, places = torch.ones(1, WIDEST, 1), torch.arange(WIDEST).float()[None, None]
-        batches = -(-count // spec.token_batch)
+        self.batches, self.blocks = -(-count // spec.token_batch), -(-spec.channels // GROUP)
         widths = {count, spec.keep, spec.token_batch, spec.first_pivots, self.steps, RANK_EVERY, len(levels), PARTS - 1}
-        blocks = -(-spec.channels // GROUP)
-        widths |= {batches - 1, blocks - 1}
+        widths |= {self.batches - 1, self.blocks - 1}
         constants = {
             "ones": ones,
             "places": places,
             # The same, cut to every width that is known already: cutting in the graph would be an operator each time.
             **{f"ones_{width}": ones[:, :width] for width in widths},
             **{
-                f"places_{width}": places[:, :, :width] for width in (count, spec.keep, spec.token_batch, GROUP, blocks)
+                f"places_{width}": places[:, :, :width]
+                for width in (count, spec.keep, spec.token_batch, GROUP, self.blocks)
             },
             "rank_of_slot": places[:, :, : spec.token_batch] * FAR,
             "position": places[:, :, :count].view(1, -1, 1),
@@ -97,13 +97,16 @@ class TokenPruner(nn.Module):
             # Their product is the nearness of two tokens: `reach` minus the squared distance, in whole numbers.
             "from_here": torch.stack([one, square, y, x], 1)[None],
             "to_there": torch.stack([self.reach - square, -one, 2.0 * y, 2.0 * x])[None],
-            "batch_end": torch.arange(1, batches).float()[None, None] * spec.token_batch - 1.0,
-            "block_end": torch.arange(1, blocks).float()[None, None] * GROUP - 1.0,
+            "batch_end": torch.arange(1, self.batches).float()[None, None] * spec.token_batch - 1.0,
+            "block_end": torch.arange(1, self.blocks).float()[None, None] * GROUP - 1.0,
             "level": torch.arange(len(levels)).float()[None, :, None],
             "threshold": levels[None, :, None] * UNIT,
         }
         for name, value in constants.items():
-            self.register_buffer(name, value.clone(), persistent=False)
+            # Where nothing follows the pivots there are no steps, and of one batch or block no ends. ExecuTorch writes
+            # no tensor without elements.
+            if value.numel():
+                self.register_buffer(name, value.clone(), persistent=False)
 
     ones: Tensor
     places: Tensor
@@ -209,7 +212,7 @@ class TokenPruner(nn.Module):
         if groups * GROUP > width:
             hidden = functional.pad(hidden, (0, groups * GROUP - width))
             place = functional.pad(place, (0, groups * GROUP - width), value=OUT_OF_REACH)
-        slot, blocks = place.view(batch, groups * GROUP, 1), self.block_end.shape[2] + 1
+        slot, blocks = place.view(batch, groups * GROUP, 1), self.blocks
         block = slot * 0.0
         if blocks > 1:
             block = torch.bmm((slot - self.block_end).clamp(0.0, 1.0), self._add_up(hidden, blocks - 1))
@@ -300,7 +303,7 @@ class TokenPruner(nn.Module):
         if running is not None:
             below = below * begin + limit * going_on
         row = rank.view(batch, 1, count)
-        if self.batch_end.shape[2]:
+        if self.batches > 1:
             full = (rank - self.batch_end).clamp(0.0, 1.0)  # (B, N, batches): whole batches before the token
             start = torch.bmm(full, self._add_up(full, full.shape[2])) * (size * FAR)
         else:

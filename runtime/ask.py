@@ -260,7 +260,8 @@ def ask(
     """Asks a bundle, and with `compare` its unpruned twin beside it; answers go to `say` piece by piece.
 
     `tell` gets whole lines about what happens and what it took. Everything that can be refused is refused before a
-    graph is opened. Raises RequestError, BundleError, ImageError, EngineError.
+    graph is opened. Raises RequestError, BundleError, ImageError, EngineError; a note of a KeyboardInterrupt says what
+    was written.
     """
     bundle = _askable(path)
     assert bundle.manifest.text is not None
@@ -279,30 +280,37 @@ def ask(
         each.check_files()
     took: list[Took] = []
     sampling = inquiry.sampling
-    for each in bundles:
-        if compare:
-            tell(each.manifest.name)
-        with OpenBundle(each) as opened:
-            if opened.emulated:
-                tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
-            photo = opened.see(seen)
-            if inquiry.save_prefill is not None and each is bundle:
-                photo.save(inquiry.save_prefill)
-            for question in inquiry.questions:
-                answer = opened.ask(
-                    photo,
-                    question,
-                    max_new_tokens=inquiry.max_new_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=sampling.seed,
-                    stop=inquiry.stops,
-                )
-                for piece in answer:
-                    say(piece)
-                say("\n")
-                tell(str(answer.took))
-                took.append(answer.took)
+    written: list[Path] = []
+    try:
+        for each in bundles:
+            if compare:
+                tell(each.manifest.name)
+            with OpenBundle(each) as opened:
+                if opened.emulated:
+                    tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
+                photo = opened.see(seen)
+                if inquiry.save_prefill is not None and each is bundle:
+                    photo.save(inquiry.save_prefill)
+                    written.append(inquiry.save_prefill)
+                for question in inquiry.questions:
+                    answer = opened.ask(
+                        photo,
+                        question,
+                        max_new_tokens=inquiry.max_new_tokens,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        seed=sampling.seed,
+                        stop=inquiry.stops,
+                    )
+                    for piece in answer:
+                        say(piece)
+                    say("\n")
+                    tell(str(answer.took))
+                    took.append(answer.took)
+    except KeyboardInterrupt as stop:
+        for path_written in written:
+            stop.add_note(f"the prefill was written before that: {path_written}")
+        raise
     return tuple(took)
 
 

@@ -17,6 +17,8 @@ import msgspec
 import numpy as np
 
 from runtime.errors import BundleError, CheckpointError, OutputError, PruneportError
+from runtime.leftovers import make_locked
+from runtime.names import LONGEST_NAME, is_text
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -40,7 +42,7 @@ Dim = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 PositiveCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -547,6 +549,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     Hashes are left to `Bundle.check_files`. Raises BundleError.
     """
     path = Path(path)
+    if not is_text(path):
+        raise BundleError(f"{path} has a name that is not in UTF-8, which engines cannot open; rename it")
     manifest_path = path / MANIFEST
     try:
         size_bytes = manifest_path.stat().st_size
@@ -593,12 +597,14 @@ class BundleWriter:
         writer.commit(manifest)
 
     Leaving the block without a commit, by whatever exception, removes what was written. An OSError inside the block
-    (disk full, read-only) comes out as OutputError.
+    (disk full, read-only) comes out as OutputError. `path` is there inside the block only.
     """
+
+    path: Path
 
     def __init__(self, target_dir: Path) -> None:
         self.target_dir = Path(target_dir)
-        self.path = self.target_dir.parent / f".{self.target_dir.name}.partial-{os.getpid()}"
+        self._lock: int | None = None
         self._made_parents: list[Path] = []
         self._hashed: dict[str, tuple[int, int, FileInfo]] = {}
         self._committed = False
@@ -613,9 +619,7 @@ class BundleWriter:
             for parent in reversed(missing):
                 parent.mkdir()
                 self._made_parents.append(parent)
-            if self.path.exists():  # a process of the same number died here before
-                shutil.rmtree(self.path)
-            self.path.mkdir()
+            self.path, self._lock = make_locked(self.target_dir)
         except OSError as err:
             self._clean_up()
             raise self._output_error(err) from err
@@ -626,6 +630,7 @@ class BundleWriter:
     ) -> None:
         if not self._committed:
             self._clean_up()
+        self._unlock()
         if isinstance(error, OSError) and not isinstance(error, PruneportError):
             raise self._output_error(error) from error
 
@@ -666,8 +671,14 @@ class BundleWriter:
         self._hashed[relative] = (status.st_size, status.st_mtime_ns, info)
         return info
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def _clean_up(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
         for parent in reversed(self._made_parents):
             try:
                 parent.rmdir()
@@ -675,8 +686,10 @@ class BundleWriter:
                 break
 
     def _output_error(self, err: OSError) -> OutputError:
+        inside = err.filename is None or str(err.filename).startswith(str(self.target_dir.parent))
+        elsewhere = "" if inside else f" ({err.filename})"
         return OutputError(
-            f"{self.target_dir} cannot be written: {err.strerror or err}; nothing was left behind; "
+            f"{self.target_dir} cannot be written: {err.strerror or err}{elsewhere}; nothing was left behind; "
             "free some space or choose another output folder"
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Protocol
 
 import numpy as np
@@ -95,14 +97,31 @@ class Prefill:
             raise BundleError(f"the photo was prefilled by {self.bundle}, not by {bundle}; prefill it again")
 
     def save(self, path: Path) -> None:
-        """Writes it as safetensors. Raises OutputError."""
+        """Writes it as safetensors: whole or not at all. Raises OutputError."""
         from safetensors.numpy import save
 
         metadata = {"bundle": self.bundle, "image_ready_ms": repr(self.image_ready_ms)}
+        data = save(dict(self.caches), metadata=metadata)
+        target = Path(os.path.realpath(path))  # a link stays one
         try:
-            path.write_bytes(save(dict(self.caches), metadata=metadata))
+            # A name of its own length: one that is as long as a name may be can still be written.
+            with NamedTemporaryFile(dir=target.parent, prefix=".prefill-", delete=False) as file:
+                beside = Path(file.name)
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    # What any new file gets; temporary ones are for their owner alone.
+                    beside.chmod(0o666 & ~_umask())
+                    beside.replace(target)
+                except BaseException:
+                    beside.unlink(missing_ok=True)
+                    raise
         except OSError as err:
-            raise OutputError(f"{path} cannot be written: {err.strerror or err}") from err
+            raise OutputError(
+                f"{path} cannot be written: {err.strerror or err}; nothing was left behind; free some space or choose "
+                "another place"
+            ) from err
 
     @classmethod
     def load(cls, path: Path) -> Prefill:
@@ -116,6 +135,12 @@ class Prefill:
             return cls(metadata["bundle"], caches, float(metadata["image_ready_ms"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as err:
             raise BundleError(f"{path} is not a saved prefill ({err}); prefill the photo again") from err
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @dataclass(frozen=True)

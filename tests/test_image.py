@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -68,14 +70,17 @@ def test_16_bit_grey_keeps_the_upper_8_bits(tmp_path: Path, suffix: str) -> None
     assert np.array_equal(photo[..., 0], photo[..., 2])
 
 
-def _png(width: int, height: int, *, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG put together by hand, for what Pillow itself does not write."""
+def _png(width: int, height: int, *, depth: int, colour: int, rows: bytes, clear: bytes = b"") -> bytes:
+    """A PNG put together by hand, for what Pillow itself does not write; `clear` says what is transparent."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    before = chunk(b"IHDR", header) + (chunk(b"PLTE", bytes(range(9))) if colour == 3 else b"")
+    data = (
+        before + (chunk(b"tRNS", clear) if clear else b"") + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
     return b"\x89PNG\r\n\x1a\n" + data
 
 
@@ -123,6 +128,82 @@ def test_alpha_is_laid_on_white(tmp_path: Path, mode: str) -> None:
     assert abs(int(photo[3, 3, 0]) - 127) <= 1
 
 
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "clear", "expected"),
+    [
+        (1, 0, b"\x40", b"\0\1", [0, 255, 0, 0]),
+        (1, 0, b"\x40", b"\0\0", [255, 255, 255, 255]),
+        (2, 0, b"\x1b", b"\0\2", [0, 85, 255, 255]),
+        (4, 0, b"\x01\x2f", b"\0\2", [0, 17, 255, 255]),
+        (8, 0, b"\x00\x01\x02\x03", b"\0\2", [0, 1, 255, 3]),
+        (8, 0, b"\x00\x01\x02\x03", b"\7\2", [0, 1, 255, 3]),  # only as many bits as a sample has count
+        (16, 0, struct.pack(">4H", 0x1200, 0x1234, 0x1235, 0xFFFF), b"\x12\x34", [0x12, 255, 0x12, 255]),
+        (8, 2, bytes([1, 2, 3] * 2 + [1, 2, 4] * 2), b"\0\1\0\2\0\3", [255, 255, (1, 2, 4), (1, 2, 4)]),
+        (
+            16,
+            2,
+            struct.pack(">12H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x9ABD, 0, 0, 0, 0x1200, 0x5600, 0x9A00),
+            b"\x12\x34\x56\x78\x9a\xbc",
+            [255, (0x12, 0x56, 0x9A), 0, (0x12, 0x56, 0x9A)],
+        ),
+        (8, 3, bytes([0, 1, 2, 1]), b"\xff\0", [(0, 1, 2), 255, (6, 7, 8), 255]),
+        (8, 3, bytes([0, 1, 2, 1]), b"\xff\x80", [(0, 1, 2), (129, 129, 130), (6, 7, 8), (129, 129, 130)]),
+        (8, 3, bytes([0, 200, 2, 2]), b"", [(0, 1, 2), 0, (6, 7, 8), (6, 7, 8)]),  # beyond the palette
+        (8, 4, bytes([9, 255, 9, 0, 0, 255, 255, 255]), b"", [9, 255, 0, 255]),
+        (16, 4, struct.pack(">8H", 0x9000, 65535, 9, 0, 0, 65535, 65535, 65535), b"", [0x90, 255, 0, 255]),
+        (8, 6, bytes([1, 2, 3, 255, 1, 2, 3, 0] * 2), b"", [(1, 2, 3), 255, (1, 2, 3), 255]),
+        (16, 6, struct.pack(">8H", 256, 512, 768, 65535, 1, 2, 3, 0) * 2, b"", [(1, 2, 3), 255, (1, 2, 3), 255]),
+    ],
+)
+def test_every_kind_of_png(
+    tmp_path: Path, depth: int, colour: int, row: bytes, clear: bytes, expected: list[int | tuple[int, int, int]]
+) -> None:
+    """Every depth and colour type, with what it has to say about transparency."""
+    (tmp_path / "photo.png").write_bytes(_png(4, 1, depth=depth, colour=colour, rows=b"\0" + row, clear=clear))
+    wanted = [list(pixel) if isinstance(pixel, tuple) else [pixel] * 3 for pixel in expected]
+    assert load_photo(tmp_path / "photo.png")[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(
+    ("photometric", "expected"), [(0, 255 - 156), (1, 156)], ids=["white is zero", "black is zero"]
+)
+def test_16_bit_tiff(tmp_path: Path, compression: str | None, photometric: int, expected: int) -> None:
+    image = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+    image.save(tmp_path / "photo.tiff", compression=compression, tiffinfo={262: photometric})
+    assert load_photo(tmp_path / "photo.tiff")[0, 0].tolist() == [expected] * 3
+
+
+def test_16_bit_pgm(tmp_path: Path) -> None:
+    (tmp_path / "photo.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">2H", 0x9C40, 0x12FF))
+    assert load_photo(tmp_path / "photo.pgm")[0, :, 0].tolist() == [0x9C, 0x12]
+
+
+def test_what_a_first_frame_does_not_cover_is_white(tmp_path: Path) -> None:
+    """A screen of 4 x 2 pixels whose one picture covers the left half; index 0 of the palette is red."""
+    screen = b"GIF89a" + struct.pack("<HHBBB", 4, 2, 0x80, 0, 0) + bytes([255, 0, 0, 0, 255, 0])
+    picture = b"," + struct.pack("<HHHHB", 0, 0, 2, 2, 0) + bytes([2, 3, 0x44, 0x02, 0x05, 0]) + b";"
+    (tmp_path / "photo.gif").write_bytes(screen + picture)
+    photo = load_photo(tmp_path / "photo.gif")
+    assert photo[0, 0].tolist() != [255, 255, 255]
+    assert photo[:, 2:].min() == 255
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA", "HSV", "F", "I", "I;16B", "RGBX"])
+def test_modes_that_few_files_have(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a decoder of Pillow's hands over becomes RGB or an ImageError."""
+    Image.new("L", (4, 4)).save(tmp_path / "photo.png")
+    opened = Image.new(mode, (4, 4))
+    opened.format, opened.tile = "PNG", []  # type: ignore[attr-defined]
+    monkeypatch.setattr(Image, "open", lambda _: opened)
+    if mode == "F":
+        with pytest.raises(ImageError, match="a PNG image, holds floating-point samples"):
+            load_photo(tmp_path / "photo.png")
+        return
+    clear = "a" in mode.lower()
+    assert load_photo(tmp_path / "photo.png")[0, 0].tolist() == ([255] * 3 if clear else [0] * 3)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "YCbCr", "LAB", "HSV"])
 def test_other_colour_modes(tmp_path: Path, mode: str) -> None:
     suffix = {"YCbCr": "jpg", "LAB": "tiff", "HSV": "png"}.get(mode, "png")
@@ -157,13 +238,31 @@ def test_exif_rotation(tmp_path: Path, orientation: int, shape: tuple[int, int],
     assert _near(photo, *red_at, RED)
 
 
-def test_broken_exif_is_no_foreign_exception(tmp_path: Path) -> None:
-    _left_red_right_green().save(tmp_path / "photo.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(range(64)))
-    try:
-        photo = load_photo(tmp_path / "photo.jpg")
-    except ImageError:
-        return
-    assert photo.shape == (16, 32, 3)
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_exif_rotation_is_not_for_jpeg_alone(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _left_red_right_green().save(tmp_path / f"photo.{suffix}", exif=exif)
+    photo = load_photo(tmp_path / f"photo.{suffix}")
+    assert photo.shape == (32, 16, 3)
+    assert _near(photo, 2, 8, RED)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"II*\0\xff\xff\xff\xff" + bytes(range(64)),
+        b"II*\0\x08\0\0\0\x40\0\x12\x01",
+        b"MM",
+        b"",
+        b"nonsense" * 9,
+        b"II*\0\x08\0\0\0\1\0\x12\1\2\0\x20\0\0\0\xff\xff\0\0",
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_broken_exif_leaves_the_photo_as_it_is(tmp_path: Path, exif: bytes, suffix: str) -> None:
+    _left_red_right_green().save(tmp_path / f"photo.{suffix}", exif=b"Exif\0\0" + exif)
+    assert load_photo(tmp_path / f"photo.{suffix}").shape == (16, 32, 3)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
@@ -256,11 +355,73 @@ def test_not_an_image(tmp_path: Path, content: bytes) -> None:
         load_photo(tmp_path / "photo.jpg")
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "an empty file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIF photo; save it as JPEG"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "a video"),
+        (b"%PDF-1.7", "a PDF document"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=rf"is not an image; give the path .* \(it is {what}\)"):
+        load_photo(tmp_path / "photo.jpg")
+
+
+def test_drawings_start_no_other_program(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.eps")
+    with pytest.raises(ImageError, match="a file of kind EPS, which only other programs can draw"):
+        load_photo(tmp_path / "photo.eps")
+
+
+def test_damage_names_the_kind_of_file(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "photo.bmp")
+    (tmp_path / "photo.bmp").write_bytes((tmp_path / "photo.bmp").read_bytes()[:999])
+    with pytest.raises(ImageError, match=r"is damaged and cannot be decoded \(BMP image of mode RGB: "):
+        load_photo(tmp_path / "photo.bmp")
+
+
 def test_missing_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
         load_photo(tmp_path / "nothing.jpg")
     with pytest.raises(ImageError, match="is a folder"):
         load_photo(tmp_path)
+
+
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (
+        ("file/photo.jpg", "cannot be read: Not a directory"),
+        ("loop", "cannot be read: Too many levels of symbolic links"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("dangling", "is a link to nothing"),
+        ("pipe", "is a pipe or a device"),
+        ("nul\0", r"nul\\x00 cannot be the name of a file"),
+    ):
+        with pytest.raises(ImageError, match=said):
+            load_photo(tmp_path / name)
+
+    def fails(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(ImageError, match="cannot be read: Input/output error; give a photo that can be read"):
+        load_photo(tmp_path / "file")
+
+
+def test_a_name_of_any_bytes(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    _left_red_right_green().save(path)
+    assert load_photo(path).shape == (16, 32, 3)
+    path.write_bytes(b"hello")
+    with pytest.raises(ImageError, match=r"caf\\xe9.png is not an image"):
+        load_photo(path)
 
 
 # From photo to pixel_values

@@ -492,6 +492,14 @@ def test_constants_are_not_saved() -> None:
     assert list(module.parameters()) == []
 
 
+@pytest.mark.parametrize("keep", [1, 4, 5, 9])
+@pytest.mark.parametrize("channels", [4, 16, 256])
+def test_no_constant_is_empty(keep: int, channels: int) -> None:
+    """ExecuTorch writes no tensor without elements; without steps, and of one batch, some would have none."""
+    constants = dict(TokenPruner(PruneSpec(grid=(3, 3), keep=keep, channels=channels)).named_buffers())
+    assert [name for name, constant in constants.items() if not constant.numel()] == []
+
+
 @pytest.mark.parametrize("width", [17, 257, 300, 4096])
 @pytest.mark.parametrize("channels", [1, 15, 16, 17, 128, 256])
 def test_channels_of_largest_variance_come_together(width: int, channels: int) -> None:

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
 KEY_WIDTH, HIDDEN_WIDTH = 20, 40
 FULL = PruneSpec(grid=(24, 24), keep=64)
+FEWEST = PruneSpec(grid=(6, 6), keep=1, channels=24)
 
 # What Core ML's converter makes of the graph: arithmetic, matrix products and reshapes. Anything that sorts, gathers,
 # scatters or selects would leave the Neural Engine.
@@ -100,19 +101,28 @@ def test_small_grid_runs_whole(engine: Engine, tmp_path: Path) -> None:
     _assert_whole_and_exact(SMALL, engine, tmp_path, key_width=KEY_WIDTH, hidden_width=HIDDEN_WIDTH)
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "executorch"])
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_few_tokens_run_whole(engine: Engine, keep: int, tmp_path: Path) -> None:
+    """No more than the pivots: no step follows them."""
+    spec = PruneSpec(grid=(6, 6), keep=keep, channels=12)
+    _assert_whole_and_exact(spec, engine, tmp_path, key_width=8, hidden_width=20)
+
+
 def test_full_grid_runs_whole_in_xnnpack(tmp_path: Path) -> None:
     _assert_whole_and_exact(FULL, "executorch", tmp_path, key_width=128, hidden_width=288)
 
 
 @pytest.mark.usefixtures("_converters_may_warn")
-def test_vulkan_takes_everything() -> None:
+@pytest.mark.parametrize("spec", [SMALL, FEWEST], ids=["some", "fewest"])
+def test_vulkan_takes_everything(spec: PruneSpec) -> None:
     """Lowered only: Vulkan's runtime needs a device with its driver."""
     from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.exir.delegate import executorch_call_delegate
 
     edge = to_edge_transform_and_lower(
-        _exported(SMALL, KEY_WIDTH, HIDDEN_WIDTH),
+        _exported(spec, KEY_WIDTH, HIDDEN_WIDTH),
         partitioner=[VulkanPartitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )

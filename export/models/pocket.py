@@ -107,7 +107,10 @@ _CORPUS = (
 
 
 def pocket_cache() -> Path:
-    """Where made checkpoints are kept: $PRUNEPORT_CACHE, else $XDG_CACHE_HOME/pruneport, else ~/.cache/pruneport."""
+    """Where made checkpoints are kept: $PRUNEPORT_CACHE, else $XDG_CACHE_HOME/pruneport, else ~/.cache/pruneport.
+
+    Raises OutputError for a user without a home.
+    """
     own = os.environ.get("PRUNEPORT_CACHE")
     if own:
         return Path(own)
@@ -116,8 +119,8 @@ def pocket_cache() -> Path:
         return (Path(shared) if shared else Path.home() / ".cache") / "pruneport"
     except RuntimeError as error:
         raise OutputError(
-            f"the pocket model cannot be kept: this user has no home folder ({error}); "
-            "set PRUNEPORT_CACHE to a folder that can be written"
+            "the pocket model has no place to be kept: this user has no home folder; set PRUNEPORT_CACHE to a folder "
+            "that can be written"
         ) from error
 
 
