@@ -158,7 +158,7 @@ def named(encoder: VisionEncoder, arrays: list[np.ndarray]) -> dict[str, np.ndar
 @contextmanager
 def stored(way: str) -> Iterator[None]:
     """Has float32 linear layers written with float16 weights, or with 8-bit ones, while XNNPACK serialises."""
-    import executorch.backends.xnnpack.operators.op_linear
+    import executorch.backends.xnnpack.operators.op_linear  # noqa: F401  registers the visitor for linear layers
     import torch
     from executorch.backends.xnnpack.operators import node_visitor as serialiser
     from executorch.backends.xnnpack.operators.quant_params import QuantParams

@@ -123,7 +123,7 @@ def _half_stored() -> Iterator[None]:
     XNNPACK expands them again when it loads a program and computes in float32 as before: the file halves, and not a
     bit of a result changes. Checkpoints are published in 16 bits, so that most weights are such numbers.
     """
-    import executorch.backends.xnnpack.operators.op_linear
+    import executorch.backends.xnnpack.operators.op_linear  # noqa: F401  registers the visitor for linear layers
     import torch
     from executorch.backends.xnnpack.operators import node_visitor as serialising
     from executorch.backends.xnnpack.utils.utils import get_input_node, get_param_tensor, is_param_node
