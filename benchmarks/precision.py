@@ -8,8 +8,8 @@ Everything is compared with the same modules in float32 in PyTorch. Models:
     full      LLaVA-1.5-7B at full width, random weights, 336 pixels
     full-36   the same with 84 pixels, 36 image tokens: what an emulator gets through in minutes
     small-N   all 23 tower layers and both decoder layers, narrow, 144 image tokens, seed N
-    spiky-N   the same, the norms in the tower and in the decoder having 8 channels 16 times as large as the others: trained models
-              have such channels, random ones have not
+    spiky-N   the same with 8 channels of each norm 16 times as large as the others: trained models have such
+              channels, random ones have not
 
 With `--arm`, the folder of ExecuTorch's aarch64 wheel unpacked, the programs also run on emulated Cortex-A76 (has
 float16 arithmetic) and Cortex-A72 (has not), in the kernels that a phone runs; `aarch64-linux-gnu-g++` and
@@ -26,16 +26,15 @@ import argparse
 import json
 import os
 import platform
-import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -72,7 +71,7 @@ def model(name: str) -> tuple[ModelEntry, int]:
     from export.models import MODELS as KNOWN
 
     llava = KNOWN["llava-1.5-7b"]
-    kind, _, number = name.partition("-")
+    number = name.rpartition("-")[2]
     if name == "full":
         return llava, 0
     vision, text = dict(llava.config["vision_config"]), dict(llava.config["text_config"])
@@ -90,7 +89,6 @@ def model(name: str) -> tuple[ModelEntry, int]:
 
 def encoder_of(name: str, precision: str) -> VisionEncoder:
     """The vision graph of a model without its pruner."""
-    import torch
 
     from export.checkpoints import RandomCheckpoint
     from export.graphs.vision import build_vision_encoder
@@ -149,10 +147,7 @@ def make(name: str, way: str, folder: Path) -> None:
 
 def named(encoder: VisionEncoder, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs by their names."""
-    return {
-        info.name: np.ascontiguousarray(array)
-        for info, array in zip(encoder.output_infos(), arrays, strict=True)
-    }
+    return {info.name: np.ascontiguousarray(array) for info, array in zip(encoder.output_infos(), arrays, strict=True)}
 
 
 @contextmanager
@@ -366,7 +361,10 @@ def compare(name: str, way: str, where: str, folder: Path) -> list[dict[str, Any
         row: dict[str, Any] = {"photo": photo, "keep": keep, "kept": round(len(ours & theirs) / keep, 4)}
         for output in ("hidden", "key_0", "value_0", "key_1", "value_1"):
             axis = 1 if output == "hidden" else 2
-            a, b = (np.take(side[output], range(prefix, prefix + encoder.image_tokens), axis).astype(np.float64) for side in (want, got))
+            a, b = (
+                np.take(side[output], range(prefix, prefix + encoder.image_tokens), axis).astype(np.float64)
+                for side in (want, got)
+            )
             row[output] = float(f"{np.linalg.norm(b - a) / np.linalg.norm(a):.3g}")
         rows.append(row)
     return rows
@@ -375,7 +373,9 @@ def compare(name: str, way: str, where: str, folder: Path) -> list[dict[str, Any
 def child(step: str, *words: str) -> str:
     """Runs one step in a process of its own, so that memory is its own."""
     command = [sys.executable, __file__, "--step", step, *words]
-    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ).stdout
 
 
 def main() -> None:
