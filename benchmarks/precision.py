@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from export.graphs.vision import VisionEncoder
     from export.models.llava import ModelEntry
 
+DOCUMENT = ROOT / "docs/precision.md"
+OUTPUTS = ("hidden", "key_0", "value_0", "key_1", "value_1")
 RESULT = ROOT / "benchmarks/results/precision.json"
 KEEP = 64
 PHOTOS = 4
@@ -359,7 +361,7 @@ def compare(name: str, way: str, where: str, folder: Path) -> list[dict[str, Any
         }
         ours, theirs = kept(got), kept(want)
         row: dict[str, Any] = {"photo": photo, "keep": keep, "kept": round(len(ours & theirs) / keep, 4)}
-        for output in ("hidden", "key_0", "value_0", "key_1", "value_1"):
+        for output in OUTPUTS:
             axis = 1 if output == "hidden" else 2
             a, b = (
                 np.take(side[output], range(prefix, prefix + encoder.image_tokens), axis).astype(np.float64)
@@ -393,6 +395,9 @@ def main() -> None:
         step, name, way, folder = options.step
         {"make": make, "measure": measure}[step](name, way, Path(folder))
         return
+    if options.tables:
+        write_tables(json.loads(RESULT.read_text()))
+        return
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
@@ -413,6 +418,7 @@ def main() -> None:
                     rows = put(rows, {**row, "photos": compare(name, way, cpu, folder)})
                 if options.work is None:
                     (folder / f"{way}.pte").unlink()
+    write_tables(json.loads(RESULT.read_text()))
 
 
 def put(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -432,6 +438,31 @@ def put(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]
         print("   ", json.dumps(photo))
     sys.stdout.flush()
     return rows
+
+
+def write_tables(result: Mapping[str, Any]) -> None:
+    """Puts the tables between the marks of docs/precision.md."""
+    lines = [
+        f"Made by `{result['command']}`; rows with a command of their own by that.",
+        "",
+        "| model | way | arithmetic | photos | largest relative error | kept tokens in common, worst and mean "
+        "| file, MB | resident, MB | CPU, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        errors = [value for photo in row["photos"] for name, value in photo.items() if name in OUTPUTS]
+        kept = [photo["kept"] for photo in row["photos"]]
+        took = [f"{row[key] / 1e6:.0f}" if key in row else "" for key in ("file_bytes", "resident_bytes")]
+        took.append(f"{row['cpu_s']:.3f}" if "cpu_s" in row else "")
+        cells = (row["model"], row["way"], row["where"], str(len(kept)), f"{max(errors):.2g}")
+        shares = f"{min(kept):.0%}, {statistics.mean(kept):.0%}"
+        lines.append(f"| {' | '.join((*cells, shares, *took))} |")
+    commands = [f"- {row['model']}, {row['way']}: `{row['command']}`" for row in result["rows"] if "command" in row]
+    lines += ["", *commands] if commands else []
+    text = DOCUMENT.read_text()
+    begin, end = "<!-- table: begin -->\n", "<!-- table: end -->"
+    before, _, rest = text.partition(begin)
+    DOCUMENT.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def version(package: str) -> str:

@@ -70,8 +70,8 @@ BOUNDS: dict[str, Bound] = {
             "A narrow tower of full depth was measured at 2.4e-2 in the Arm kernels on an emulated Cortex-A76 and at "
             "7.9e-3 in those of x86, there the full width at 1.6e-2, twice as much: twice 2.4e-2 is what the full "
             "width may come to on a phone. The emulated one kept 0.73 of the desktop's tokens. With noise of 5e-2 on "
-            "the features of ten golden cases, six times each, 19 of 20 selections overlapped the clean one by more than "
-            "this, the median by 0.59.",
+            "the features of ten golden cases, six times each, 19 of 20 selections overlapped the clean one by more "
+            "than this, the median by 0.59.",
         ),
         Bound(
             precision="a16w8",
