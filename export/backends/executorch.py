@@ -94,6 +94,10 @@ def _core_ml_said(record: logging.LogRecord) -> tuple[str, str] | None:
     return (operator, "coremltools cannot convert it") if skipping else None
 
 
+def _xnnpack_serialising() -> AbstractContextManager[None]:
+    return _half_stored()
+
+
 XNNPACK = Delegate(
     name="XnnpackBackend",
     load=_xnnpack,
@@ -101,7 +105,7 @@ XNNPACK = Delegate(
     said=_xnnpack_said,
     key=lambda node: node.name,
     converts=False,
-    serialising=lambda: _half_stored(),
+    serialising=_xnnpack_serialising,
 )
 # Its partitioner speaks through the root logger.
 VULKAN = Delegate(name="VulkanBackend", load=_vulkan, logger="", said=_vulkan_said, key=_vulkan_key, converts=True)
@@ -143,8 +147,9 @@ def _half_stored() -> Iterator[None]:
             if not is_param_node(self._exported_program, weight) or weight.meta["val"].dtype != torch.float32:
                 return False
             # Another operator would find the numbers in a type that it does not take.
-            if any(user.target.__name__ != usual.target or user.args[1] is not weight for user in weight.users):
-                return False
+            for user in weight.users:
+                if getattr(user.target, "__name__", "") != usual.target or user.args[1] is not weight:
+                    return False
             value = get_param_tensor(self._exported_program, weight)
             return bool(torch.equal(value.half().float(), value))
 
