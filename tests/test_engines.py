@@ -20,7 +20,7 @@ import torch
 from runtime.bundle import BundleWriter, GraphInfo, TensorInfo, read_bundle
 from runtime.engines import ENGINES
 from runtime.engines.executorch import _PROBE as PROBE
-from runtime.engines.executorch import accumulator_bits
+from runtime.engines.executorch import _bindings, accumulator_bits
 from runtime.engines.program import read_program
 from runtime.errors import BundleError, EngineError, EngineMissingError
 from runtime.latency import device_name, measure, measure_pair, peak_rss_bytes
@@ -470,8 +470,6 @@ def test_the_accumulator_is_measured_in_the_engine_and_told_with_the_placement(
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_float32_weights_that_are_float16_numbers_take_two_bytes_and_lose_nothing(exact: bool, tmp_path: Path) -> None:
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
     from export.backends.executorch import FILE, write_program
 
     layer = torch.nn.Linear(256, 128, bias=False)
@@ -482,6 +480,6 @@ def test_float32_weights_that_are_float16_numbers_take_two_bytes_and_lose_nothin
     write_program(graphs, tmp_path, trace=lambda graph: torch.export.export(graph, (x,)), copies_inputs=False)
     size = (tmp_path / FILE).stat().st_size
     assert 256 * 128 * 2 < size < 256 * 128 * 3 if exact else size > 256 * 128 * 4
-    (got,) = _load_for_executorch(str(tmp_path / FILE)).forward([x])
+    (got,) = _bindings()._load_for_executorch(str(tmp_path / FILE)).forward([x])
     want = layer(x).detach()
     assert float((got - want).norm() / want.norm()) < 1e-6
