@@ -16,8 +16,8 @@ float16 arithmetic) and Cortex-A72 (has not), in the kernels that a phone runs; 
 `qemu-aarch64-static` must be installed. Nothing is timed there. Natively one run takes CPU seconds on two threads,
 memory is what the process has more than before (`anonymous`: what cannot be dropped and read again from the file).
 
-Writes benchmarks/results/precision.json, rows that are not asked for stay as they are in it, and the tables of
-docs/precision.md from it (`--tables`: only these).
+Writes benchmarks/results/precision.json, rows that are not asked for stay as they are in it, and the table of
+docs/precision.md from it (`--tables`: only that).
 """
 
 from __future__ import annotations
@@ -396,7 +396,7 @@ def main() -> None:
         {"make": make, "measure": measure}[step](name, way, Path(folder))
         return
     if options.tables:
-        write_tables(json.loads(RESULT.read_text()))
+        write_table(json.loads(RESULT.read_text()))
         return
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
@@ -418,7 +418,7 @@ def main() -> None:
                     rows = put(rows, {**row, "photos": compare(name, way, cpu, folder)})
                 if options.work is None:
                     (folder / f"{way}.pte").unlink()
-    write_tables(json.loads(RESULT.read_text()))
+    write_table(json.loads(RESULT.read_text()))
 
 
 def put(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -440,8 +440,8 @@ def put(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]
     return rows
 
 
-def write_tables(result: Mapping[str, Any]) -> None:
-    """Puts the tables between the marks of docs/precision.md."""
+def table(result: Mapping[str, Any]) -> str:
+    """The rows of a result file as Markdown."""
     lines = [
         f"Made by `{result['command']}`; rows with a command of their own by that.",
         "",
@@ -459,10 +459,15 @@ def write_tables(result: Mapping[str, Any]) -> None:
         lines.append(f"| {' | '.join((*cells, shares, *took))} |")
     commands = [f"- {row['model']}, {row['way']}: `{row['command']}`" for row in result["rows"] if "command" in row]
     lines += ["", *commands] if commands else []
+    return "\n".join(lines) + "\n"
+
+
+def write_table(result: Mapping[str, Any]) -> None:
+    """Puts the table between the marks of docs/precision.md."""
     text = DOCUMENT.read_text()
     begin, end = "<!-- table: begin -->\n", "<!-- table: end -->"
     before, _, rest = text.partition(begin)
-    DOCUMENT.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
+    DOCUMENT.write_text(before + begin + table(result) + end + rest.partition(end)[2])
 
 
 def version(package: str) -> str:
