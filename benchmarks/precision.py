@@ -31,8 +31,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,6 @@ ARM = {"cortex-a76": "emulated Cortex-A76", "cortex-a72": "emulated Cortex-A72"}
 
 def model(name: str) -> tuple[ModelEntry, int]:
     """The entry and the seed of one of MODELS."""
-    from dataclasses import replace
-
     from export.models import MODELS as KNOWN
 
     llava = KNOWN["llava-1.5-7b"]
@@ -126,7 +125,7 @@ def make(name: str, way: str, folder: Path) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from export.backends.executorch import lower
+    from export.backends.executorch import XNNPACK, lower
     from export.quantize import quantize
 
     encoder = encoder_of(name, "fp16" if way == "fp16" else "fp32")
@@ -142,8 +141,10 @@ def make(name: str, way: str, folder: Path) -> None:
     elif way == "8da8w-tower":
         quantize(encoder.tower, "8da8w")
         quantize(encoder.projector, "8da8w")
-    with stored(way):
-        lower({"vision_encoder": encoder}, folder)
+    # Otherwise float32 layers are stored in float16 wherever that loses nothing.
+    others: dict[str, Callable[[], AbstractContextManager[None]]] = {"fp32": nullcontext, "8w": eight_bit_weights}
+    delegate = replace(XNNPACK, serialising=others[way]) if way in others else XNNPACK
+    lower({"vision_encoder": encoder}, folder, delegate)
     os.rename(folder / "model.pte", folder / f"{way}.pte")
 
 
@@ -153,8 +154,8 @@ def named(encoder: VisionEncoder, arrays: list[np.ndarray]) -> dict[str, np.ndar
 
 
 @contextmanager
-def stored(way: str) -> Iterator[None]:
-    """Has float32 linear layers written with float16 weights, or with 8-bit ones, while XNNPACK serialises."""
+def eight_bit_weights() -> Iterator[None]:
+    """Has float32 linear layers written with 8-bit weights, a scale for each channel, while XNNPACK serialises."""
     import executorch.backends.xnnpack.operators.op_linear  # noqa: F401  registers the visitor for linear layers
     import torch
     from executorch.backends.xnnpack.operators import node_visitor as serialiser
@@ -165,36 +166,17 @@ def stored(way: str) -> Iterator[None]:
     usual = serialiser._node_visitor_dict[target]
 
     class Stored(usual):  # type: ignore[misc, valid-type]
-        half: Any = None
-
         def define_node(self, node: Any, graph: Any, ids: Any, debug_handle: int) -> None:
             weight = get_input_node(node, 1)
             value = weight.meta.get("val")
             plain = is_param_node(self._exported_program, weight) and value.dtype == torch.float32
-            self.half = None
-            if plain and min(value.shape) > 1 and way == "8w":
+            if plain and min(value.shape) > 1:
                 tensor = get_param_tensor(self._exported_program, weight)
                 scale = (tensor.abs().amax(1) / 127).clamp(min=1e-12)
                 zero = torch.zeros(len(scale), dtype=torch.int32)
                 params = QuantParams(True, weight, scale, zero, 0, torch.int8, 127, -127, False, False)
                 self.define_tensor(weight, graph, ids, quant_params=params)
-            elif plain and min(value.shape) > 1 and way in ("fp16-stored", "8da8w-tower"):
-                self.half = weight
             super().define_node(node, graph, ids, debug_handle)
-
-        def get_serialized_dtype(self, quant_params: Any, node: Any, force_fp32: bool = False) -> Any:
-            if node is self.half:
-                return serialiser.XNNDatatype.xnn_datatype_fp16
-            return super().get_serialized_dtype(quant_params, node, force_fp32)
-
-        def get_serialized_buffer_index(self, tensor: Any, *args: Any, **kwargs: Any) -> int:
-            if tensor is not self.half:
-                return int(super().get_serialized_buffer_index(tensor, *args, **kwargs))
-            serialiser.get_param_tensor = lambda program, node: get_param_tensor(program, node).half()
-            try:
-                return int(super().get_serialized_buffer_index(tensor, *args, **kwargs))
-            finally:
-                serialiser.get_param_tensor = get_param_tensor
 
     serialiser._node_visitor_dict[target] = Stored
     try:
@@ -295,7 +277,7 @@ def emulate(way: str, cpu: str, folder: Path, sdk: Path) -> None:
             ],
             check=True,
         )
-    for photo in saved(folder)[:1]:
+    for photo in saved(folder):
         command = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu, str(runner)]
         command += [str(folder / f"{way}.pte"), "vision_encoder", str(folder / f"{cpu}-{way}-{photo}-")]
         subprocess.run([*command, str(folder / f"{photo}.in")], check=True, stderr=subprocess.DEVNULL)
