@@ -438,7 +438,14 @@ class _Check:
         if graph.states:
             graph, golden, written = self._states(graph, before, inputs, golden)
             got |= written
-        result = graph_parity(self.bundle.manifest, graph, golden, got, engine=session.engine)
+        result = graph_parity(
+            self.bundle.manifest,
+            graph,
+            golden,
+            got,
+            engine=session.engine,
+            accumulator_bits=session.placement().accumulator_bits,
+        )
         self.graphs.append(result)
         bad = [tensor.name for tensor in result.tensors if not tensor.passed]
         worst = max((tensor.rel for tensor in result.tensors if tensor.rel is not None), default=0.0)

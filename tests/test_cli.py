@@ -182,7 +182,9 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
     def precision(**changes: str) -> str:
         return plan(request(tmp_path, weights="random", **changes)).precision
 
-    assert precision(model="llava-1.5-7b") == "fp16"
+    assert precision(model="llava-1.5-7b") == "fp32"
+    assert precision(model="llava-1.5-7b", precision="fp16", quant_vision="none") == "fp16"
+    assert precision(model="llava-1.5-7b", target="ios") == "fp16"
     assert precision(model="llava-1.5-7b", quant_vision="8da8w") == "fp32"
     assert precision(model="llava-1.5-7b", backend="onnx") == "fp32"
     assert precision(model="pocket") == "fp32"
@@ -246,6 +248,7 @@ def test_needs_grow_with_the_model_and_shrink_with_precision(tmp_path: Path) -> 
     large = plan(request(tmp_path, model="llava-1.5-7b", weights="random", precision="fp32")).needs
     half = plan(request(tmp_path, model="llava-1.5-7b", weights="random", precision="fp16")).needs
     assert pocket.ram_bytes < half.ram_bytes < large.ram_bytes
+    # On XNNPACK fp32 stores what it can in float16, which the forecast must not count on.
     assert pocket.disk_bytes < half.disk_bytes < large.disk_bytes
     assert pocket.ram_available_bytes > 0
 

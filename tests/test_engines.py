@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from runtime.bundle import BundleWriter, GraphInfo, TensorInfo, read_bundle
 from runtime.engines import ENGINES
+from runtime.engines.executorch import _PROBE as PROBE
+from runtime.engines.executorch import _bindings, accumulator_bits
 from runtime.engines.program import read_program
 from runtime.errors import BundleError, EngineError, EngineMissingError
 from runtime.latency import device_name, measure, measure_pair, peak_rss_bytes
@@ -418,3 +423,63 @@ def test_peak_memory_sees_an_allocation() -> None:
     block = np.ones(before + 50_000_000, np.uint8)
     assert peak_rss_bytes() > before + 40_000_000
     del block
+
+
+# In how many bits float16 is added up
+
+
+class _Ones(torch.nn.Module):
+    """What the probe is made of: 256 numbers to 16 sums, in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ones = torch.nn.Linear(256, 16, bias=False, dtype=torch.float16)
+        self.ones.weight.data.fill_(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sums: torch.Tensor = self.ones(x)
+        return sums
+
+
+def test_the_probe_is_what_our_lowering_makes_of_a_layer_of_ones(tmp_path: Path) -> None:
+    from export.backends.executorch import FILE, write_program
+
+    def traced(graph: Any) -> torch.export.ExportedProgram:
+        return torch.export.export(graph, (torch.ones(1, 8, 256, dtype=torch.float16),))
+
+    graphs: Any = {"forward": _Ones().eval()}
+    write_program(graphs, tmp_path, trace=traced, copies_inputs=False)
+    assert (tmp_path / FILE).read_bytes() == PROBE.read_bytes()
+    (method,) = read_program(PROBE)
+    assert list(method.delegates) == ["XnnpackBackend"]
+
+
+def test_the_accumulator_is_measured_in_the_engine_and_told_with_the_placement(
+    bundles: Callable[[Engine], Path],
+) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    if "x86" in platform.machine():
+        assert accumulator_bits() == (16 if "avx512_fp16" in flags else 32)
+    assert accumulator_bits() in (16, 32)
+    with open_session(read_bundle(bundles("executorch")), VISION) as session:
+        placement = session.placement()
+        assert placement.accumulator_bits == (accumulator_bits() if "XnnpackBackend" in placement.delegates else 32)
+    with open_session(read_bundle(bundles("onnxruntime")), VISION) as session:
+        assert session.placement().accumulator_bits == 32  # nothing measured there: the stricter bound holds
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_float32_weights_that_are_float16_numbers_take_two_bytes_and_lose_nothing(exact: bool, tmp_path: Path) -> None:
+    from export.backends.executorch import FILE, write_program
+
+    layer = torch.nn.Linear(256, 128, bias=False)
+    if exact:
+        layer.weight.data = layer.weight.data.half().float()
+    x = torch.randn(1, 8, 256)
+    graphs: Any = {"forward": layer.eval()}
+    write_program(graphs, tmp_path, trace=lambda graph: torch.export.export(graph, (x,)), copies_inputs=False)
+    size = (tmp_path / FILE).stat().st_size
+    assert 256 * 128 * 2 < size < 256 * 128 * 3 if exact else size > 256 * 128 * 4
+    (got,) = _bindings()._load_for_executorch(str(tmp_path / FILE)).forward([x])
+    want = layer(x).detach()
+    assert float((got - want).norm() / want.norm()) < 1e-6

@@ -194,6 +194,25 @@ def test_the_coarsest_arithmetic_decides(
     assert bound_for(msgspec.structs.replace(manifest, target=target, prune=prune), graph).precision == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "vision", "bits", "expected"),
+    [
+        ("fp16", None, 32, "fp16"),
+        ("fp16", None, 16, "fp16-sums16"),
+        # Nothing is computed in float16 there, whatever the processor could.
+        ("fp32", None, 16, "fp32"),
+        ("fp32", "8da8w", 16, "8da8w"),
+    ],
+)
+def test_the_accumulator_decides_for_fp16_alone(
+    manifest: Manifest, precision: Literal["fp32", "fp16"], vision: str | None, bits: int, expected: str
+) -> None:
+    target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision)
+    found = bound_for(msgspec.structs.replace(manifest, target=target), "vision_encoder", accumulator_bits=bits)
+    assert found.precision == expected
+    assert found.accumulator_bits == (bits if precision == "fp16" else None)
+
+
 def test_a_scheme_without_a_bound_is_refused(manifest: Manifest) -> None:
     target = TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w")
     with pytest.raises(BundleError, match="no parity bound is stated for '2da2w'"):

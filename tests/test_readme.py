@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,14 @@ def test_core_ml_is_the_evaluated_one(readme: str, root: Path) -> None:
 def test_every_chip_is_listed(readme: str) -> None:
     row = next(line for line in section(readme, "Flags").splitlines() if line.startswith("| `--soc`"))
     assert re.findall(r"`([^`]+)`", row.split("|")[2]) == list(socs())
+
+
+def test_the_table_of_precisions_is_made_of_the_measurements(root: Path) -> None:
+    spec = spec_from_file_location("precision", root / "benchmarks/precision.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (result,) = results(root, "precision.json")
+    text = (root / "docs/precision.md").read_text(encoding="utf-8")
+    assert f"<!-- table: begin -->\n{script.table(result)}<!-- table: end -->" in text

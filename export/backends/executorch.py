@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +41,8 @@ class Delegate:
     said: Callable[[logging.LogRecord], tuple[str, str] | None]
     key: Callable[[torch.fx.Node], str]
     converts: bool
+    # What is in force while it writes its programs.
+    serialising: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def _xnnpack() -> tuple[Any, list[Any]]:
@@ -92,6 +94,10 @@ def _core_ml_said(record: logging.LogRecord) -> tuple[str, str] | None:
     return (operator, "coremltools cannot convert it") if skipping else None
 
 
+def _xnnpack_serialising() -> AbstractContextManager[None]:
+    return _half_stored()
+
+
 XNNPACK = Delegate(
     name="XnnpackBackend",
     load=_xnnpack,
@@ -99,6 +105,7 @@ XNNPACK = Delegate(
     said=_xnnpack_said,
     key=lambda node: node.name,
     converts=False,
+    serialising=_xnnpack_serialising,
 )
 # Its partitioner speaks through the root logger.
 VULKAN = Delegate(name="VulkanBackend", load=_vulkan, logger="", said=_vulkan_said, key=_vulkan_key, converts=True)
@@ -111,6 +118,62 @@ CORE_ML = Delegate(
     key=lambda node: str(getattr(node.target, "__name__", "")).lower(),
     converts=True,
 )
+
+
+@contextmanager
+def _half_stored() -> Iterator[None]:
+    """Has XNNPACK's float32 linear layers written with float16 weights, where these are exactly the same numbers.
+
+    XNNPACK expands them again when it loads a program and computes in float32 as before: the file halves, and not a
+    bit of a result changes. Checkpoints are published in 16 bits, so that most weights are such numbers.
+    """
+    import executorch.backends.xnnpack.operators.op_linear  # noqa: F401  registers the visitor for linear layers
+    import torch
+    from executorch.backends.xnnpack.operators import node_visitor as serialising
+    from executorch.backends.xnnpack.utils.utils import get_input_node, get_param_tensor, is_param_node
+
+    kinds = serialising._node_visitor_dict
+    usual: Any = kinds["aten.linear.default"]
+
+    class HalfStored(usual):  # type: ignore[misc]
+        _half: torch.fx.Node | None = None
+
+        def define_node(self, node: torch.fx.Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
+            weight = get_input_node(node, 1)
+            self._half = weight if self._fits(weight) else None
+            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
+
+        def _fits(self, weight: torch.fx.Node) -> bool:
+            if not is_param_node(self._exported_program, weight) or weight.meta["val"].dtype != torch.float32:
+                return False
+            # Another operator would find the numbers in a type that it does not take.
+            for user in weight.users:
+                if getattr(user.target, "__name__", "") != usual.target or user.args[1] is not weight:
+                    return False
+            value = get_param_tensor(self._exported_program, weight)
+            return bool(torch.equal(value.half().float(), value))
+
+        def get_serialized_dtype(self, quant_params: Any, node: torch.fx.Node, force_fp32: bool = False) -> Any:
+            if node is self._half:
+                return serialising.XNNDatatype.xnn_datatype_fp16
+            return super().get_serialized_dtype(quant_params, node, force_fp32)
+
+        def get_serialized_buffer_index(self, tensor: torch.fx.Node, *args: Any) -> int:
+            if tensor is not self._half:
+                return int(super().get_serialized_buffer_index(tensor, *args))
+            # The serialiser keeps the type of float16 constants; it fetches them by this name.
+            fetch = serialising.get_param_tensor
+            serialising.get_param_tensor = lambda program, node: fetch(program, node).half()
+            try:
+                return int(super().get_serialized_buffer_index(tensor, *args))
+            finally:
+                serialising.get_param_tensor = fetch
+
+    kinds["aten.linear.default"] = HalfStored
+    try:
+        yield
+    finally:
+        kinds["aten.linear.default"] = usual
 
 
 def lower_to_core_ml(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
@@ -186,7 +249,7 @@ def write_program(
         partitioner, passes = delegate.load()
         for name, graph in graphs.items():
             traced = {name: trace(graph)}
-            with converting("ExecuTorch", traced):
+            with converting("ExecuTorch", traced), delegate.serialising():
                 edge = to_edge_transform_and_lower(
                     traced,
                     partitioner={name: [partitioner]},

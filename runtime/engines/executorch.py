@@ -9,6 +9,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ _KERNEL_LIBRARY_BY_NAMESPACE = {
     "torchao": "executorch.kernels.quantized",
     "llama": "executorch.extension.llm.custom_ops.custom_ops",
 }
+_XNNPACK = "XnnpackBackend"
+# A float16 linear layer of 256 ones to 16 numbers; tests/test_engines.py makes it again.
+_PROBE = Path(__file__).with_name("accumulator.pte")
 # Delegates that are missing from builds, such as the wheel, made without an option.
 _BUILD_OPTIONS = {"VulkanBackend": "EXECUTORCH_BUILD_VULKAN", core_ml_delegate.NAME: "EXECUTORCH_BUILD_COREML"}
 
@@ -97,10 +102,34 @@ class LoadedProgram:
         return [output.numpy() for output in outputs]
 
     def placement(self) -> Placement:
-        return _placement(self._method)
+        placed = _placement(self._method)
+        if _XNNPACK in placed.delegates:
+            return replace(placed, accumulator_bits=accumulator_bits())
+        return placed
 
     def close(self) -> None:
         self._loaded = self._program = None
+
+
+@cache
+def accumulator_bits() -> int:
+    """In how many bits XNNPACK adds float16 products up on this processor, measured: 16 or 32.
+
+    The probe multiplies 2048 and 255 ones by ones, for 8 rows and 16 columns, so that a kernel like those of a graph
+    runs. float16 knows no number between 2048 and 2050, so that ones added to 2048 are lost where sums are float16.
+    """
+    import torch
+
+    bindings = _bindings()
+    row = torch.ones(1, 8, 256, dtype=torch.float16)
+    row[:, :, 0] = 2048
+    with _native_log():
+        try:
+            program = bindings._load_program(str(_PROBE))
+            (sums,) = program.load_method("forward")([row])
+        except (RuntimeError, ValueError) as err:
+            raise EngineError(f"ExecuTorch cannot run {_PROBE}: {err}; install pruneport again") from err
+    return 32 if float(sums.min()) >= 2048 + 254 else 16
 
 
 def _bindings() -> Any:
