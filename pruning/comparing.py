@@ -27,7 +27,7 @@ DIGIT = 64  # positions beyond WHOLE leave the graph as two whole numbers, of wh
 LEAST = 2.0**-13  # smaller divisors are no longer precise in float16
 UNIT = 1024.0  # distances and scores are kept times this, so that their rests stay above float16's smallest numbers
 FINE = 256.0  # rests of distances between keys are kept times this for the same reason
-GRAIN = 1024.0  # rests are whole multiples of 1 / GRAIN: what differs by less is float32's noise, and ties
+GRAIN = 4096.0  # rests are whole multiples of 1 / GRAIN: what differs by less is float32's noise, and ties
 MOST_COUNTED = 2047  # levels and channels are counted up to here
 MOST_NAMED = 14336  # numbers that float16 holds from 1 up to BEYOND
 SMALLEST, LARGEST = -13, 14  # as powers of two, between which sizes are brought near 1
@@ -118,6 +118,7 @@ class ComparingPruner(nn.Module):
                 raise SpecError(f"{count} {what} are too many; the float16 form can count {MOST_COUNTED} at most")
         self.spec = spec
         self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
+        self.turns = _names(self.steps + 1).tolist()[::-1]  # of the pivots and of each step, the earlier the larger
         # Places in an order are counted from the middle, so that they stay within -WHOLE .. WHOLE.
         self.middle = spec.tokens // 2
         at = torch.arange(spec.tokens)
@@ -260,10 +261,9 @@ class ComparingPruner(nn.Module):
         both = apart.beside(buffering, 1)
         thresholds = _settled(*(part * one for part in self.thresholds.unbind(-1)))
         levels = self.counts[:, :, : self.thresholds.shape[1]]
-        turns = (-_names(self.steps + 1)).tolist()[::-1]
         nearest = self._nearest(both, pivots)
         selected = pivots
-        when = pivots * turns[0]  # pivots come first, tokens that no step reaches last
+        when = pivots * -self.turns[0]  # pivots come first, tokens that no step reaches last
         scored = _Pair(pivots * 0.0, pivots * 0.0)
         limit = _Pair(nothing, nothing)
         level = rank = behind = nothing  # a pass: its number, places, and how many are done
@@ -288,7 +288,7 @@ class ComparingPruner(nn.Module):
             first = torch.where(accept, rank, BEYOND).amin(2, keepdim=True)
             behind = torch.where(self.ends > first, self.ends, BEYOND).amin(2, keepdim=True)
             taken = (accept & (rank < behind)).to(dtype)
-            when = when + taken * turns[number + 1]
+            when = when - taken * self.turns[number + 1]
             scored = scored.plus(score.times(taken))
             selected = selected + taken
             nearest = nearest.beside(self._nearest(both, taken), 2).least(2)
