@@ -138,7 +138,7 @@ class ComparingPruner(nn.Module):
             "thresholds": _parts((1.0 - torch.tensor(spec.levels(), dtype=torch.float64)[None]) * UNIT),
             "ends": (torch.arange(size, spec.tokens + size, size).clamp(max=spec.tokens) - self.middle).float()[None, None],
             "first_ones": (at < spec.keep).float()[None, None],
-            "digits": torch.stack(digits)[None],
+            "digits": torch.stack(digits)[None, :, None],
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
@@ -335,7 +335,7 @@ class ComparingPruner(nn.Module):
 
     def _positions(self, pick: Tensor) -> Tensor:
         """What one-hot rows pick, as whole numbers: (B, keep, N) -> (B, keep)."""
-        digits = [(pick * digit).sum(2) for digit in self.digits.split(1, 1)]
+        digits = [(pick * digit).sum(2) for digit in self.digits.unbind(1)]
         return digits[0] if len(digits) == 1 else digits[0].to(torch.int32) + digits[1].to(torch.int32)
 
     def _recovery(self, apart: _Pair, chosen: Tensor, pick: Tensor) -> Tensor:
