@@ -33,7 +33,9 @@ MOST_NAMED = 14336  # numbers that float16 holds from 1 up to BEYOND
 SMALLEST, LARGEST = -13, 14  # as powers of two, between which sizes are brought near 1
 BIASED = 4.0  # deviations from zero, from which on a channel's mean is taken out before squares are added up
 LARGEST_KEY = 2.0**12  # what keys are brought to, so that small ones beside it lose nothing and no difference overflows
-LONGEST = 64.0  # what the longest distance from the first pivot is brought to; no square of another reaches beyond BEYOND
+LONGEST = (
+    64.0  # what the longest distance from the first pivot is brought to; no square of another reaches beyond BEYOND
+)
 
 
 class _Pair(NamedTuple):
@@ -136,7 +138,9 @@ class ComparingPruner(nn.Module):
             "per_token": _parts(torch.full((1, 1), spec.tokens**-0.5, dtype=torch.float64)) * torch.tensor([1.0, UNIT]),
             "buffering": _parts(squared_distances(spec).sqrt() * spec.distance_slope * UNIT),
             "thresholds": _parts((1.0 - torch.tensor(spec.levels(), dtype=torch.float64)[None]) * UNIT),
-            "ends": (torch.arange(size, spec.tokens + size, size).clamp(max=spec.tokens) - self.middle).float()[None, None],
+            "ends": (torch.arange(size, spec.tokens + size, size).clamp(max=spec.tokens) - self.middle).float()[
+                None, None
+            ],
             "first_ones": (at < spec.keep).float()[None, None],
             "digits": torch.stack(digits)[None, :, None],
         }
@@ -152,7 +156,9 @@ class ComparingPruner(nn.Module):
         exporting = torch.compiler.is_exporting()
         (check_shapes if exporting else check_features)(keys, hidden, self.spec)
         if hidden.shape[2] > MOST_NAMED:
-            raise SpecError(f"hidden is {hidden.shape[2]} wide; the float16 form tells {MOST_NAMED} channels apart at most")
+            raise SpecError(
+                f"hidden is {hidden.shape[2]} wide; the float16 form tells {MOST_NAMED} channels apart at most"
+            )
         apart = self._apart(hidden)
         chosen, filled = self._expand(apart, self._pivots(keys))
         pick = self._pick(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Case:
     features: str
     spec: PruneSpec
     official_count: int
+    near_ties: tuple[tuple[int, int, int], ...]  # a dropped token and two kept ones, of which either may stand for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ def _cases() -> tuple[Case, ...]:
             name=row["name"],
             features=row["features"],
             official_count=row["official_count"],
+            near_ties=tuple((tie["dropped"], *tie["kept"]) for tie in row.get("near_ties", ())),
             spec=PruneSpec(
                 grid=tuple(row["grid"]),
                 keep=row["keep"],
@@ -94,6 +97,21 @@ every_program = pytest.mark.parametrize("program", PROGRAMS, ids=str)
 
 def _features(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return _tensor(f"{name}.keys").float()[None], _tensor(f"{name}.hidden").float()[None]
+
+
+def right_tokens(case: Case) -> list[torch.Tensor]:
+    """The answer, and those in which dropped tokens between two kept ones went to the other: (keep, D) each."""
+    hidden = _features(case.features)[1][0].double()
+    similarity = reference._similarity(hidden, case.spec)
+    answers = [_tensor(f"{case.name}.tokens")]
+    for others in itertools.product([False, True], repeat=len(case.near_ties)):
+        other = similarity.clone()
+        for dropped, *kept in itertools.compress(case.near_ties, others):
+            other[dropped, kept] = similarity[dropped, kept[::-1]]
+        if any(others):
+            indices = _tensor(f"{case.name}.indices").long()
+            answers.append(reference._recover(other, hidden, indices, case.spec).float())
+    return answers
 
 
 def _assert_golden(case: Case, tokens: np.ndarray | torch.Tensor, indices: np.ndarray | torch.Tensor) -> None:
