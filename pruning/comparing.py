@@ -1,12 +1,13 @@
 """VLM-Pruner with static shapes for engines that compute in float16 and can compare, such as a Snapdragon's NPU.
 
 The other static form tells numbers apart by multiplying their differences with 2^60, which float16 cannot hold. Here
-comparisons, selects and the smallest of a row do that work. Every count and place is a whole number that float16 holds.
+comparisons, selects and the smallest of a row do that work. Every count and place is a whole number that float16 holds:
+places in an order are counted from the middle, which doubles how far that goes.
 
 Float16 has 11 bits, and the choices turn on the 17th. The numbers that decide are therefore pairs: the nearest float16
 and what it leaves. Engines add up the terms of a product in float32 and round the total, so a second product that holds
-the same terms and the first total, negative, gives the rest. What only has to be brought into range is multiplied by
-powers of two, which rounds nothing.
+the same terms and the first total, negative, gives the rest. What differences of two numbers leave, float16 can compute
+itself. What only has to be brought into range is multiplied by powers of two, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ from pruning.reference import CANCELLATION, check_features, check_shapes, square
 from pruning.spec import RANK_EVERY, PruneSpec, SpecError
 
 BEYOND = 16384.0  # above every place and score, and far from float16's largest number
-MOST_TOKENS = 1024  # places and halves between them are exact in float16 up to here
+MOST_TOKENS = 4096  # places counted from the middle are whole numbers that float16 holds up to here
+WHOLE = 2048  # float16 holds every whole number up to here
+DIGIT = 64  # positions beyond WHOLE leave the graph as two whole numbers, of which one counts these
 LEAST = 2.0**-13  # smaller divisors are no longer precise in float16
 UNIT = 1024.0  # distances and scores are kept times this, so that their rests stay above float16's smallest numbers
-GRAIN = 1024.0  # rests are whole multiples of 1 / GRAIN: what differs by less is float32's noise, and ties
+FINE = 256.0  # rests of distances between keys are kept times this for the same reason
+GRAIN = 4096.0  # rests are whole multiples of 1 / GRAIN: what differs by less is float32's noise, and ties
 MOST_COUNTED = 2047  # levels and channels are counted up to here
-SMALLEST, LARGEST = -10, 14  # as powers of two, between which sizes are brought near 1
+MOST_NAMED = 14336  # numbers that float16 holds from 1 up to BEYOND
+SMALLEST, LARGEST = -13, 14  # as powers of two, between which sizes are brought near 1
 BIASED = 4.0  # deviations from zero, from which on a channel's mean is taken out before squares are added up
-LONGEST = 64.0  # what the longest key is shortened to, so that no squared distance reaches BEYOND
+LARGEST_KEY = 2.0**12  # what keys are brought to, so that small ones beside it lose nothing and no difference overflows
+LONGEST = 64.0  # what the longest distance from the first pivot is brought to: no other squared exceeds BEYOND
 
 
 class _Pair(NamedTuple):
@@ -66,6 +72,10 @@ class _Pair(NamedTuple):
         """The sum of numbers of which one is 0."""
         return _Pair(self.near + other.near, self.rest + other.rest)
 
+    def transposed(self) -> _Pair:
+        """Both with the last two axes exchanged."""
+        return _Pair(self.near.transpose(1, 2), self.rest.transpose(1, 2))
+
     def reshape(self, *shape: int) -> _Pair:
         """Both in another shape."""
         return _Pair(self.near.reshape(shape), self.rest.reshape(shape))
@@ -75,23 +85,33 @@ class ComparingPruner(nn.Module):
     """Keep `spec.keep` of N image tokens: `TokenPruner`'s interface and choices, in the dtype of the features.
 
     In float32 it differs from `reference.prune` only where two numbers tie to the last bits, because it adds up in
-    another order. In float16, with products that add up in float32, similarities are right to 3e-6 or so, and closer
-    choices fall either way.
+    another order. In float16, with products that add up in float32, similarities are right to 3e-6 or so, distances
+    between keys to a millionth of themselves, and closer choices fall either way. That holds for keys of any scale,
+    whatever all of them have in common, as far as float16 holds the keys themselves: of normally distributed ones it
+    leaves 6 bits behind an offset of 30 and none behind one of 2000.
+
+    A matrix of N x N float16 takes 33 MB at 4096 tokens. The compiled graph holds four as constants, and by count about 15 are
+    alive at once. Positions are int32 in an exported program beyond 2048 tokens, because float16 does not hold them.
 
     Source: arXiv 2512.02700; the static form is our own.
 
     Raises:
-        SpecError: more than MOST_TOKENS tokens, more than MOST_COUNTED channels or levels, shapes that do not fit, or
-            (outside an exported program) features that are not finite.
+        SpecError: more than MOST_TOKENS tokens, more than MOST_COUNTED channels or levels, more than MOST_NAMED hidden
+            channels, shapes that do not fit, or (outside an exported program) features that are not finite.
     """
 
+    counts: Tensor
     places: Tensor
+    names: Tensor
     earlier: Tensor
     same: Tensor
     powers: Tensor
     per_token: Tensor
     buffering: Tensor
     thresholds: Tensor
+    ends: Tensor
+    first_ones: Tensor
+    digits: Tensor
 
     def __init__(self, spec: PruneSpec) -> None:
         super().__init__()
@@ -104,15 +124,27 @@ class ComparingPruner(nn.Module):
                 raise SpecError(f"{count} {what} are too many; the float16 form can count {MOST_COUNTED} at most")
         self.spec = spec
         self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
+        self.turns = _names(self.steps + 1).tolist()[::-1]  # of the pivots and of each step, the earlier the larger
+        # Places in an order are counted from the middle, so that they stay within -WHOLE .. WHOLE.
+        self.middle = spec.tokens // 2
         at = torch.arange(spec.tokens)
+        size = min(spec.token_batch, spec.tokens)
+        # What precedes a token is counted in one sum, to which the token itself adds where counting starts.
+        earlier = (at[None, :] < at[:, None]).float() - torch.eye(spec.tokens) * float(self.middle)
+        digits = [at] if spec.tokens <= WHOLE else [at // DIGIT * DIGIT, at % DIGIT]
         constants = {
-            "places": torch.arange(max(spec.tokens, spec.channels + 1, len(spec.levels()))).float()[None, None],
-            "earlier": (at[None, :] < at[:, None]).float()[None],  # [i, j] is 1 where j comes before i
+            "counts": torch.arange(max(spec.channels + 1, len(spec.levels()))).float()[None, None],
+            "places": (at - self.middle).float()[None, None],
+            "names": _names(MOST_NAMED)[None, None],
+            "earlier": earlier[None],  # [i, j] is 1 where j comes before i
             "same": torch.eye(spec.tokens)[None],
             "powers": 2.0 ** torch.arange(SMALLEST, LARGEST).float()[None, None],
             "per_token": _parts(torch.full((1, 1), spec.tokens**-0.5, dtype=torch.float64)) * torch.tensor([1.0, UNIT]),
             "buffering": _parts(squared_distances(spec).sqrt() * spec.distance_slope * UNIT),
             "thresholds": _parts((1.0 - torch.tensor(spec.levels(), dtype=torch.float64)[None]) * UNIT),
+            "ends": (torch.arange(size, spec.tokens + size, size).clamp(max=spec.tokens) - self.middle)[None, None],
+            "first_ones": (at < spec.keep).float()[None, None],
+            "digits": torch.stack(digits)[None, :, None],
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
@@ -125,31 +157,37 @@ class ComparingPruner(nn.Module):
         """Like `forward`, and (B, 1): how many tokens the fill rule had to choose because the steps ran out."""
         exporting = torch.compiler.is_exporting()
         (check_shapes if exporting else check_features)(keys, hidden, self.spec)
+        if hidden.shape[2] > MOST_NAMED:
+            raise SpecError(
+                f"hidden is {hidden.shape[2]} wide; the float16 form tells {MOST_NAMED} channels apart at most"
+            )
         apart = self._apart(hidden)
         chosen, filled = self._expand(apart, self._pivots(keys))
         pick = self._pick(chosen)
         tokens = torch.bmm(self._recovery(apart, chosen, pick), hidden)
-        indices = (pick * self._tokens()).sum(2)
+        indices = self._positions(pick)
         return tokens, indices if exporting else indices.long(), filled.view(-1, 1)
 
     def _pivots(self, keys: Tensor) -> Tensor:
         """1 where a token is a pivot: (B, N, Dk) -> (B, 1, N)."""
-        batch, count, width = keys.shape
-        keys = keys * self._scale(keys.abs().amax((1, 2), keepdim=True))[1]
-        length = (keys * keys).sum(2, keepdim=True).amax(1, keepdim=True).sqrt()
-        keys = keys * self._scale(length * (1.0 / LONGEST))[1]
-        each = self.same[:, :1, :1].expand(batch * count, -1, -1)
-
-        def sums(left: Tensor, right: Tensor) -> _Pair:
-            """Per token over its channels: twice (B, N, Dk) -> (B, 1, N)."""
-            flat = left.reshape(batch * count, 1, width), right.reshape(batch * count, width, 1)
-            return _product(*flat, each).grained().reshape(batch, 1, count)
-
-        newest = self._first_largest(sums(keys.abs(), keys * 0.0 + 1.0 / LONGEST))
-        selected, nearest = newest, None
+        width = keys.shape[2]
+        keys = keys * (self._scale(keys.abs().amax((1, 2), keepdim=True))[1].clamp(max=8.0) * LARGEST_KEY)
+        # Lengths are compared with the first token's, so that what all keys have in common takes no bits.
+        size = keys.abs()
+        longer = _difference(size, size[:, :1])
+        each = torch.cat(longer, 2)
+        share = each * 0.0 + 0.5 ** math.ceil(math.log2(width))
+        newest = self._first_largest(self._dots(each, share, fine=FINE).transposed())
+        selected, nearest, bring = newest, None, None
         for _ in range(1, self.spec.first_pivots):
-            away = keys - torch.bmm(newest, keys)
-            distance = sums(away, away)
+            away = _difference(keys, torch.bmm(newest, keys))
+            if bring is None:
+                bring = self._scale(away.near.abs().amax((1, 2), keepdim=True))[1].clamp(max=32.0)
+                near = away.near * bring
+                length = (near * near).sum(2, keepdim=True).amax(1, keepdim=True).sqrt()
+                bring = bring * self._scale(length * (1.0 / LONGEST))[1].clamp(max=512.0)
+            near, rest = away.near * bring, away.rest * (bring * 2.0)
+            distance = self._dots(torch.cat([near, near], 2), torch.cat([near, rest], 2), fine=FINE).transposed()
             nearest = distance if nearest is None else nearest.beside(distance, 1).least(1)
             # Selected tokens are out of reach, so that identical keys still give distinct pivots.
             newest = self._first_largest(_Pair(nearest.near - selected * (2.0 * BEYOND), nearest.rest))
@@ -159,40 +197,35 @@ class ComparingPruner(nn.Module):
     def _apart(self, hidden: Tensor) -> _Pair:
         """1 - cosine similarity on the channels of largest variance, in units: (B, N, D) -> (B, N, N)."""
         if hidden.shape[2] > self.spec.channels:
-            hidden = hidden * self._strongest(hidden)
+            hidden = torch.bmm(hidden, self._strongest(hidden))
         row = hidden * self._scale(hidden.abs().amax(2, keepdim=True))[1]
         row = row * self._scale((row * row).sum(2, keepdim=True).sqrt())[1]
-        same = self.same.expand(len(hidden), -1, -1)
-        products = _product(row * UNIT, row.transpose(1, 2), same)
-        square = _Pair(*((part * same).sum(2, keepdim=True) for part in products))
-        shorten = self._one_over_root(square)
-        # Twice each row over its token's length, the second time of the transposed.
-        left = torch.cat([same * shorten.near, same * shorten.rest, same * shorten.near], 2)
-        half = _product(left, _stacked(products), same)
-        turned = _Pair(half.near.transpose(1, 2), half.rest.transpose(1, 2))
-        one = row[:, :, :1] * 0.0 + 1.0
-        unit = one.transpose(1, 2) * UNIT
-        return _product(torch.cat([-left, one], 2), torch.cat([_stacked(turned), unit], 1), same).grained()
+        unit = self._unit(row)
+        one = unit.near[:, :, :1] * 0.0 + 1.0
+        left = torch.cat([-unit.near, -unit.near, -unit.rest, one], 2)
+        right = torch.cat([unit.near, unit.rest, unit.near, one * UNIT], 2)
+        return _product(left, right.transpose(1, 2), self.same.expand(len(hidden), -1, -1)).grained()
 
-    @staticmethod
-    def _one_over_root(square: _Pair) -> _Pair:
+    def _unit(self, row: Tensor) -> _Pair:
+        """Rows of lengths between 1/2 and 1 brought to that of which the square is UNIT: (B, N, D) -> (B, N, D)."""
+        batch, count, width = row.shape
+        square = self._dots(row * UNIT, row)
+        shorten = torch.cat(self._one_over_root(square), 2).reshape(batch * count, 1, 2)
+        rows = torch.stack([row * UNIT**0.5, row * UNIT**-0.5], 2).reshape(batch * count, 2, width)
+        return _product(shorten, rows, self._ones(batch * count)).reshape(batch, count, width)
+
+    def _one_over_root(self, square: _Pair) -> _Pair:
         """1 over the root of numbers in units, with the rest in 1 / UNIT: (B, N, 1) -> (B, N, 1)."""
-        shape = square.near.shape
         first = 1.0 / (square.near * (1.0 / UNIT)).clamp(min=LEAST).sqrt()
-        one = first * 0.0 + 1.0
-        each = one.reshape(-1, 1, 1)
-
-        def dot(left: list[Tensor], right: list[Tensor]) -> _Pair:
-            flat = torch.cat(left, 2).reshape(-1, 1, len(left)), torch.cat(right, 2).reshape(-1, len(right), 1)
-            return _product(*flat, each).reshape(*shape)
-
-        times_first = dot([square.near, square.rest], [first, first])
-        missing = dot([one * UNIT, times_first.near, times_first.rest], [one, -first, -first])  # 1 - square / root^2
+        times_first = self._dots(torch.cat(square, 2), torch.cat([first, first], 2))
+        unit = first * 0.0 + UNIT
+        # 1 - square / root^2
+        missing = self._dots(torch.cat([unit, *times_first], 2), torch.cat([unit * (1.0 / UNIT), -first, -first], 2))
         return _Pair(first, first * (missing.near * 0.5))
 
     def _strongest(self, hidden: Tensor) -> Tensor:
-        """1 for the channels of largest variance, 0 for the others: (B, N, D) -> (B, 1, D)."""
-        batch, count, width = hidden.shape
+        """One-hot columns that pick the channels of largest variance: (B, N, D) -> (B, D, channels)."""
+        count, wanted = hidden.shape[1], self.spec.channels
         mean = hidden.mean(1, keepdim=True)
         centred = hidden - mean
         reach = centred.abs().amax(1, keepdim=True)
@@ -200,24 +233,28 @@ class ComparingPruner(nn.Module):
         deviation = reach * (share * share).mean(1, keepdim=True).sqrt()  # without squares beyond float16
         biased = (mean.abs() > deviation * BIASED).to(hidden.dtype)
         scale, inverse = self._scale(deviation.transpose(1, 2))
-        scaled = (hidden - mean * biased).transpose(1, 2) * inverse
+        scaled = (hidden - mean * biased) * inverse.transpose(1, 2)
         # The sum of squares less the square of the sum, in one product. `per_token` is 1 / sqrt(N).
-        one = scaled[:, :, :1] * 0.0 + 1.0
-        weights = self.per_token.expand(batch, count, 2).transpose(1, 2).reshape(batch, 2 * count, 1)
-        total = _product(torch.cat([scaled, scaled * (1.0 / UNIT)], 2), weights, one[:, :1])
-        left = torch.cat([scaled, total.near, total.near, one], 2).reshape(batch * width, 1, count + 3)
-        right = torch.cat([scaled, -total.near, total.rest * -2.0, one * (0.5 * count)], 2)
-        each = one.reshape(batch * width, 1, 1)
-        variance = _product(left, right.reshape(batch * width, count + 3, 1), each).grained().reshape(batch, 1, width)
+        weights = self.per_token.expand(len(hidden), count, 2).transpose(1, 2).reshape(len(hidden), 1, 2 * count)
+        both = torch.cat([scaled, scaled * (1.0 / UNIT)], 1)
+        total = _product(weights, both, self._ones(len(hidden))).transposed()
+        scaled, one = scaled.transpose(1, 2), scale * 0.0 + 1.0
+        half = float(count // (2 * DIGIT) * DIGIT)  # in two parts that float16 holds
+        left = torch.cat([scaled, total.near, total.near, one, one], 2)
+        right = torch.cat([scaled, -total.near, total.rest * -2.0, one * half, one * (0.5 * count - half)], 2)
+        variance = self._dots(left, right).grained().transposed()
         # Grows with the variance, across the scales too.
         order = variance.near * 0.5 ** math.ceil(math.log2(count)) * scale.transpose(1, 2)
-        lowest = order.topk(self.spec.channels, dim=2).values[:, :, -1:]
-        certain, tied = (order > lowest).to(order.dtype), order == lowest
-        room = float(self.spec.channels) - certain.sum(2, keepdim=True)
-        rests = torch.where(tied, variance.rest, -BEYOND).topk(self.spec.channels, dim=2).values
-        last = (self.places[:, :, 1 : self.spec.channels + 1] == room).to(order.dtype)
-        enough = variance.rest >= (rests * last).sum(2, keepdim=True)
-        return certain + (tied & enough).to(order.dtype)
+        lowest = order.topk(wanted, dim=2).values[:, :, -1:]
+        certain, tied = order > lowest, order == lowest
+        room = float(wanted) - certain.to(order.dtype).sum(2, keepdim=True)
+        rests = torch.where(tied, variance.rest, -BEYOND)
+        last = (self.counts[:, :, 1 : wanted + 1] == room).to(order.dtype)
+        enough = (rests.topk(wanted, dim=2).values * last).sum(2, keepdim=True)
+        # The best channels have numbers above 0; of those that tie in both the first has the largest below.
+        names = self.names[:, :, : hidden.shape[2]]
+        names = torch.where(certain | (rests > enough), names, torch.where(rests == enough, -names, -BEYOND))
+        return (names.transpose(1, 2) == names.topk(wanted, dim=2).values).to(hidden.dtype)
 
     def _expand(self, apart: _Pair, pivots: Tensor) -> tuple[Tensor, Tensor]:
         """Centrifugal expansion: (B, 1, N) with 1 for the `keep` tokens that stay, and how many of them filled up.
@@ -225,16 +262,16 @@ class ComparingPruner(nn.Module):
         A step accepts from the first batch of the running pass that has something to accept. Tokens are scored by one
         minus their adjusted similarity.
         """
-        size, keep, dtype = min(self.spec.token_batch, self.spec.tokens), float(self.spec.keep), pivots.dtype
+        dtype = pivots.dtype
         nothing = pivots[:, :, :1] * 0.0
         one = nothing + 1.0
         buffering = _settled(*(part * one for part in self.buffering.unbind(-1)))
         both = apart.beside(buffering, 1)
         thresholds = _settled(*(part * one for part in self.thresholds.unbind(-1)))
-        places = self.places[:, :, : self.thresholds.shape[1]]
+        levels = self.counts[:, :, : self.thresholds.shape[1]]
         nearest = self._nearest(both, pivots)
         selected = pivots
-        when = (1.0 - pivots) * (self.steps + 1.0)  # pivots come first, tokens that no step reaches last
+        when = pivots * -self.turns[0]  # pivots come first, tokens that no step reaches last
         scored = _Pair(pivots * 0.0, pivots * 0.0)
         limit = _Pair(nothing, nothing)
         level = rank = behind = nothing  # a pass: its number, places, and how many are done
@@ -243,30 +280,30 @@ class ComparingPruner(nn.Module):
             left = _Pair(score.near - selected * BEYOND, score.rest)
             if number % RANK_EVERY == 0:
                 # A new pass if the running one has nothing left to accept; levels that accept nothing are skipped.
-                going_on = nothing
-                if number:
-                    going_on = (left.exceeds(limit) & (rank >= behind)).to(dtype).amax(2, keepdim=True)
-                begin = 1.0 - going_on
                 best = _Pair(-left.near, -left.rest).least(2)
                 useful = _Pair(-thresholds.near, -thresholds.rest).exceeds(best).to(dtype)
                 useless = (1.0 - useful).sum(2, keepdim=True)
-                useful = torch.maximum(useless, level + 1.0) if number else useless
-                level = level * going_on + useful * begin
-                at_level = thresholds.times((places == level).to(dtype))
+                if number:
+                    going_on = (left.exceeds(limit) & (rank >= behind)).to(dtype).amax(2, keepdim=True) > 0.0
+                    level = torch.where(going_on, level, torch.maximum(useless, level + 1.0))
+                    rank = torch.where(going_on, rank, self._rank(left))
+                    behind = torch.where(going_on, behind, -BEYOND)
+                else:
+                    level, rank, behind = useless, self._rank(left), nothing - BEYOND
+                at_level = thresholds.times((levels == level).to(dtype))
                 limit = _Pair(at_level.near.sum(2, keepdim=True), at_level.rest.sum(2, keepdim=True))
-                rank = rank * going_on + self._rank(left) * begin
-                behind = behind * going_on
             accept = left.exceeds(limit) & (rank >= behind)
             first = torch.where(accept, rank, BEYOND).amin(2, keepdim=True)
-            behind = (torch.floor((first + 0.5) * (1.0 / size)) + 1.0) * size
+            behind = torch.where(self.ends > first, self.ends, BEYOND).amin(2, keepdim=True)
             taken = (accept & (rank < behind)).to(dtype)
-            when = when - taken * float(self.steps - number)
+            when = when - taken * self.turns[number + 1]
             scored = scored.plus(score.times(taken))
             selected = selected + taken
             nearest = nearest.beside(self._nearest(both, taken), 2).least(2)
         scored = scored.plus(self._score(nearest).times(1.0 - selected))
-        filled = torch.relu(keep - selected.sum(2))
-        return (self._rank(scored, before=when) < keep).to(dtype), filled
+        filled = torch.relu((self.first_ones - selected).sum(2))
+        place = self._rank(scored, before=when)
+        return (place < float(self.spec.keep - self.middle)).to(dtype), filled
 
     @staticmethod
     def _nearest(both: _Pair, tokens: Tensor) -> _Pair:
@@ -284,11 +321,13 @@ class ComparingPruner(nn.Module):
         one, half = a * 0.0 + 1.0, UNIT**-0.5
         left = torch.cat([a * half, b, a, a * share, b_rest, a_rest, a_rest], 2)
         right = torch.cat([b * half, -one, one, b_rest, -one, one, b * share], 2)
-        each = one.reshape(-1, 1, 1)
-        return _product(left.reshape(-1, 1, 7), right.reshape(-1, 7, 1), each).grained().reshape(-1, 1, count)
+        return self._dots(left, right).grained().transposed()
 
     def _rank(self, score: _Pair, *, before: Tensor | None = None) -> Tensor:
-        """Place of each token when the largest score comes first, or the smallest `before`: (B, 1, N) -> (B, 1, N)."""
+        """Place of each token, counted from the middle: the largest score first, or the smallest `before`.
+
+        All are (B, 1, N).
+        """
         own = _Pair(score.near.transpose(1, 2), score.rest.transpose(1, 2))
         ahead = torch.where(score.rest == own.rest, self.earlier, (score.rest > own.rest).to(score.near.dtype))
         ahead = torch.where(score.near == own.near, ahead, (score.near > own.near).to(ahead.dtype))
@@ -302,6 +341,11 @@ class ComparingPruner(nn.Module):
         place = (self.earlier * chosen).sum(2)[:, None]
         return (place == self._slots()).to(chosen.dtype) * chosen
 
+    def _positions(self, pick: Tensor) -> Tensor:
+        """What one-hot rows pick, as whole numbers: (B, keep, N) -> (B, keep)."""
+        digits = [(pick * digit).sum(2) for digit in self.digits.unbind(1)]
+        return digits[0] if len(digits) == 1 else digits[0].to(torch.int32) + digits[1].to(torch.int32)
+
     def _recovery(self, apart: _Pair, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
         to_kept = _Pair(torch.bmm(pick, apart.near), torch.bmm(pick, apart.rest))
@@ -313,18 +357,24 @@ class ComparingPruner(nn.Module):
         return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=LEAST))
 
     def _slots(self) -> Tensor:
-        """A column of 0, 1, 2 ...: (1, keep, 1)."""
+        """The places of the kept tokens among themselves: (1, keep, 1)."""
         return self.places[:, :, : self.spec.keep].transpose(1, 2)
-
-    def _tokens(self) -> Tensor:
-        """A row of 0, 1, 2 ...: (1, 1, N)."""
-        return self.places[:, :, : self.spec.tokens]
 
     def _first_largest(self, score: _Pair) -> Tensor:
         """One-hot of the first largest element of a row: (B, 1, N) -> (B, 1, N)."""
         rest = torch.where(score.near >= score.near.amax(2, keepdim=True), score.rest, -BEYOND)
-        first = torch.where(rest >= rest.amax(2, keepdim=True), self._tokens(), BEYOND).amin(2, keepdim=True)
-        return (self._tokens() == first).to(rest.dtype)
+        first = torch.where(rest >= rest.amax(2, keepdim=True), self.places, BEYOND).amin(2, keepdim=True)
+        return (self.places == first).to(rest.dtype)
+
+    def _dots(self, left: Tensor, right: Tensor, *, fine: float = 1.0) -> _Pair:
+        """Rows times rows, with the rest times `fine`: twice (B, M, K) -> (B, M, 1)."""
+        batch, count, width = left.shape
+        left, right = left.reshape(-1, 1, width), right.reshape(-1, width, 1)
+        return _product(left, right, self._ones(batch * count), fine=fine).reshape(batch, count, 1)
+
+    def _ones(self, count: int) -> Tensor:
+        """The identity of products with one row: (count, 1, 1)."""
+        return self.same[:, :1, :1].expand(count, -1, -1)
 
     def _scale(self, size: Tensor) -> tuple[Tensor, Tensor]:
         """The power of two above each size, and its inverse, which brings it into 1/2 .. 1: (B, M, 1) twice."""
@@ -339,9 +389,19 @@ def _parts(values: Tensor) -> Tensor:
     return torch.stack([near, values.double() - near], -1)
 
 
-def _stacked(pair: _Pair) -> Tensor:
-    """What a product takes on its right for a pair, times a number, its rest in 1 / UNIT and the number again."""
-    return torch.cat([pair.near, pair.near * (1.0 / UNIT), pair.rest], 1)
+def _names(count: int) -> Tensor:
+    """Numbers that float16 tells apart, ascending from 1: (count,)."""
+    return torch.arange(0x3C00, 0x3C00 + count, dtype=torch.int16).view(torch.float16).float()
+
+
+def _difference(rows: Tensor, row: Tensor) -> _Pair:
+    """Each row less one, exactly: (B, N, D) and (B, 1, D) -> (B, N, D).
+
+    Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
+    """
+    near = rows - row
+    back = near - rows
+    return _Pair(near, (rows - (near - back)) - (row + back))
 
 
 def _settled(near: Tensor, rest: Tensor) -> _Pair:
@@ -350,7 +410,9 @@ def _settled(near: Tensor, rest: Tensor) -> _Pair:
     return _Pair(total, (near - total) + rest).grained()
 
 
-def _product(left: Tensor, right: Tensor, identity: Tensor) -> _Pair:
-    """Matrix product as pairs: (B, M, K), (B, K, N) and the identity (B, N, N) -> (B, M, N)."""
+def _product(left: Tensor, right: Tensor, identity: Tensor, *, fine: float = 1.0) -> _Pair:
+    """Matrix product with the rests times `fine`: (B, M, K), (B, K, N) and the identity (B, M, M) -> (B, M, N)."""
     near = torch.bmm(left, right)
-    return _Pair(near, torch.bmm(torch.cat([left, -near], 2), torch.cat([right, identity], 1)))
+    if fine != 1.0:
+        right, identity = right * fine, identity * fine
+    return _Pair(near, torch.bmm(torch.cat([left, identity], 2), torch.cat([right, -near], 1)))

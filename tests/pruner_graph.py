@@ -10,6 +10,7 @@ from torch import Tensor
 from export.graphs.graph import Graph
 from export.targets import COREML, ONNX, XNNPACK, LoweredGraph
 from pruning import ComparingPruner, TokenPruner
+from pruning.comparing import WHOLE
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 from runtime.engines import ENGINES, LoadedGraph
 
@@ -30,7 +31,9 @@ class PrunerGraph(Graph):
 
     def output_infos(self) -> tuple[TensorInfo, ...]:
         keep = self.pruner.spec.keep
-        return (_info("tokens", 1, keep, self.hidden_width), _info("indices", 1, keep))
+        whole = isinstance(self.pruner, ComparingPruner) and self.pruner.spec.tokens > WHOLE
+        indices = TensorInfo(name="indices", shape=(1, keep), dtype="int32" if whole else "float32")
+        return (_info("tokens", 1, keep, self.hidden_width), indices)
 
     def forward(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         tokens, indices = self.pruner(keys, hidden)

@@ -189,9 +189,10 @@ class VisionEncoder(Graph):
 
     @staticmethod
     def _pruned(pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1), all float32"""
+        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1)"""
         tokens, indices, filled = pruner.select(keys.float(), hidden.float())
-        return tokens, indices.float(), filled
+        # Those of many tokens come as int32, because engines that compute in float16 would round them.
+        return tokens, indices if indices.dtype == torch.int32 else indices.float(), filled
 
 
 def build_vision_encoder(
