@@ -388,8 +388,8 @@ def _alternatives(keys: Tensor, hidden: Tensor, spec: PruneSpec, kept: Tensor) -
     draw = torch.Generator().manual_seed(0)
     found: dict[tuple[int, ...], Tensor] = {}
     for _ in range(_DRAWS):
-        moved = (x.double() * (1.0 + _MOVED_BY * torch.randn(x.shape, generator=draw)) for x in (keys, hidden))
-        indices = reference.prune(*moved, spec)[1][0]
+        moved = [x.double() * (1.0 + _MOVED_BY * torch.randn(x.shape, generator=draw)) for x in (keys, hidden)]
+        indices = reference.prune(moved[0], moved[1], spec)[1][0]
         if not torch.equal(indices, kept):
             found[tuple(indices.tolist())] = indices
     return torch.stack([*found.values()]) if found else kept.new_zeros(0, len(kept))

@@ -135,6 +135,7 @@ def export_bundle(
     calibration: str | os.PathLike[str] | None = None,
     output_dir: str | os.PathLike[str] = "bundles",
     twin: bool = False,
+    force: bool = False,
     progress: bool = False,
 ) -> Exported:
     """Makes a bundle from a checkpoint and checks it in its engine, as `pruneport export` does.
@@ -169,6 +170,7 @@ def export_bundle(
             calibration=_word(calibration),
             output_dir=str(output_dir),
             twin=twin,
+            force=force,
         )
     )
     shown = Progress(stages=stage_count(planned), quiet=not progress)

@@ -90,8 +90,9 @@ class ComparingPruner(nn.Module):
     whatever all of them have in common, as far as float16 holds the keys themselves: of normally distributed ones it
     leaves 6 bits behind an offset of 30 and none behind one of 2000.
 
-    A matrix of N x N float16 takes 33 MB at 4096 tokens. The compiled graph holds four as constants, and by count about 15 are
-    alive at once. Positions are int32 in an exported program beyond 2048 tokens, because float16 does not hold them.
+    A matrix of N x N float16 takes 33 MB at 4096 tokens. The compiled graph holds four as constants, and by count about
+    15 are alive at once. Positions are int32 in an exported program beyond 2048 tokens, because float16 does not hold
+    them.
 
     Source: arXiv 2512.02700; the static form is our own.
 

@@ -12,7 +12,7 @@ from runtime.bundle import GraphInfo, Manifest
 from runtime.errors import BundleError
 from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from runtime.ready_made import EMBED_TOKENS
-from runtime.recovery import Recovery
+from runtime.recovery import Moved, Recovery
 
 # Below this norm a tensor counts as zero, so that relative errors stay finite numbers that JSON can hold.
 _TINY = 1e-12
@@ -523,7 +523,8 @@ def _compare_rows(
     same = np.array_equal(*ids)
     rows = want[0, prefix:].astype(np.float64) if same else recovery.rows(kept, recovery.standing(kept).slot)
     compared = "all" if same else f"all, {len(np.setdiff1d(kept, expected_ids))} of {len(kept)} tokens chosen otherwise"
-    outside, moved = _outside(rows, got, bound), ()
+    outside = _outside(rows, got, bound)
+    moved: tuple[Moved, ...] = ()
     if outside.any():
         rows, moved = recovery.decided_as(kept, got, outside, resolution=bound.resolution)
         outside = _outside(rows, got, bound)

@@ -139,11 +139,11 @@ class Recovery:
     def _candidates(self, token: int, kept: np.ndarray, slot: np.ndarray, resolution: float) -> np.ndarray:
         """Slots of the kept tokens that are less than `resolution` less similar than the most similar one."""
         to_kept = self.similarity[token, kept]
-        return np.flatnonzero(to_kept[slot[token]] - to_kept < resolution)
+        return np.asarray(np.flatnonzero(to_kept[slot[token]] - to_kept < resolution))
 
     def _some_rows(self, kept: np.ndarray, slot: np.ndarray, which: Sequence[int]) -> np.ndarray:
         """The rows of some kept tokens, by their slots: (K,), (N,) -> (len(which), D)."""
-        rows = self.hidden[kept[list(which)]]
+        rows: np.ndarray = self.hidden[kept[list(which)]]
         for row, one in zip(rows, which, strict=True):
             members = np.flatnonzero(slot == one)
             weight = self.similarity[members, kept[one]]

@@ -41,6 +41,7 @@ class FakeCheckpoint:
     """Weights that nobody reads."""
 
     folder: Path | None = None
+    config = POCKET.config
     geometry = POCKET.geometry
 
     def identity(self) -> WeightsInfo:

@@ -130,7 +130,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def _resolved_at(judged: Judged, monkeypatch: pytest.MonkeyPatch, *, near: int) -> list[int]:
     """Moves the resolution so that just `near` dropped tokens lie below it; all tokens, the nearest tie first."""
-    order = np.argsort(judged.standing.margin, kind="stable").tolist()
+    order: list[int] = np.argsort(judged.standing.margin, kind="stable").tolist()
     between = float(judged.standing.margin[order[near - 1 : near + 1]].mean())
     judged.bound = msgspec.structs.replace(BOUNDS["fp16"], resolution=between)
     monkeypatch.setitem(BOUNDS, "fp16", judged.bound)
@@ -149,11 +149,12 @@ def test_a_near_tie_is_reported_and_passes(manifest: Manifest, monkeypatch: pyte
         for tie in hidden.near_ties:
             slots = judged.standing.slot[tie.token], judged.otherwise(tie.token)[tie.token]
             margin = float(judged.standing.margin[tie.token])
+            assert tie.margin == pytest.approx(margin)
             assert tie == NearTie(
                 token=tie.token,
                 desktop=int(judged.kept[slots[0]]),
                 engine=int(judged.kept[slots[1]]),
-                margin=pytest.approx(margin),
+                margin=tie.margin,
                 resolution=judged.bound.resolution,
             )
         assert msgspec.json.decode(msgspec.json.encode(result), type=GraphParity) == result

@@ -119,8 +119,8 @@ def pocket_cache() -> Path:
         return (Path(shared) if shared else Path.home() / ".cache") / "pruneport"
     except RuntimeError as error:
         raise OutputError(
-            "the pocket model has no place to be kept: this user has no home folder; set PRUNEPORT_CACHE to a folder "
-            "that can be written"
+            f"the pocket model has no place to be kept: this user has no home folder ({error}); "
+            "set PRUNEPORT_CACHE to a folder that can be written"
         ) from error
 
 
