@@ -33,10 +33,10 @@ demo: $(STAMP)
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --output-dir $(DEMO_DIR)
 
+# Tests and converters keep one core busy each: they run side by side. Files stay whole, because their tests share exports.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
-# A converter keeps one core busy: these run side by side. Files stay whole, because their tests share exports.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not golden and not full" -n auto --dist loadfile
 
