@@ -20,7 +20,9 @@ from export.models import MODELS
 from export.models.llava import LlavaGeometry, ModelEntry
 from export.models.pocket import POCKET, pocket_folder
 from pruning import PruneSpec
+from runtime.engines.executorch import accumulator_bits
 from runtime.errors import CheckpointError, ExportError
+from runtime.parity import BOUNDS, SUMS_IN_16_BITS, compare
 from tests.tiny_llava import CONFIG, TINY
 
 TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
@@ -361,5 +363,11 @@ def test_xnnpack_takes_everything_but_casts(
         assert int(chosen[-1]) < first + encoder.image_tokens
         return
     tolerance = 1e-4 if precision == "fp32" else 2e-2
+    # Where the processor adds float16 up in 16 bits, that is what a phone's kernels are judged by, too.
+    sums_in_16_bits = precision == "fp16" and accumulator_bits() == 16
     for info, one, other in zip(encoder.output_infos(), got, encoder(pixels), strict=True):
-        torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, msg=info.name)
+        if sums_in_16_bits:
+            name, expected, found = info.name, other.double().numpy(), one.double().numpy()
+            assert compare(name, expected, found, bound=BOUNDS[SUMS_IN_16_BITS]).passed
+        else:
+            torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, msg=info.name)
