@@ -285,7 +285,8 @@ class ComparingPruner(nn.Module):
                 useful = _Pair(-thresholds.near, -thresholds.rest).exceeds(best).to(dtype)
                 useless = (1.0 - useful).sum(2, keepdim=True)
                 if number:
-                    going_on = (left.exceeds(limit) & (rank >= behind)).to(dtype).amax(2, keepdim=True) > 0.0
+                    going_on = (left.exceeds(limit) & (rank >= behind)).to(dtype).amax(2, keepdim=True)
+                    going_on = going_on > 0.25  # not 0, a constant that quantised operators have, and would share
                     level = torch.where(going_on, level, torch.maximum(useless, level + 1.0))
                     rank = torch.where(going_on, rank, self._rank(left))
                     behind = torch.where(going_on, behind, -BEYOND)
