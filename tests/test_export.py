@@ -97,7 +97,6 @@ def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
     ("words", "name"),
     [
         (["--backend", "onnx", "--precision", "fp16"], "pocket-keep8-android-onnx-fp16"),
-        (["--backend", "onnx", "--prune-at", "projector"], "pocket-keep8-android-onnx-projector"),
         (["--backend", "onnx", "--weights", "random", "--seed", "3"], "pocket-keep8-android-onnx-random"),
         (["--backend", "onnx", "--quant-text", "int4"], "pocket-keep8-android-onnx-text-int4"),
         (
