@@ -333,7 +333,7 @@ def _verify(args: argparse.Namespace) -> int:
         verdict = verify(path)
     bundle = read_bundle(path)
     if args.quiet:
-        print(verdict_word(verdict))
+        print(verdict.outcome)
     else:
         _show(bundle, verdict, next_command=_command("export", "--help"))
     return _exit_code(verdict)
@@ -425,10 +425,5 @@ def _command(*words: str) -> str:
     return shlex.join([str(interpreter.relative_to(Path.cwd())) if near else "python", "-m", "pruneport", *words])
 
 
-def verdict_word(verdict: Verdict) -> str:
-    """`failed`, `not checked` or `passed`: the worst that happened in any step."""
-    return verdict.outcome
-
-
 def _exit_code(verdict: Verdict) -> int:
-    return {"passed": PASSED, "failed": FAILED, "not checked": NOT_CHECKED}[verdict_word(verdict)]
+    return {"passed": PASSED, "failed": FAILED, "not checked": NOT_CHECKED}[verdict.outcome]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from export.backends.executorch import FILE, lower_to_core_ml
-from export.cli import verdict_word
 from export.graphs.graph import Graph
 from export.graphs.norms import RmsNorm
 from export.request import Request, plan
@@ -170,5 +169,5 @@ def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path)
     manifest["graphs"][0]["coverage"][0]["partitions"] = 2
     (changed / MANIFEST).write_text(json.dumps(manifest))
     verdict = verify(changed)
-    assert verdict_word(verdict) == "failed"
+    assert verdict.outcome == "failed"
     assert [step.name for step in verdict.failed_steps] == [f"delegates of {manifest['graphs'][0]['name']}"]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from export.backends.nnapi import CONFIG_FILE, LEFT, lower
-from export.cli import verdict_word
 from export.graphs.graph import Graph
 from export.request import Request, plan
 from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, TensorInfo, read_bundle
@@ -110,7 +109,7 @@ def test_bundle_is_compared_and_its_delegate_not_checked(tmp_path: Path) -> None
         on = msgspec.structs.replace(manifest.target, backend="nnapi")
         writer.commit(msgspec.structs.replace(manifest, graphs=(graph,), target=on))
     verdict = check_bundle(tmp_path / "b", out_dir=tmp_path / "out")
-    assert verdict_word(verdict) == "not checked"
+    assert verdict.outcome == "not checked"
     assert _step(verdict, f"parity of {VISION}").status == "passed"
     (step,) = verdict.unchecked_steps
     assert (step.name, step.remedy) == (f"delegates of {VISION}", "run the bundle on an Android phone")

@@ -299,7 +299,7 @@ def test_exit_code_tells_what_the_check_found(
     )
     stream = io.StringIO()
     made = pipeline.export(planned, progress=Progress(stages=7, stream=stream), version="0")
-    assert cli.verdict_word(made.verdict) == word
+    assert made.verdict.outcome == word
     assert f"parity {word}: because; do this" in stream.getvalue()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from export.backends.executorch import FILE, VULKAN, lower
-from export.cli import main, verdict_word
+from export.cli import main
 from export.graphs.graph import Graph
 from export.request import Request, plan
 from runtime.bundle import MANIFEST, BundleWriter, TensorInfo, read_bundle
@@ -116,7 +116,7 @@ def _step(verdict: Verdict, name: str) -> Step:
 
 def test_bundle_is_not_checked_rather_than_passed(bundle: Path, tmp_path: Path) -> None:
     verdict = check_bundle(bundle, out_dir=tmp_path / "out")
-    assert verdict_word(verdict) == "not checked"
+    assert verdict.outcome == "not checked"
     (step,) = verdict.unchecked_steps
     assert (step.name, step.remedy) == (f"parity of {VISION}", REMEDY)
     assert step.detail == f"the ExecuTorch engine installed here has no {DELEGATE}"
@@ -142,7 +142,7 @@ def test_promise_that_the_program_breaks_fails_even_where_it_cannot_run(bundle: 
     (changed / MANIFEST).write_text(json.dumps(manifest))
     verdict = verify(changed)
     (step,) = verdict.failed_steps
-    assert (step.name, verdict_word(verdict)) == (f"delegates of {VISION}", "failed")
+    assert (step.name, verdict.outcome) == (f"delegates of {VISION}", "failed")
     assert "the manifest says 2 partitions, the program makes 1 delegate call" in step.detail
 
 
