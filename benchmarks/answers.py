@@ -145,7 +145,7 @@ def _entry(layers: int) -> ModelEntry:
 def _context(entry: ModelEntry, keep: int) -> Context:
     from export.graphs.decoder import Context
 
-    return Context(entry.geometry, prefix=entry.prefix_tokens, keep=keep, layer=2, text=TEXT_TOKENS)
+    return Context(entry.geometry, prefix=entry.prefix_tokens, keep=keep, cut=2, text=TEXT_TOKENS)
 
 
 def _weight_bytes(entry: ModelEntry, scheme: str) -> int:
@@ -185,7 +185,7 @@ def _lower(layers: int, keep: int | None, scheme: str, folder: Path) -> None:
     entry = _entry(layers)
     checkpoint = open_checkpoint(entry, weights="random", seed=0)
     spec = None if keep is None else PruneSpec(keep=keep)
-    encoder = build_vision_encoder(checkpoint, entry, spec, placement="decoder", layer=2, quant_layers=scheme)
+    encoder = build_vision_encoder(checkpoint, entry, spec, quant_layers=scheme)
     width, tokens = entry.geometry.text.hidden, encoder.image_tokens
     context = _context(entry, encoder.keep)
     if context.prefix != encoder.prefix_length:
@@ -292,8 +292,8 @@ class _Side:
 
         image = context.first_text - context.prefix
         kept = context.prefix + context.keep
-        prefill = context.layer * layer(image, context.first_text)
-        prefill += (context.layers - context.layer - 1) * layer(kept, kept)
+        prefill = context.cut * layer(image, context.first_text)
+        prefill += (context.layers - context.cut - 1) * layer(kept, kept)
         prefill += 2.0 * kept * text.hidden * 2 * keys  # of the last layer only keys and values
         question = sum(layer(self.chunk, context.entries(i) + self.chunk) for i in range(context.layers))
         question += 2.0 * self.chunk * text.hidden * text.vocab

@@ -161,7 +161,7 @@ def _desktop(pixels: np.ndarray, keep: int, question: list[int]) -> dict[str, np
     text = SampleText(ids=tuple(question), question=tuple(question))
     spec = PruneSpec(grid=POCKET.geometry.grid, keep=keep)
     checkpoint = open_checkpoint(POCKET)
-    return make_golden(checkpoint, POCKET, spec, placement="decoder", pixel_values=pixels, text=text)
+    return make_golden(checkpoint, POCKET, spec, pixel_values=pixels, text=text)
 
 
 def _tools() -> dict[str, str]:

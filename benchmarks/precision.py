@@ -104,7 +104,7 @@ def encoder_of(name: str, precision: str) -> VisionEncoder:
             return drawn
 
     kind = Spiky if name.startswith("spiky") else RandomCheckpoint
-    return build_vision_encoder(kind(entry, seed=seed), entry, None, placement="decoder", precision=precision)
+    return build_vision_encoder(kind(entry, seed=seed), entry, None, precision=precision)
 
 
 def photos(name: str) -> dict[str, np.ndarray]:
@@ -241,7 +241,7 @@ def shape_of(name: str) -> VisionEncoder:
     entry, seed = model(name)
     checkpoint = RandomCheckpoint(entry, seed=seed)
     prefix = prompt_info(checkpoint, entry).prefix_ids
-    return VisionEncoder(entry.geometry, None, placement="decoder", layer=2, prefix_length=len(prefix))
+    return VisionEncoder(entry.geometry, None, cut=2, framed=True, prefix_length=len(prefix))
 
 
 def outputs_of(encoder: VisionEncoder, way: str) -> tuple[Any, ...]:
@@ -326,7 +326,7 @@ def compare(name: str, way: str, where: str, folder: Path) -> list[dict[str, Any
     pruner = TokenPruner(PruneSpec(grid=encoder.geometry.grid, keep=keep))
 
     def kept(outputs: Mapping[str, np.ndarray]) -> set[int]:
-        last = torch.from_numpy(outputs[f"key_{encoder.layer - 1}"][0, :, prefix:].astype(np.float32))
+        last = torch.from_numpy(outputs[f"key_{encoder.cut - 1}"][0, :, prefix:].astype(np.float32))
         keys = last.permute(1, 0, 2).reshape(1, encoder.image_tokens, -1)
         hidden = torch.from_numpy(outputs["hidden"][:, prefix:].astype(np.float32))
         with torch.no_grad():

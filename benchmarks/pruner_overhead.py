@@ -1,6 +1,6 @@
 """How much time the pruner adds to the vision tower, inside the vision graph, as a ratio within one run on XNNPACK.
 
-    python benchmarks/pruner_overhead.py [--quant-vision 8da8w] [--prune-at decoder|projector] [--keep 64]
+    python benchmarks/pruner_overhead.py [--quant-vision 8da8w] [--cut 2|0] [--keep 64]
 
 Exports the vision graph of llava-1.5-7b at full width (CLIP ViT-L/14-336, seeded random weights) and its unpruned twin,
 runs the pruned one with ExecuTorch's event tracer, and splits each run's time by operator: the CLIP tower is everything
@@ -30,7 +30,7 @@ def main() -> None:
     """Measures and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quant-vision", choices=["8da8w"], default=None)
-    parser.add_argument("--prune-at", choices=["decoder", "projector"], default="decoder")
+    parser.add_argument("--cut", type=int, choices=[2, 0], default=2)
     parser.add_argument("--keep", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=15)
@@ -57,7 +57,7 @@ def main() -> None:
         events = {}
         for graph, spec, runs in (("twin", None, 1), ("pruned", PruneSpec(keep=options.keep), options.runs)):
             encoder = build_vision_encoder(
-                checkpoint, entry, spec, placement=options.prune_at, layer=2, precision="fp32"
+                checkpoint, entry, spec, cut=options.cut, framed=options.cut > 0, precision="fp32"
             )
             if options.quant_vision:
                 quantize(encoder, options.quant_vision)
@@ -70,7 +70,7 @@ def main() -> None:
         for graph in ("pruned", "twin")
     )
     # The projector has two linear layers; at the decoder two layers of seven follow them.
-    projector = linear[-2 if options.prune_at == "projector" else -2 - 2 * 7]
+    projector = linear[-2 - options.cut * 7]
     # Up to the last linear layer the pruned graph does what the twin does; what it does besides is the pruner's, and so
     # is what comes after, but for as many operators as the twin has there.
     theirs = iter(name for name, _ in events["twin"][: twins_linear[-1] + 1])
@@ -94,7 +94,7 @@ def main() -> None:
         "command": "python " + " ".join(["benchmarks/pruner_overhead.py", *sys.argv[1:]]),
         "machine": f"{device_name()}; not a phone",
         "threads": options.threads,
-        "graph": f"llava-1.5-7b vision_encoder, {options.prune_at}, tower {options.quant_vision or 'fp32'}, rest fp32",
+        "graph": f"llava-1.5-7b vision_encoder, cut {options.cut}, tower {options.quant_vision or 'fp32'}, rest fp32",
         "keep": options.keep,
         "operators": {"tower": len(tower), "pruner": len(pruner), "whole": len(events["pruned"])},
         "median_ms": {
@@ -109,7 +109,7 @@ def main() -> None:
             "runs": len(ratios),
         },
     }
-    label = f"{options.prune_at}-{options.quant_vision or 'fp32'}-keep{options.keep}"
+    label = f"cut{options.cut}-{options.quant_vision or 'fp32'}-keep{options.keep}"
     (ROOT / f"benchmarks/results/pruner_overhead-{label}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

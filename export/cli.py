@@ -92,10 +92,15 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     )
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
-        "--prune-at",
-        default="decoder",
-        metavar="WHERE",
-        help="decoder (default, as in the paper) or projector (image embeddings for ready-made runtimes)",
+        "--cut",
+        metavar="N",
+        help="prune in front of decoder layer N (default 2, as in the paper); 0: behind the projector",
+    )
+    what.add_argument(
+        "--layout",
+        default="pruneport",
+        metavar="L",
+        help="whose runtime runs it: pruneport (default), multimodal-runner (xnnpack) or transformers.js (onnx)",
     )
     what.add_argument("--only", metavar="PART", help="vision: the vision graph alone, without the text graphs")
     what.add_argument("--twin", action="store_true", help="export the unpruned twin too and compare both")
@@ -273,7 +278,8 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
         quant_vision=args.quant_vision,
         quant_text=args.quant_text,
         text_tokens=args.text_tokens,
-        prune_at=args.prune_at,
+        cut=args.cut,
+        layout=args.layout,
         only=args.only,
         weights=args.weights,
         seed=args.seed,

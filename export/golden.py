@@ -51,8 +51,8 @@ def make_golden(
     entry: ModelEntry,
     spec: PruneSpec | None,
     *,
-    placement: str,
-    layer: int = 2,
+    cut: int = 2,
+    framed: bool = True,
     pixel_values: NDArray[np.float32],
     text: SampleText | None = None,
     device: str = "cpu",
@@ -63,13 +63,13 @@ def make_golden(
     `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
     near each choice was to going the other way, `kept_alternatives` (A, keep) what is kept where choices too near for
-    float32 go the other way, `pivots`, and what recovery is computed from: `recovery.hidden` (N, D)
-    that enters the cut, `recovery.similarity` (N, N), `recovery.least_share` (1,). With `text`, at the decoder the same
-    for the text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
+    float32 go the other way, `pivots`, and what recovery is computed from: `recovery.hidden` (N, D) that enters the
+    cut, `recovery.similarity` (N, N), `recovery.least_share` (1,). With `text`, where the vision graph is `framed` the
+    same for the text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
     `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
     Modules are filled and dropped one layer at a time, so that memory holds one layer and not the model, but for the
     answer. `watch` is shown each decoder layer and the last norm before they run, by their names in the text graphs.
-    ExportError for a placement or image that does not fit.
+    ExportError for an image that does not fit.
     """
     import torch
 
@@ -82,19 +82,16 @@ def make_golden(
         features, tower_keys = _run_tower(config.vision_config, checkpoint, pixels)
         image = _run_projector(config, checkpoint, features)
         golden = {f"{_GRAPH}.in.pixel_values": pixels}
-        cut = layer if placement == "decoder" else 0
         decoder = _Decoder(config.text_config, checkpoint, cut, image.device, watch or (lambda name, module: None))
         prefix_ids = prompt_info(checkpoint, entry).prefix_ids
-        if placement == "projector":
-            outputs, kept = _at_projector(tower_keys, image, spec)
-            if text is not None:
-                golden |= decoder.answer_behind(prefix_ids, outputs["image_features"], text)
-        elif placement == "decoder":
-            outputs, kept = decoder.see(prefix_ids, image, spec)
+        if framed:
+            outputs, kept = decoder.see(prefix_ids, image, tower_keys, spec)
             if text is not None:
                 golden |= decoder.read(outputs, text)
         else:
-            raise ExportError(f"placement {placement!r} is not known; allowed: decoder, projector")
+            outputs, kept = _unframed(tower_keys, image, spec)
+            if text is not None:
+                golden |= decoder.answer_behind(prefix_ids, outputs["image_features"], text)
     if kept:
         outputs["filled"] = torch.zeros(1, 1)  # the paper's loop runs until it has enough: nothing to fill up
     golden |= {f"{_GRAPH}.out.{name}": tensor for name, tensor in outputs.items()}
@@ -168,7 +165,7 @@ def _run_projector(config: Any, checkpoint: Checkpoint, features: Tensor) -> Ten
     return image
 
 
-def _at_projector(keys: Tensor, image: Tensor, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _unframed(keys: Tensor, image: Tensor, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     tokens, indices, kept = _pruned(keys, image, spec)
     return {"image_features": tokens, "kept_indices": indices}, kept
 
@@ -194,9 +191,12 @@ class _Decoder:
         self._length = 0
 
     def see(
-        self, prefix_ids: Sequence[int], image: Tensor, spec: PruneSpec | None
+        self, prefix_ids: Sequence[int], image: Tensor, tower_keys: Tensor, spec: PruneSpec | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Runs prefix and image together through the layers before the cut, as transformers does, then prunes."""
+        """Runs prefix and image together through the layers before the cut, as transformers does, then prunes.
+
+        `tower_keys` (1, N, Dk) stand in for the keys of a layer at cut 0.
+        """
         import torch
 
         hidden = torch.cat([self._embedded(prefix_ids), image], dim=1)
@@ -206,7 +206,9 @@ class _Decoder:
         for index in range(self._cut):
             hidden = self._run(index, hidden, positions)
             outputs[f"key_{index}"], outputs[f"value_{index}"] = self._past[index]
-        keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, self._length - first, -1)
+        keys = tower_keys
+        if self._cut:
+            keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, self._length - first, -1)
         tokens, indices, kept = _pruned(keys, hidden[:, first:], spec)
         states = {
             "hidden": torch.cat([hidden[:, :first], tokens], dim=1),

@@ -224,8 +224,8 @@ class _Making:
                 self.checkpoint,
                 self.plan.entry,
                 bundle.spec,
-                placement=self.plan.placement,
-                layer=self.plan.layer,
+                cut=self.plan.cut,
+                framed=self.plan.framed,
                 pixel_values=self._desktop_pixels(),
                 text=self._sample_text(),
                 device=device,
@@ -364,7 +364,7 @@ class _Making:
             geometry,
             prefix=encoder.prefix_length,
             keep=encoder.keep,
-            layer=plan.layer,
+            cut=plan.cut,
             text=plan.text_tokens,
             index=encoder.index_name,
         )
@@ -411,10 +411,8 @@ class _Making:
         from runtime.image import preprocess
 
         # The pruner is none of it, and quantised decoder layers compute in float32.
-        quantised = plan.placement == "decoder" and plan.quant_text and not plan.backend.compresses
-        precise = build_vision_encoder(
-            checkpoint, plan.entry, None, placement="projector" if quantised else plan.placement, layer=plan.layer
-        )
+        cut = 0 if plan.quant_text and not plan.backend.compresses else plan.cut
+        precise = build_vision_encoder(checkpoint, plan.entry, None, cut=cut, framed=cut > 0)
         # Spread over the whole set: photos first, then scenes from night to glare.
         photos = default_photos(RANGE_PHOTOS) | {plan.photo_name: plan.photo}
         image = image_info(checkpoint, plan.entry)
@@ -455,10 +453,10 @@ class _Making:
             self.checkpoint,
             plan.entry,
             bundle.spec,
-            placement=plan.placement,
-            layer=plan.layer,
+            cut=plan.cut,
+            framed=plan.framed,
             precision=plan.vision_precision,
-            quant_layers=plan.quant_text if plan.placement == "decoder" and not plan.backend.compresses else None,
+            quant_layers=None if plan.backend.compresses else plan.quant_text,
             form=plan.backend.pruner_form,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
@@ -495,8 +493,7 @@ def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
     geometry = plan.entry.geometry
     spec = bundle.spec or PruneSpec(grid=geometry.grid, keep=geometry.image_tokens)
     return PruneInfo(
-        placement=plan.placement,
-        layer=plan.layer,
+        cut=plan.cut,
         image_tokens=geometry.image_tokens,
         keep=spec.keep,
         grid=spec.grid,

@@ -77,7 +77,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self.norm_inputs: dict[str, float] = {}
         self.offsets: dict[str, float] = {}
         self._running: list[tuple[str, nn.Module]] = []
-        self._mask = encoder.mask.data_ptr() if encoder.placement == "decoder" else None
+        self._mask = encoder.mask.data_ptr() if encoder.cut else None
         self.handles = []
         for name, module in encoder.named_modules():
             if name and not name.startswith("pruner"):

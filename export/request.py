@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from export.calibration import default_photos, read_photos, sample_paths
 from runtime.errors import ExportError, ImageError, NotYetError, OutputError, PruneportError, RequestError
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
 Word = TypeVar("Word", bound=str)
 NONE = "none"
-Placement = Literal["decoder", "projector"]
-PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
-
+# What a layout is called that no runtime of other people takes.
+OWN = "pruneport"
 # The paper prunes in front of decoder layer K = 2 (section 3): layers 0 and 1 see every image token.
-DECODER_LAYER = 2
+PAPER_CUT = 2
 
 # Shipped with packages the exporter needs anyway; the first that is installed is the photo of a check without --image.
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
@@ -66,7 +65,8 @@ class Request:
     quant_vision: str | None = None
     quant_text: str | None = None
     text_tokens: str = str(DEFAULT_TEXT_TOKENS)
-    prune_at: str = "decoder"
+    cut: str | None = None
+    layout: str = OWN
     only: str | None = None
     weights: str | None = None
     seed: str = "0"
@@ -117,7 +117,8 @@ class Plan:
     quant_vision: str | None
     quant_text: str | None
     text_tokens: int | None
-    placement: Placement
+    cut: int
+    ready_made: ReadyMade | None
     weights: str | None
     seed: int
     photo_path: Path
@@ -133,14 +134,9 @@ class Plan:
         return stored_name(self.photo_path)
 
     @property
-    def layer(self) -> int:
-        """The first decoder layer that sees fewer tokens; 0 where pruning happens before the decoder."""
-        return DECODER_LAYER if self.placement == "decoder" else 0
-
-    @property
-    def ready_made(self) -> ReadyMade | None:
-        """Whose runtime the bundle is laid out for: with text graphs at the projector."""
-        return self.backend.ready_made if self.placement == "projector" and self.text_tokens is not None else None
+    def framed(self) -> bool:
+        """True where the vision graph hands on the prompt before the image, too: our text graphs take both."""
+        return self.cut > 0 or (self.text_tokens is not None and self.ready_made is None)
 
     @property
     def states(self) -> bool:
@@ -189,16 +185,11 @@ def plan(request: Request) -> Plan:
     if soc is not None:
         backend = backend.for_soc(soc)
     backend = _for_ios(request, backend, target)
-    placement = _known("prune_at", request.prune_at, PLACEMENTS)
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
-    ready_made = backend.ready_made if placement == "projector" else None
-    if whole and placement == "projector" and ready_made is None:
-        raise NotYetError(
-            f"prune_at=projector on backend {backend.name}: text graphs for a ready-made runtime are not made yet; "
-            "add --only vision, or leave --prune-at out"
-        )
+    ready_made = _ready_made(request.layout, backend, target, whole=whole)
+    cut = _cut(request.cut, entry, ready_made)
     schemes = ready_made.quant_text if ready_made else backend.quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
@@ -207,8 +198,7 @@ def plan(request: Request) -> Plan:
         wanted = request.quant_text or default_quant_text
         if ready_made and wanted in backend.quant_text and wanted not in (*schemes, NONE):
             raise RequestError(
-                f"quant_text={wanted} does not go with prune_at={placement}: {ready_made.runtime} takes "
-                f"{', '.join(schemes)}"
+                f"quant_text={wanted} does not go with layout={ready_made.runtime}, which takes {', '.join(schemes)}"
             )
         quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
     elif request.quant_text is not None:
@@ -228,7 +218,7 @@ def plan(request: Request) -> Plan:
     seed = whole_number("seed", request.seed, 0, 2**32 - 1)
     if request.twin and keep == tokens:
         raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
-    _check_size(backend, entry, placement, precision, text=whole)
+    _check_size(backend, entry, cut, precision, text=whole)
     _check_weights(request.weights)
     _check_installed(backend)
     photo_path = _photo_path(request.image)
@@ -241,7 +231,8 @@ def plan(request: Request) -> Plan:
         quant_vision or "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
-        placement if placement != PLACEMENTS[0] else "",
+        f"cut{cut}" if cut != PAPER_CUT and ready_made is None else "",
+        ready_made.runtime if ready_made else "",
         request.only or "",
         "random" if request.weights == "random" else "",
     ]
@@ -264,7 +255,7 @@ def plan(request: Request) -> Plan:
             raise OutputError(f"{path} exists and is not overwritten; move it away or choose another output folder")
     needs = _needs(
         entry,
-        placement,
+        cut,
         precision,
         text=whole,
         quant_text=quant_text,
@@ -291,7 +282,8 @@ def plan(request: Request) -> Plan:
         quant_vision=quant_vision,
         quant_text=quant_text,
         text_tokens=text_tokens,
-        placement=placement,
+        cut=cut,
+        ready_made=ready_made,
         weights=request.weights,
         seed=seed,
         photo_path=photo_path,
@@ -307,7 +299,7 @@ def describe(plan: Plan) -> str:
     """What the plan will make, from what, and what it needs, as a few lines of text."""
     tokens = plan.entry.geometry.image_tokens
     spec = plan.bundle.spec
-    where = f"before decoder layer {plan.layer}" if plan.placement == "decoder" else "after the projector"
+    where = f"before decoder layer {plan.cut}" if plan.cut else "after the projector"
     kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
     precision = plan.precision + (f", vision {plan.quant_vision}" if plan.quant_vision else "")
     text = "none"
@@ -362,7 +354,7 @@ def check_memory(planned: Plan) -> None:
         "--precision fp16": replace(request, precision="fp16"),
         **{f"--quant-text {name}": replace(request, quant_text=name) for name in planned.backend.quant_text[:1]},
         "--only vision": vision,
-        "--prune-at projector --only vision": replace(vision, prune_at="projector"),
+        "--cut 0 --only vision": replace(vision, cut="0", layout=OWN),
     }
     less = []
     for words, other in others.items():
@@ -437,6 +429,36 @@ def _quantisation(
     return _known(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
+def _ready_made(word: str, backend: Backend, target: Target, *, whole: bool) -> ReadyMade | None:
+    """The runtime of other people whose layout `word` names; None for our own."""
+    made = {other.ready_made.runtime: other for other in target.backends if other.ready_made}
+    if _known("layout", word, (OWN, *made)) == OWN:
+        return None
+    if backend.ready_made is None or backend.ready_made.runtime != word:
+        raise RequestError(
+            f"layout={word} is not made by backend {backend.name}; take --backend {made[word].name}, or leave --layout "
+            "out"
+        )
+    if not whole:
+        raise RequestError(f"layout={word} has nothing to lay out: no text graphs are made here; leave --only out")
+    return backend.ready_made
+
+
+def _cut(text: str | None, entry: ModelEntry, ready_made: ReadyMade | None) -> int:
+    """The number of decoder layers that see every image token, by default the paper's."""
+    if text is None:
+        return 0 if ready_made else PAPER_CUT
+    layers = entry.geometry.text.layers
+    why = f" (the decoder layers of {entry.name} that see every image token; 0 prunes behind the projector)"
+    cut = whole_number("cut", text, 0, layers - 1, why)
+    if ready_made and cut:
+        raise RequestError(
+            f"cut={cut} does not go with layout={ready_made.runtime}, which takes image features: those of cut 0; "
+            "leave --cut out"
+        )
+    return cut
+
+
 def _text_tokens(text: str, entry: ModelEntry) -> int:
     most = entry.geometry.text.max_positions - entry.geometry.image_tokens - entry.prefix_tokens
     why = f" ({entry.name} knows {entry.geometry.text.max_positions} positions, image and prompt included)"
@@ -481,12 +503,12 @@ def _prune_spec(entry: ModelEntry, keep: int) -> PruneSpec:
         raise RequestError(str(error)) from error
 
 
-def _check_size(backend: Backend, entry: ModelEntry, placement: Placement, precision: Precision, *, text: bool) -> None:
+def _check_size(backend: Backend, entry: ModelEntry, cut: int, precision: Precision, *, text: bool) -> None:
     """Refuses graphs whose weights do not fit into one file of the backend."""
     if backend.most_graph_bytes is None:
         return
     size = 2 if precision == "fp16" else 4
-    weights = {"vision_encoder": entry.geometry.vision_parameter_count(placement, DECODER_LAYER) * size}
+    weights = {"vision_encoder": entry.geometry.vision_parameter_count(cut) * size}
     if text:
         weights["text_prefill"] = entry.geometry.text_parameter_count() * size
     for graph, size_bytes in weights.items():
@@ -494,7 +516,7 @@ def _check_size(backend: Backend, entry: ModelEntry, placement: Placement, preci
             raise RequestError(
                 f"{graph} of {entry.name} has about {_gib(size_bytes)} of weights in {precision}; a file of backend "
                 f"{backend.name} holds its weights itself and at most {_gib(backend.most_graph_bytes)}; take another "
-                "--backend, or the smaller graph of --prune-at projector --only vision"
+                "--backend, or the smaller graph of --cut 0 --only vision"
             )
 
 
@@ -552,7 +574,7 @@ def _calibration(
 
 def _needs(
     entry: ModelEntry,
-    placement: Placement,
+    cut: int,
     precision: Precision,
     *,
     text: bool,
@@ -565,7 +587,7 @@ def _needs(
     from export.memory import available_bytes
 
     size = 2 if precision == "fp16" else 4
-    graph_bytes = entry.geometry.vision_parameter_count(placement, DECODER_LAYER) * size
+    graph_bytes = entry.geometry.vision_parameter_count(cut) * size
     text_ram_bytes, text_bytes = 0.0, 0
     if text:
         weights = entry.geometry.text_parameter_count()

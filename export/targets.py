@@ -69,7 +69,7 @@ class Lower(Protocol):
 
 
 class WriteReadyMade(Protocol):
-    """Writes the graphs of the projector placement as somebody else's runtime expects them, with what else it needs."""
+    """Writes the graphs of cut 0 as somebody else's runtime expects them, with what else it needs."""
 
     def __call__(
         self,
@@ -110,7 +110,7 @@ class Backend:
     pruner_form: str
     packages: tuple[str, ...]
     load: Callable[[], Lower]
-    # Whose runtime the projector placement is laid out for; None: it has the vision graph alone.
+    # The runtime of other people that graphs of cut 0 can be laid out for.
     ready_made: ReadyMade | None = None
     compresses: bool = False
     calibrates: bool = False

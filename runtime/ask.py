@@ -236,12 +236,10 @@ def _askable(path: Path) -> Bundle:
     if bundle.manifest.ready_for is not None:
         raise BundleError(
             f"{path} is made for {bundle.manifest.ready_for}: ask it there, as the README shows; "
-            "for `pruneport ask` export with --prune-at decoder"
+            "for `pruneport ask` export without --layout"
         )
     if bundle.manifest.text is None:
-        raise BundleError(
-            f"{path} has no text graphs and cannot be asked; export it with --prune-at decoder and without --only"
-        )
+        raise BundleError(f"{path} has no text graphs and cannot be asked; export it without --only and --layout")
     if bundle.manifest.target.name == "ios":
         raise RequestError(
             f"{path} is made for Core ML, which answers on a Mac or an iPhone and not here; what can be done here is "
@@ -366,7 +364,7 @@ def unpruned_twin(bundle: Bundle) -> Bundle:
             ours.target,
             ours.text,
         )
-        if same and not theirs.prune.pruned and theirs.prune.placement == ours.prune.placement:
+        if same and not theirs.prune.pruned and theirs.prune.cut == ours.prune.cut:
             return other
     raise BundleError(
         f"no unpruned twin of {bundle.path} lies beside it; export one with --keep all and the same settings, or "

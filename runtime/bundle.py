@@ -194,11 +194,10 @@ class WeightsInfo(_Record, frozen=True):
 class PruneInfo(_Record, frozen=True):
     """What the pruner inside the graph does; `pruned` is False for the twin, which keeps every token.
 
-    `layer` is the first decoder layer that sees fewer tokens (0 when pruning at the projector).
+    `cut` is the first decoder layer that sees fewer tokens; 0 where they are pruned behind the projector.
     """
 
-    placement: Literal["decoder", "projector"]
-    layer: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+    cut: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
     image_tokens: PositiveCount
     keep: PositiveCount
     grid: tuple[PositiveCount, PositiveCount]

@@ -166,7 +166,7 @@ def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers
     text = bundle.manifest.text
     if text is None:
         raise BundleError(
-            f"{bundle.manifest.name} has no text graphs and cannot answer; export it with --prune-at decoder and "
+            f"{bundle.manifest.name} has no text graphs and cannot answer; export it without --layout and "
             "without --only"
         )
     answers = Answers(graphs, bundle=bundle.identity, first_text=text.first_position, end_ids=text.end_ids)

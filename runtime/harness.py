@@ -372,9 +372,9 @@ class _Check:
         layers = sum(info.name.startswith("past_key_") for info in decoder.cache)
         prefix = text.first_position - prune.image_tokens
         seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
-        entries = prune.layer * seen[0] + (layers - prune.layer) * seen[1]
+        entries = prune.cut * seen[0] + (layers - prune.cut) * seen[1]
         paper = 2 * entries * heads * width * number
-        rows = f"{prune.layer} x {seen[0]} + {layers - prune.layer} x {seen[1]}"
+        rows = f"{prune.cut} x {seen[0]} + {layers - prune.cut} x {seen[1]}"
         on_paper = f"2 x ({rows}) entries x {heads} heads x {width} x {number} bytes = {paper}"
         detail = f"{answers.cache_bytes} bytes; on paper {on_paper}"
         (self._passed if answers.cache_bytes == paper else self._failed)("KV cache", detail)
@@ -642,8 +642,8 @@ def _why_no_twin(bundle: Bundle, twin: Bundle | None, graph: str) -> str:
         ("model", ours.model, theirs.model),
         ("weights", ours.weights, theirs.weights),
         ("target", ours.target, theirs.target),
-        ("placement", ours.prune.placement, theirs.prune.placement),
-        ("layer", ours.prune.layer, theirs.prune.layer),
+        ("cut", ours.prune.cut, theirs.prune.cut),
+        ("layout", ours.ready_for, theirs.ready_for),
     ):
         if a != b:
             return f"{theirs.name} differs in its {what}"

@@ -161,7 +161,7 @@ def bound_for(manifest: Manifest, graph: str, *, accumulator_bits: int = 32) -> 
         schemes = []
     elif graph == VISION_ENCODER:
         schemes = [target.quant_vision]
-        if manifest.prune.placement == "decoder" and target.backend != "coreml":
+        if manifest.prune.cut and target.backend != "coreml":
             # Decoder layers before the cut are in this graph, quantised as the text graphs that share them; Core ML's
             # packages share nothing.
             schemes.append(target.quant_text)
@@ -418,8 +418,8 @@ def graph_parity(
     """
     bound = bound_for(manifest, graph.name, accumulator_bits=accumulator_bits)
     expected = {info.name: _golden_output(golden, graph, info.name, info.shape) for info in graph.outputs}
-    prefix = len(manifest.prompt.prefix_ids) if manifest.prune.placement == "decoder" else 0
     ids_name = next((name for name in ("positions", "kept_indices") if name in got), None)
+    prefix = len(manifest.prompt.prefix_ids) if ids_name == "positions" else 0
     read = golden.get(f"{TOKEN_EMBEDDING}.in.ids") if graph.name == TEXT_PREFILL else None
     kept = None
     kept_indices: np.ndarray | None = None

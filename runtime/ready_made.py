@@ -11,7 +11,7 @@ from runtime.errors import BundleError
 from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, RunningGraph
 
 TRANSFORMERS_JS = "transformers.js"
-MULTIMODAL_RUNNER = "ExecuTorch MultimodalRunner"
+MULTIMODAL_RUNNER = "multimodal-runner"
 
 EMBED_TOKENS = "embed_tokens"
 DECODER_MODEL_MERGED = "decoder_model_merged"

@@ -270,7 +270,7 @@ def _subtitle(bundle: Bundle) -> str:
     quant = "".join(f", {part} {scheme}" for part, scheme in schemes if scheme)
     chip = f", {manifest.target.soc}" if manifest.target.soc else ""
     system = f"{manifest.target.name} {manifest.target.min_os or ''}".strip()
-    where = f"pruned at the {manifest.prune.placement}" if manifest.prune.pruned else "unpruned twin"
+    where = f"pruned at cut {manifest.prune.cut}" if manifest.prune.pruned else "unpruned twin"
     how = f"{manifest.target.backend}, {manifest.target.precision}{quant}{chip}"
     return f"{manifest.model} for {system} ({how}), {where}"
 
@@ -534,7 +534,7 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
     manifest = bundle.manifest
     prune, weights, golden = manifest.prune, manifest.weights, manifest.golden
     source = f"random, seed {weights.seed}" if weights.source == "random" else weights.source
-    where = f"before decoder layer {prune.layer}" if prune.placement == "decoder" else "after the projector"
+    where = f"before decoder layer {prune.cut}" if prune.cut else "after the projector"
     pruner = (
         f"{where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}, {prune.pivots} pivots, "
         f"threshold {prune.threshold:g} + {prune.threshold_step:g} a pass, batches of {prune.token_batch}, "

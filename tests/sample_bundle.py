@@ -48,7 +48,7 @@ class Sample:
     grid: tuple[int, int] = (4, 4)
     patch: int = 7
     keep: int = 4
-    placement: Literal["decoder", "projector"] = "decoder"
+    cut: int = 1
     seed: int = 0
 
     @property
@@ -102,8 +102,7 @@ def fill(folder: Path, name: str, sample: Sample, photo: np.ndarray) -> Manifest
             name="android", backend="xnnpack" if sample.engine == "executorch" else "onnx", precision="fp32"
         ),
         prune=PruneInfo(
-            placement=sample.placement,
-            layer=1 if sample.placement == "decoder" else 0,
+            cut=sample.cut,
             image_tokens=sample.tokens,
             keep=sample.keep,
             grid=sample.grid,
@@ -147,7 +146,7 @@ def make_golden(sample: Sample, photo: np.ndarray) -> Arrays:
         golden["recovery.hidden"] = tokens[0]
         golden["recovery.similarity"] = np.eye(sample.tokens, dtype=np.float32)
         golden["recovery.least_share"] = np.full(1, 2.0**-10, np.float32)
-    if sample.placement == "projector":
+    if not sample.cut:
         golden[f"{VISION}.out.image_features"] = tokens[:, kept]
         golden[f"{VISION}.out.kept_indices"] = kept[None]
         return golden
@@ -204,7 +203,7 @@ def write_onnx(folder: Path, sample: Sample, golden: Arrays) -> tuple[str, tuple
         helper.make_node("Reshape", ["turned", "flat"], ["patches"]),
         helper.make_node("MatMul", ["patches", "embed"], ["tokens"]),
     ]
-    if sample.placement == "projector":
+    if not sample.cut:
         constants["ids"] = golden[f"{VISION}.out.kept_indices"]
         nodes += [
             helper.make_node("Gather", ["tokens", "kept"], ["image_features"], axis=1),
@@ -293,7 +292,7 @@ def _module(sample: Sample, golden: Arrays) -> torch.nn.Module:
                 self.register_buffer(name, torch.from_numpy(array))
             choose = np.eye(sample.tokens, dtype=np.float32)[golden["kept_indices"]]
             self.register_buffer("choose", torch.from_numpy(choose)[None])
-            ids = "positions" if sample.placement == "decoder" else "kept_indices"
+            ids = "positions" if sample.cut else "kept_indices"
             self.register_buffer("ids", torch.from_numpy(golden[f"{VISION}.out.{ids}"]))
 
         def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -302,7 +301,7 @@ def _module(sample: Sample, golden: Arrays) -> torch.nn.Module:
             patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(1, sample.tokens, -1)
             tokens = patches @ self.embed
             kept = torch.bmm(self.choose, tokens)
-            if sample.placement == "projector":
+            if not sample.cut:
                 return kept, self.ids + 0
             everything = torch.cat((self.prefix, tokens), dim=1)
             heads = everything.reshape(1, -1, HEADS, WIDTH // HEADS).permute(0, 2, 1, 3)

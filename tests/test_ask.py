@@ -502,20 +502,16 @@ def test_bundle_for_another_runtime(refused: Callable[..., str], bundle: Bundle,
     edit_manifest(changed, ready_for="transformers.js 4.3.1", text=None)
     message = refused(changed, photo, OTHER)
     assert message.endswith(
-        "is made for transformers.js 4.3.1: ask it there, as the README shows; for `pruneport ask` export with "
-        "--prune-at decoder"
+        "is made for transformers.js 4.3.1: ask it there, as the README shows; for `pruneport ask` export without "
+        "--layout"
     )
 
 
-@pytest.mark.parametrize("placement", ["decoder", "projector"])
-def test_bundle_of_the_vision_graph_alone(
-    placement: Any, refused: Callable[..., str], photo: Path, tmp_path: Path
-) -> None:
-    alone = make_bundle(tmp_path / "alone", Sample(placement=placement))
+@pytest.mark.parametrize("cut", [1, 0])
+def test_bundle_of_the_vision_graph_alone(cut: int, refused: Callable[..., str], photo: Path, tmp_path: Path) -> None:
+    alone = make_bundle(tmp_path / "alone", Sample(cut=cut))
     message = refused(alone, photo, OTHER)
-    assert message.endswith(
-        "has no text graphs and cannot be asked; export it with --prune-at decoder and without --only"
-    )
+    assert message.endswith("has no text graphs and cannot be asked; export it without --only and --layout")
 
 
 def test_bundle_without_a_tokenizer(refused: Callable[..., str], bundle: Bundle, photo: Path, tmp_path: Path) -> None:

@@ -345,8 +345,7 @@ def test_every_single_byte_of_the_manifest_may_be_wrong(bundle: Path) -> None:
         (lambda: WeightsInfo(source="random", id="x", sha256="0" * 64), "seed=None"),
         (
             lambda: PruneInfo(
-                placement="decoder",
-                layer=2,
+                cut=2,
                 image_tokens=576,
                 keep=640,
                 grid=(24, 24),

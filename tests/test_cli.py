@@ -97,8 +97,8 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ),
         ({"quant_text": "int3", "backend": "onnx"}, "unknown onnx quant_text 'int3', did you mean 'int"),
         (
-            {"quant_text": "int8", "backend": "onnx", "prune_at": "projector"},
-            "quant_text=int8 does not go with prune_at=projector: transformers.js takes none, int4, ",
+            {"quant_text": "int8", "backend": "onnx", "layout": "transformers.js"},
+            "quant_text=int8 does not go with layout=transformers.js, which takes none, int4, ",
         ),
         ({"quant_text": "int4", "backend": "onnx", "only": "vision"}, "quant_text=int4 has nothing to quantise"),
         ({"quant_text": "8da8w", "only": "vision"}, "quant_text=8da8w has nothing to quantise"),
@@ -106,7 +106,17 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ({"text_tokens": "1438"}, "text_tokens=1438 must lie in 192..1437"),
         ({"text_tokens": "many"}, "text_tokens='many' is not a whole number"),
         ({"quant_vision": "4da4w"}, "unknown xnnpack quant_vision '4da4w'"),
-        ({"prune_at": "tower"}, "unknown prune_at 'tower'; allowed: decoder, projector"),
+        ({"cut": "4"}, "cut=4 must lie in 0..3 (the decoder layers of pocket that see every image token; 0 prunes"),
+        ({"cut": "-1"}, "cut=-1 must lie in 0..3"),
+        ({"cut": "tower"}, "cut='tower' is not a whole number"),
+        ({"cut": "2", "layout": "multimodal-runner"}, "cut=2 does not go with layout=multimodal-runner"),
+        ({"layout": "runner"}, "; allowed: pruneport, multimodal-runner, transformers.js"),
+        (
+            {"layout": "transformers.js"},
+            "layout=transformers.js is not made by backend xnnpack; take --backend onnx, or leave --layout out",
+        ),
+        ({"target": "ios", "layout": "transformers.js"}, "unknown layout 'transformers.js'; allowed: pruneport"),
+        ({"layout": "multimodal-runner", "only": "vision"}, "has nothing to lay out: no text graphs are made here"),
         ({"only": "visoin"}, "unknown part 'visoin', did you mean 'vision'?; allowed: vision"),
         ({"only": "text"}, "unknown part 'text'"),
         ({"keep": "0"}, "keep=0 must lie in 1..576 (the image tokens of pocket)"),
@@ -135,10 +145,6 @@ def test_names_and_numbers_that_mean_nothing(changes: dict[str, str | bool], mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"target": "ios", "prune_at": "projector"},
-            "prune_at=projector on backend coreml: text graphs for a ready-made runtime are not made yet; add --only",
-        ),
         ({"backend": "onnx", "quant_vision": "8da8w"}, "quant_vision=8da8w: not yet on backend onnx"),
     ],
 )
@@ -158,12 +164,15 @@ def test_what_later_versions_will_do(changes: dict[str, str], message: str, tmp_
         ({"backend": "onnx", "quant_text": "none"}, "pocket-keep64-android-onnx"),
         ({"backend": "onnx", "quant_text": "int8"}, "pocket-keep64-android-onnx-text-int8"),
         (
-            {"backend": "onnx", "quant_text": "int4-g64", "prune_at": "projector"},
-            "pocket-keep64-android-onnx-text-int4-g64-projector",
+            {"backend": "onnx", "quant_text": "int4-g64", "layout": "transformers.js"},
+            "pocket-keep64-android-onnx-text-int4-g64-transformers.js",
         ),
         ({"quant_vision": "8da8w"}, "pocket-keep64-android-xnnpack-8da8w"),
-        ({"prune_at": "projector"}, "pocket-keep64-android-xnnpack-projector"),
-        ({"prune_at": "projector", "weights": "random"}, "pocket-keep64-android-xnnpack-projector-random"),
+        ({"cut": "0"}, "pocket-keep64-android-xnnpack-cut0"),
+        ({"cut": "2"}, "pocket-keep64-android-xnnpack"),
+        ({"layout": "multimodal-runner"}, "pocket-keep64-android-xnnpack-multimodal-runner"),
+        ({"layout": "multimodal-runner", "cut": "0"}, "pocket-keep64-android-xnnpack-multimodal-runner"),
+        ({"cut": "0", "weights": "random"}, "pocket-keep64-android-xnnpack-cut0-random"),
     ],
 )
 def test_bundle_names_say_what_was_chosen(changes: dict[str, str], name: str, tmp_path: Path) -> None:
@@ -190,10 +199,10 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
     assert precision(model="pocket") == "fp32"
 
 
-@pytest.mark.parametrize("placement", ["decoder", "projector"])
-def test_text_is_quantised_by_default_on_xnnpack_alone(tmp_path: Path, placement: str) -> None:
+@pytest.mark.parametrize("cut", ["2", "0"])
+def test_text_is_quantised_by_default_on_xnnpack_alone(tmp_path: Path, cut: str) -> None:
     def quant_text(**changes: str) -> str | None:
-        return plan(request(tmp_path, weights="random", prune_at=placement, **changes)).quant_text
+        return plan(request(tmp_path, weights="random", cut=cut, **changes)).quant_text
 
     assert quant_text(model="llava-1.5-7b") == "8da4w"
     assert quant_text(model="llava-1.5-7b", backend="onnx") is None

@@ -89,7 +89,7 @@ def specification_version(package: Path) -> int:
 def text_graphs(folder: Path, precision: str, *, states: bool = False) -> dict[str, Graph]:
     checkpoint = FolderCheckpoint(write_tiny(folder), TINY)
     prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
-    context = Context(TINY.geometry, prefix=prefix, keep=6, layer=2, text=24)
+    context = Context(TINY.geometry, prefix=prefix, keep=6, cut=2, text=24)
     return build_text_graphs(checkpoint, context, chunk=4, precision=precision, states=states)
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.golden
 
 FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "golden")
 LOGITS_ATOL = 1e-3  # promised by the vectors
-LAYER = 2
+CUT = 2
 CHUNK = 16
 ROOM = 64
 
@@ -138,7 +138,7 @@ CASES = _cases()
 
 def _context(case: Case) -> Context:
     prefix = len(case.tensor("prefix_ids"))
-    return Context(ENTRY.geometry, prefix=prefix, keep=case.keep, layer=LAYER, text=ROOM)
+    return Context(ENTRY.geometry, prefix=prefix, keep=case.keep, cut=CUT, text=ROOM)
 
 
 class _FromFeatures(Graph):
@@ -168,7 +168,7 @@ def _modules(case: Case) -> Mapping[str, Graph]:
     spec = PruneSpec(keep=case.keep) if case.pruned else None
     context = _context(case)
     prefix_ids = [int(i) for i in case.tensor("prefix_ids")]
-    encoder = build_vision_encoder(checkpoint, ENTRY, spec, placement="decoder", layer=LAYER, prefix_ids=prefix_ids)
+    encoder = build_vision_encoder(checkpoint, ENTRY, spec, cut=CUT, prefix_ids=prefix_ids)
     return {"vision": _FromFeatures(encoder), **build_text_graphs(checkpoint, context, chunk=CHUNK)}
 
 
@@ -176,7 +176,7 @@ def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], 
     """Logits (9, V), 8 greedy tokens and kept positions, through the graphs as a phone would call them."""
     context = _context(case)
     features = case.tensor("image_embeds").float()[None].numpy()
-    hidden, positions, *caches = run["vision"](features)[: 2 + 2 * LAYER]
+    hidden, positions, *caches = run["vision"](features)[: 2 + 2 * CUT]
     caches += run["image_prefill"](hidden, positions)
     past = []
     for index in range(context.layers):

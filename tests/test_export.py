@@ -1,4 +1,4 @@
-"""Whole exports of the pocket model: what lies in the bundle, and every choice of precision, backend and placement."""
+"""Whole exports of the pocket model: what lies in the bundle, and every choice of precision, backend and cut."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_outputs_are_static_and_pruned(onnx_bundle: Path) -> None:
     assert outputs["positions"] == (1, prefix + 64)
     for name in ("key_0", "value_0", "key_1", "value_1"):
         assert outputs[name][2] == prefix + 576
-    assert (manifest.prune.layer, manifest.prune.keep, manifest.prune.image_tokens) == (2, 64, 576)
+    assert (manifest.prune.cut, manifest.prune.keep, manifest.prune.image_tokens) == (2, 64, 576)
 
 
 def test_golden_is_named_as_the_format_says(onnx_bundle: Path) -> None:
@@ -100,11 +100,11 @@ def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
         (["--backend", "onnx", "--weights", "random", "--seed", "3"], "pocket-keep8-android-onnx-random"),
         (["--backend", "onnx", "--quant-text", "int4"], "pocket-keep8-android-onnx-text-int4"),
         (
-            ["--backend", "onnx", "--quant-text", "int4", "--prune-at", "projector"],
-            "pocket-keep8-android-onnx-text-int4-projector",
+            ["--backend", "onnx", "--quant-text", "int4", "--layout", "transformers.js"],
+            "pocket-keep8-android-onnx-text-int4-transformers.js",
         ),
         (["--precision", "fp16"], "pocket-keep8-android-xnnpack-fp16"),
-        (["--quant-vision", "8da8w", "--prune-at", "projector"], "pocket-keep8-android-xnnpack-8da8w-projector"),
+        (["--quant-vision", "8da8w", "--cut", "0"], "pocket-keep8-android-xnnpack-8da8w-cut0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -126,8 +126,8 @@ def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None)
     checkpoint = FolderCheckpoint(pocket_folder(tmp_path / "cache"), POCKET)
     # A limit that everything is below, and batches of the whole image: few steps, so that lowering takes seconds.
     spec = PruneSpec(keep=64, threshold=2.0, token_batch=64, steps=4)
-    vision = build_vision_encoder(checkpoint, POCKET, spec, placement="decoder", quant_layers=scheme)
-    context = Context(checkpoint.geometry, prefix=vision.prefix_length, keep=64, layer=2, text=192)
+    vision = build_vision_encoder(checkpoint, POCKET, spec, quant_layers=scheme)
+    context = Context(checkpoint.geometry, prefix=vision.prefix_length, keep=64, cut=2, text=192)
     graphs: dict[str, Graph] = {"vision_encoder": vision, **build_text_graphs(checkpoint, context, quant=scheme)}
     # Not weights: rotary tables, masks, and the prefix's keys and values, each counted where it lies in memory.
     constants = {

@@ -67,9 +67,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def graphs(folder: Path, spec: PruneSpec | None, *, chunk: int = 4, room: int = ROOM) -> dict[str, InTorch]:
     checkpoint = FolderCheckpoint(folder, TINY)
     prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
-    context = Context(TINY.geometry, prefix=prefix, keep=spec.keep if spec else 16, layer=2, text=room)
+    context = Context(TINY.geometry, prefix=prefix, keep=spec.keep if spec else 16, cut=2, text=room)
     modules = {
-        VISION_ENCODER: build_vision_encoder(checkpoint, TINY, spec, placement="decoder"),
+        VISION_ENCODER: build_vision_encoder(checkpoint, TINY, spec),
         **build_text_graphs(checkpoint, context, chunk=chunk),
     }
     return {name: InTorch(name, module) for name, module in modules.items()}

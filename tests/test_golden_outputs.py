@@ -31,7 +31,7 @@ def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) 
     folder = pocket_folder(tmp_path) if model == "pocket" else write_tiny(tmp_path)
     checkpoint = FolderCheckpoint(folder, entry)
     pixels = _pixels(entry.geometry.vision.image_size)
-    golden = make_golden(checkpoint, entry, None, placement="decoder", layer=2, pixel_values=pixels)
+    golden = make_golden(checkpoint, entry, None, pixel_values=pixels)
 
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     prefix = prompt_info(checkpoint, entry).prefix_ids
@@ -49,23 +49,22 @@ def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) 
         cached = cache.layers[index]
         np.testing.assert_allclose(golden[f"vision_encoder.out.key_{index}"], cached.keys.numpy(), atol=2e-5)
         np.testing.assert_allclose(golden[f"vision_encoder.out.value_{index}"], cached.values.numpy(), atol=2e-5)
-    at_projector = make_golden(checkpoint, entry, None, placement="projector", pixel_values=pixels)
+    at_projector = make_golden(checkpoint, entry, None, cut=0, framed=False, pixel_values=pixels)
     np.testing.assert_allclose(at_projector["vision_encoder.out.image_features"][0], features.numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("placement", ["decoder", "projector"])
-def test_pruned_golden_is_the_papers_loop_on_the_unpruned(placement: str) -> None:
+@pytest.mark.parametrize("cut", [2, 0])
+def test_pruned_golden_is_the_papers_loop_on_the_unpruned(cut: int) -> None:
     checkpoint = RandomCheckpoint(TINY, seed=2)
     spec = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
     pixels = _pixels(58)
     full, pruned = (
-        make_golden(checkpoint, TINY, chosen, placement=placement, layer=2, pixel_values=pixels)
-        for chosen in (None, spec)
+        make_golden(checkpoint, TINY, chosen, cut=cut, framed=cut > 0, pixel_values=pixels) for chosen in (None, spec)
     )
     assert pruned["kept_order"].shape == pruned["kept_margin"].shape == (6,)
     assert pruned["pivots"].tolist() == pruned["kept_order"][:2].tolist()
     assert sorted(pruned["kept_order"].tolist()) == pruned["kept_indices"].tolist()
-    if placement == "decoder":
+    if cut:
         prefix = 7
         keys = torch.from_numpy(full["vision_encoder.out.key_1"])[0, :, prefix:].permute(1, 0, 2).reshape(1, 16, -1)
         hidden = torch.from_numpy(full["vision_encoder.out.hidden"])[:, prefix:]
@@ -96,15 +95,13 @@ def test_keys_at_the_projector_are_those_of_the_layer_that_made_the_features(tmp
         features = whole.model.get_image_features(torch.from_numpy(pixels)).pooler_output[0]
     spec = PruneSpec(grid=(4, 4), keep=5, pivots=2, token_batch=3)
     _, indices = reference.prune(seen[0][:, 1:], features[None], spec)
-    golden = make_golden(FolderCheckpoint(folder, TINY), TINY, spec, placement="projector", pixel_values=pixels)
+    golden = make_golden(FolderCheckpoint(folder, TINY), TINY, spec, cut=0, framed=False, pixel_values=pixels)
     assert golden["kept_indices"].tolist() == indices[0].tolist()
 
 
 def test_golden_needs_an_image_of_the_towers_size() -> None:
     with pytest.raises(ExportError, match=r"\(1, 3, 58, 58\), got \(1, 3, 56, 56\)"):
-        make_golden(RandomCheckpoint(TINY, seed=0), TINY, None, placement="decoder", pixel_values=_pixels(56))
-    with pytest.raises(ExportError, match="placement 'tower' is not known"):
-        make_golden(RandomCheckpoint(TINY, seed=0), TINY, None, placement="tower", pixel_values=_pixels(58))
+        make_golden(RandomCheckpoint(TINY, seed=0), TINY, None, pixel_values=_pixels(56))
 
 
 def test_golden_never_shares_code_with_the_graphs(root: Path) -> None:

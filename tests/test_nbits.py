@@ -40,7 +40,7 @@ NBITS_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.form == "nbi
 def build(quant: str | None, entry: ModelEntry = SMALL) -> dict[str, Graph]:
     """The text graphs with seeded weights; the same ones at each call, but for `quant`."""
     checkpoint = RandomCheckpoint(entry, seed=1)
-    context = Context(checkpoint.geometry, prefix=7, keep=4, layer=CUT, text=16)
+    context = Context(checkpoint.geometry, prefix=7, keep=4, cut=CUT, text=16)
     return build_text_graphs(checkpoint, context, quant=quant, chunk=8)
 
 

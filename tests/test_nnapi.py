@@ -61,8 +61,8 @@ def test_graph_above_two_gib_is_refused_in_the_plan(tmp_path: Path) -> None:
     words: dict[str, Any] = {"model": "llava-1.5-7b", "weights": "random", "only": "vision"}
     with pytest.raises(RequestError, match=r"vision_encoder of llava-1.5-7b has about 2\.\d GiB .* at most 2\.0 GiB"):
         plan(_request(tmp_path, **words))
-    smaller = plan(_request(tmp_path, **words, prune_at="projector"))
-    assert smaller.bundle.name.startswith("llava-1.5-7b-keep64-android-nnapi-projector-vision")
+    smaller = plan(_request(tmp_path, **words, cut="0"))
+    assert smaller.bundle.name.startswith("llava-1.5-7b-keep64-android-nnapi-cut0-vision")
 
 
 def test_ort_files_run_and_what_the_list_leaves_is_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ REGISTRATION = "optimum/commands/register/register_pruneport.py"
 POCKET = ["--model", "pocket", "--keep", "64", "--target", "android"]
 EVERY_FLAG = [
     *POCKET,
-    *("--backend", "onnx", "--precision", "fp32", "--quant-vision", "8da8w", "--prune-at", "projector"),
+    *("--backend", "onnx", "--precision", "fp32", "--quant-vision", "8da8w", "--cut", "0"),
     *("--only", "vision", "--twin", "--weights", "random", "--seed", "7", "--image", "photo.jpg", "--dry-run", "-q"),
 ]
 

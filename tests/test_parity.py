@@ -162,22 +162,22 @@ def test_every_bound_gives_its_reason_and_judges_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "vision", "text", "graph", "placement", "expected"),
+    ("precision", "vision", "text", "graph", "cut", "expected"),
     [
-        ("fp32", None, None, "vision_encoder", "decoder", "fp32"),
-        ("fp16", None, None, "text_decoder", "decoder", "fp16"),
-        ("fp32", "8da8w", None, "vision_encoder", "decoder", "8da8w"),
-        ("fp16", "8da8w", None, "text_prefill", "decoder", "fp16"),
-        ("fp16", None, "8da4w-g32", "image_prefill", "decoder", "8da4w"),
-        ("fp32", None, "int4-g128", "text_decoder", "decoder", "int4"),
-        ("fp32", None, "int8", "vision_encoder", "projector", "fp32"),
-        ("fp16", None, "8da4w", "token_embedding", "decoder", "fp16"),
-        ("fp16", None, "8da4w", "embed_tokens", "projector", "fp16"),
+        ("fp32", None, None, "vision_encoder", 2, "fp32"),
+        ("fp16", None, None, "text_decoder", 2, "fp16"),
+        ("fp32", "8da8w", None, "vision_encoder", 2, "8da8w"),
+        ("fp16", "8da8w", None, "text_prefill", 2, "fp16"),
+        ("fp16", None, "8da4w-g32", "image_prefill", 2, "8da4w"),
+        ("fp32", None, "int4-g128", "text_decoder", 2, "int4"),
+        ("fp32", None, "int8", "vision_encoder", 0, "fp32"),
+        ("fp16", None, "8da4w", "token_embedding", 2, "fp16"),
+        ("fp16", None, "8da4w", "embed_tokens", 0, "fp16"),
         # The decoder layers before the cut are in the vision graph, quantised as the text graphs.
-        ("fp16", None, "8da4w", "vision_encoder", "decoder", "8da4w"),
-        ("fp32", "8da8w", "8da4w-g64", "vision_encoder", "decoder", "8da4w"),
-        ("fp32", "8da8w", "8da4w", "vision_encoder", "projector", "8da8w"),
-        ("fp16", None, "8da4w", "vision_encoder", "projector", "fp16"),
+        ("fp16", None, "8da4w", "vision_encoder", 2, "8da4w"),
+        ("fp32", "8da8w", "8da4w-g64", "vision_encoder", 2, "8da4w"),
+        ("fp32", "8da8w", "8da4w", "vision_encoder", 0, "8da8w"),
+        ("fp16", None, "8da4w", "vision_encoder", 0, "fp16"),
     ],
 )
 def test_the_coarsest_arithmetic_decides(
@@ -186,11 +186,11 @@ def test_the_coarsest_arithmetic_decides(
     vision: str | None,
     text: str | None,
     graph: str,
-    placement: Literal["decoder", "projector"],
+    cut: int,
     expected: str,
 ) -> None:
     target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision, quant_text=text)
-    prune = msgspec.structs.replace(manifest.prune, placement=placement)
+    prune = msgspec.structs.replace(manifest.prune, cut=cut)
     assert bound_for(msgspec.structs.replace(manifest, target=target, prune=prune), graph).precision == expected
 
 
@@ -436,8 +436,8 @@ def test_golden_that_contradicts_itself(manifest: Manifest, golden: Arrays) -> N
         _judge(manifest, golden, _outputs(golden))
 
 
-def test_projector_placement(tmp_path_factory: pytest.TempPathFactory) -> None:
-    sample = Sample(placement="projector")
+def test_cut_0(tmp_path_factory: pytest.TempPathFactory) -> None:
+    sample = Sample(cut=0)
     manifest = fill(tmp_path_factory.mktemp("b"), "b", sample, noise_photo())
     golden = make_golden(sample, noise_photo())
     got = _outputs(golden)

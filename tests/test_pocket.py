@@ -78,7 +78,7 @@ def _image_tokens(folder: Path, photo: np.ndarray) -> torch.Tensor:
     """(576, 288): the hidden states that the pruner sees."""
     checkpoint = open_checkpoint(POCKET, weights=str(folder))
     pixels = preprocess(photo, image_info(checkpoint, POCKET))
-    golden = make_golden(checkpoint, POCKET, None, placement="decoder", layer=2, pixel_values=pixels)
+    golden = make_golden(checkpoint, POCKET, None, pixel_values=pixels)
     return torch.from_numpy(golden["vision_encoder.out.hidden"][0, 35:])
 
 

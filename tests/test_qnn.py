@@ -34,7 +34,7 @@ from pruning import ComparingPruner, PruneSpec, SpecError, reference
 from pruning.comparing import _Pair
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
 from runtime.engines import LoadedGraph, qnn
-from runtime.errors import EngineError, ExportError, ImageError, NotYetError, RequestError
+from runtime.errors import EngineError, ExportError, ImageError, RequestError
 from runtime.harness import Step, Verdict, check_bundle, verify
 from runtime.image import preprocess
 from runtime.session import open_session
@@ -299,7 +299,7 @@ def _request(folder: Path, **words: Any) -> Request:
             RequestError,
             "unknown qnn precision .*allowed: fp16",
         ),
-        ({"backend": "qnn", "soc": SOC.name, "prune_at": "projector"}, NotYetError, "add --only vision"),
+        ({"backend": "qnn", "soc": SOC.name, "layout": "transformers.js"}, RequestError, "take --backend onnx"),
     ],
     ids=["no soc", "unknown", "elsewhere", "fp32", "ready-made"],
 )
@@ -539,7 +539,7 @@ def _quantised(graph: Graph, folder: Path, calibration: list[tuple[np.ndarray, .
 def test_quantised_vision_graph_runs_whole(tmp_path: Path) -> None:
     """On a photo that it was not calibrated with; what is 8-bit shows, and what is not does not."""
     checkpoint = RandomCheckpoint(TINY, seed=2)
-    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=2, form="comparing")
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, form="comparing")
     image = image_info(checkpoint, TINY)
     photo, *rest = (preprocess(photo, image) for photo in default_photos().values())
     loaded = _quantised(encoder, tmp_path, [(one,) for one in rest])
@@ -560,7 +560,7 @@ def test_what_is_quantised(tmp_path: Path) -> None:
     import onnx
 
     checkpoint = RandomCheckpoint(TINY, seed=2)
-    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=2, form="comparing")
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, form="comparing")
     encoder.calibration = [tuple(one.numpy() for one in encoder.example_inputs())]
     onnx_backend.lower({"v": encoder}, tmp_path)
     qdq.quantise(encoder, tmp_path / "v.onnx", tmp_path / "q.onnx")

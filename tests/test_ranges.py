@@ -65,9 +65,7 @@ def _checkpoint(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Che
 
 def _encoder(checkpoint: Checkpoint, precision: str, *, pruned: bool = True) -> VisionEncoder:
     spec = PruneSpec(grid=(4, 4), keep=8, token_batch=2, channels=24) if pruned else None
-    return build_vision_encoder(
-        checkpoint, TINY, spec, placement="decoder", layer=2, precision=precision, prefix_ids=PREFIX
-    )
+    return build_vision_encoder(checkpoint, TINY, spec, precision=precision, prefix_ids=PREFIX)
 
 
 def _pixels(checkpoint: Checkpoint, count: int) -> list[torch.Tensor]:
@@ -297,7 +295,7 @@ def test_text_graphs_without_hazards(precision: str, tmp_path: Path, monkeypatch
 @torch.no_grad()
 def test_what_the_text_graphs_would_be_without_the_island(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY, weights=str(_text_weights(tmp_path, **OVERFLOWS)), seed=0)
-    context = Context(TINY.geometry, prefix=7, keep=8, layer=2, text=24)
+    context = Context(TINY.geometry, prefix=7, keep=8, cut=2, text=24)
     decoder = build_text_graphs(checkpoint, context, precision="fp16")[TEXT_DECODER]
     chance = torch.Generator().manual_seed(0)
     inputs = [

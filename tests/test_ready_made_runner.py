@@ -146,7 +146,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = out_dir / "checkpoint"
     tokenizer_file = _write_checkpoint(case.entry, folder)
     checkpoint = FolderCheckpoint(folder, case.entry)
-    vision = build_vision_encoder(checkpoint, case.entry, case.spec, placement="projector")
+    vision = build_vision_encoder(checkpoint, case.entry, case.spec, cut=0, framed=False)
     graphs = write_for_runner(checkpoint, case.entry, vision, out_dir, quant_text=case.quant, text_tokens=TEXT_TOKENS)
     (file,) = {out_dir / graph.file for graph in graphs}
     return Exported(
@@ -180,7 +180,7 @@ class Desktop:
         model.eval()
         self.decoder, self.head = model.model.language_model, torch.nn.Sequential(model.lm_head)
         golden = make_golden(
-            exported.checkpoint, case.entry, case.spec, placement="projector", pixel_values=pixels.numpy()
+            exported.checkpoint, case.entry, case.spec, cut=0, framed=False, pixel_values=pixels.numpy()
         )
         self.image = torch.from_numpy(golden["vision_encoder.out.image_features"])
         assert self.image.shape[1] == case.keep
@@ -401,10 +401,10 @@ def test_sizes_that_do_not_fit(tokens: int, context: int, message: str) -> None:
         build_ready_made_graphs(RandomCheckpoint(TINY, seed=2), tokens=tokens, context=context)
 
 
-def test_vision_graph_of_the_decoder_placement_is_refused(tmp_path: Path) -> None:
+def test_vision_graph_with_the_prompt_in_it_is_refused(tmp_path: Path) -> None:
     checkpoint = RandomCheckpoint(TINY, seed=2)
-    vision = build_vision_encoder(checkpoint, TINY, None, placement="decoder")
-    with pytest.raises(ExportError, match="--prune-at projector"):
+    vision = build_vision_encoder(checkpoint, TINY, None)
+    with pytest.raises(ExportError, match="take --cut 0"):
         write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8)
     assert not list(tmp_path.iterdir())
 
@@ -413,6 +413,6 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model")
     shutil.copy(pocket_folder(tmp_path / "cache") / "tokenizer.json", folder)
     checkpoint = FolderCheckpoint(folder, TINY)
-    vision = build_vision_encoder(checkpoint, TINY, None, placement="projector", prefix_ids=[1])
+    vision = build_vision_encoder(checkpoint, TINY, None, cut=0, framed=False, prefix_ids=[1])
     with pytest.raises(CheckpointError, match="512 tokens, but the model 64 logits"):
         write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8)

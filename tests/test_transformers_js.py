@@ -105,14 +105,14 @@ def test_exported_decoder_takes_any_length(tiny: Path, tmp_path: Path, one_threa
 # What cannot be made
 
 
-def _vision(checkpoint: Checkpoint, *, placement: str = "projector", precision: str = "fp32") -> VisionEncoder:
-    return build_vision_encoder(checkpoint, POCKET, PruneSpec(keep=KEEP), placement=placement, precision=precision)
+def _vision(checkpoint: Checkpoint, *, cut: int = 0, precision: str = "fp32") -> VisionEncoder:
+    return build_vision_encoder(checkpoint, POCKET, PruneSpec(keep=KEEP), cut=cut, framed=cut > 0, precision=precision)
 
 
 def test_pruning_in_the_decoder_gives_no_image_features(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("pocket", weights="random")
-    with pytest.raises(ExportError, match="pruned at 'decoder' does not give; use --prune-at projector"):
-        write_transformers_js(checkpoint, POCKET, _vision(checkpoint, placement="decoder"), tmp_path)
+    with pytest.raises(ExportError, match="a vision graph of cut 2 with the prompt in it does not give; take --cut 0"):
+        write_transformers_js(checkpoint, POCKET, _vision(checkpoint, cut=2), tmp_path)
 
 
 def test_only_4_bit_weights_have_a_name(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def _eager(folder: Path, checkpoint: FolderCheckpoint, photos: Path, photo: str,
     )
     inputs = processor(images=Image.open(photos / f"{photo}.png"), text=prompt, return_tensors="np")
     pixel_values = np.asarray(inputs["pixel_values"])
-    golden = make_golden(checkpoint, POCKET, PruneSpec(keep=KEEP), placement="projector", pixel_values=pixel_values)
+    golden = make_golden(checkpoint, POCKET, PruneSpec(keep=KEEP), cut=0, framed=False, pixel_values=pixel_values)
     whole: Any = LlavaForConditionalGeneration.from_pretrained(
         checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
     )

@@ -55,49 +55,49 @@ def _differences(encoder: VisionEncoder, golden: dict[str, np.ndarray], pixels: 
 
 
 CASES = [
-    (model, placement, pruned)
+    (model, cut, framed, pruned)
     for model in ("pocket", "tiny")
-    for placement in ("decoder", "projector")
+    for cut, framed in ((2, True), (0, True), (0, False))
     for pruned in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("model", "placement", "pruned"), CASES)
-def test_equal_to_transformers(model: str, placement: str, pruned: bool, pocket: Checkpoint) -> None:
+@pytest.mark.parametrize(("model", "cut", "framed", "pruned"), CASES)
+def test_equal_to_transformers(model: str, cut: int, framed: bool, pruned: bool, pocket: Checkpoint) -> None:
     entry: ModelEntry = POCKET if model == "pocket" else TINY
     checkpoint = pocket if model == "pocket" else RandomCheckpoint(TINY, seed=2)
     spec = (PruneSpec() if model == "pocket" else TINY_SPEC) if pruned else None
-    encoder = build_vision_encoder(checkpoint, entry, spec, placement=placement)
+    encoder = build_vision_encoder(checkpoint, entry, spec, cut=cut, framed=framed)
     pixels = _photo(entry.geometry.vision.image_size)
-    golden = make_golden(checkpoint, entry, spec, placement=placement, pixel_values=pixels.numpy())
+    golden = make_golden(checkpoint, entry, spec, cut=cut, framed=framed, pixel_values=pixels.numpy())
     assert (encoder.pruner is not None) == pruned
     differences = _differences(encoder, golden, pixels)
     assert max(differences.values()) < 1e-4, differences
     assert differences.get("positions", 0.0) == differences.get("kept_indices", 0.0) == 0.0
 
 
-@pytest.mark.parametrize("layer", [1, 2])
-def test_pruning_after_any_layer(layer: int) -> None:
+@pytest.mark.parametrize("cut", [1, 2])
+def test_pruning_after_any_layer(cut: int) -> None:
     checkpoint = RandomCheckpoint(TINY, seed=3)
-    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=layer)
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, cut=cut)
     pixels = _photo(58)
-    golden = make_golden(checkpoint, TINY, TINY_SPEC, placement="decoder", layer=layer, pixel_values=pixels.numpy())
-    assert len(encoder.output_names) == 2 + 2 * layer + 1
+    golden = make_golden(checkpoint, TINY, TINY_SPEC, cut=cut, pixel_values=pixels.numpy())
+    assert len(encoder.output_names) == 2 + 2 * cut + 1
     assert encoder.output_names[-1] == "filled"
     assert max(_differences(encoder, golden, pixels).values()) < 1e-4
 
 
 def test_keeping_everything_is_the_twin(pocket: Checkpoint) -> None:
     pixels = _photo(336)
-    everything = build_vision_encoder(pocket, POCKET, PruneSpec(keep=576), placement="decoder")
-    twin = build_vision_encoder(pocket, POCKET, None, placement="decoder")
+    everything = build_vision_encoder(pocket, POCKET, PruneSpec(keep=576))
+    twin = build_vision_encoder(pocket, POCKET, None)
     assert everything.keep == twin.keep == 576
     for one, other in zip(everything(pixels), twin(pixels), strict=True):
         assert torch.equal(one, other)
 
 
 def test_prefix_does_not_depend_on_the_image(pocket: Checkpoint) -> None:
-    encoder = build_vision_encoder(pocket, POCKET, None, placement="decoder")
+    encoder = build_vision_encoder(pocket, POCKET, None)
     one, other = encoder(_photo(336)), encoder(torch.zeros(1, 3, 336, 336))
     prefix = encoder.prefix_length
     assert prefix == 35
@@ -110,12 +110,12 @@ def test_prefix_does_not_depend_on_the_image(pocket: Checkpoint) -> None:
 # --- half precision ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", ["decoder", "projector"])
-def test_half_precision_at_build_and_afterwards_agree(placement: str, pocket: Checkpoint) -> None:
+@pytest.mark.parametrize("cut", [2, 0])
+def test_half_precision_at_build_and_afterwards_agree(cut: int, pocket: Checkpoint) -> None:
     pixels = _photo(336)
-    built = build_vision_encoder(pocket, POCKET, None, placement=placement, precision="fp16")
-    turned = build_vision_encoder(pocket, POCKET, None, placement=placement).half_precision()
-    full = build_vision_encoder(pocket, POCKET, None, placement=placement)
+    built = build_vision_encoder(pocket, POCKET, None, cut=cut, framed=cut > 0, precision="fp16")
+    turned = build_vision_encoder(pocket, POCKET, None, cut=cut, framed=cut > 0).half_precision()
+    full = build_vision_encoder(pocket, POCKET, None, cut=cut, framed=cut > 0)
     halves = {parameter.dtype for parameter in built.parameters()}
     assert halves == {torch.float16}
     for info, one, other, exact in zip(built.output_infos(), built(pixels), turned(pixels), full(pixels), strict=True):
@@ -128,7 +128,7 @@ def test_half_precision_at_build_and_afterwards_agree(placement: str, pocket: Ch
 
 
 def test_half_precision_leaves_the_pruner_alone(pocket: Checkpoint) -> None:
-    encoder = build_vision_encoder(pocket, POCKET, PruneSpec(), placement="decoder", precision="fp16")
+    encoder = build_vision_encoder(pocket, POCKET, PruneSpec(), precision="fp16")
     assert encoder.pruner is not None
     seen: list[torch.dtype] = []
     select = encoder.pruner.select
@@ -156,8 +156,8 @@ def test_weights_beyond_float16_are_refused() -> None:
             return tensor
 
     with pytest.raises(CheckpointError, match=r"fc2\.bias has values beyond the range of float16"):
-        build_vision_encoder(Huge(TINY, seed=0), TINY, None, placement="projector", precision="fp16")
-    build_vision_encoder(Huge(TINY, seed=0), TINY, None, placement="projector")
+        build_vision_encoder(Huge(TINY, seed=0), TINY, None, cut=0, framed=False, precision="fp16")
+    build_vision_encoder(Huge(TINY, seed=0), TINY, None, cut=0, framed=False)
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RmsNorm])
@@ -238,11 +238,11 @@ def test_a_layer_fed_in_pieces_equals_the_layer_fed_at_once() -> None:
 @pytest.mark.parametrize(
     ("wishes", "complaint"),
     [
-        ({"placement": "tower"}, "placement 'tower' is not known"),
-        ({"placement": "decoder", "precision": "bf16"}, "precision 'bf16' is not known"),
-        ({"placement": "decoder", "layer": 0}, r"layer=0 must lie in 1\.\.2"),
-        ({"placement": "decoder", "layer": 3}, r"layer=3 must lie in 1\.\.2"),
-        ({"placement": "decoder", "spec": PruneSpec()}, r"grid \(24, 24\) is not the grid \(4, 4\) of tiny"),
+        ({"precision": "bf16"}, "precision 'bf16' is not known"),
+        ({"cut": -1}, r"cut=-1 must lie in 0\.\.2"),
+        ({"cut": 3}, r"cut=3 must lie in 0\.\.2"),
+        ({"cut": 1, "framed": False}, "cut=1 needs the prompt in front of the image"),
+        ({"spec": PruneSpec()}, r"grid \(24, 24\) is not the grid \(4, 4\) of tiny"),
     ],
 )
 def test_requests_that_do_not_fit(wishes: dict[str, Any], complaint: str) -> None:
@@ -288,17 +288,19 @@ def test_what_a_sparse_config_leaves_out_means_the_same_as_in_transformers() -> 
 
 
 def test_parameter_count_is_what_the_module_holds(pocket: Checkpoint) -> None:
-    for placement in ("decoder", "projector"):
-        encoder = build_vision_encoder(pocket, POCKET, None, placement=placement)
+    for cut in (2, 0):
+        encoder = build_vision_encoder(pocket, POCKET, None, cut=cut, framed=cut > 0)
         held = sum(parameter.numel() for parameter in encoder.parameters())
-        assert held == pocket.geometry.vision_parameter_count(placement, 2)
+        assert held == pocket.geometry.vision_parameter_count(cut)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("placement", ["decoder", "projector"])
+@pytest.mark.parametrize("cut", [2, 0])
 @pytest.mark.parametrize("spec", [None, TINY_SPEC])
-def test_traced_program_is_static_and_equal(placement: str, spec: PruneSpec | None, precision: str) -> None:
-    encoder = build_vision_encoder(RandomCheckpoint(TINY, seed=2), TINY, spec, placement=placement, precision=precision)
+def test_traced_program_is_static_and_equal(cut: int, spec: PruneSpec | None, precision: str) -> None:
+    encoder = build_vision_encoder(
+        RandomCheckpoint(TINY, seed=2), TINY, spec, cut=cut, framed=cut > 0, precision=precision
+    )
     program = torch.export.export(encoder, encoder.example_inputs(), strict=False)
     assert not program.range_constraints
     for node in program.graph.nodes:
@@ -313,22 +315,22 @@ def test_traced_program_is_static_and_equal(placement: str, spec: PruneSpec | No
 # What XNNPACK cannot do is a cast: of the positions at the end, and in float16 around GELU and the pruner. Each cast in
 # the middle of the graph costs one more partition.
 PARTITIONS = {
-    ("decoder", "fp32", False): 1,
-    ("decoder", "fp32", True): 1,
-    ("projector", "fp32", False): 1,
-    ("projector", "fp32", True): 1,
-    ("decoder", "fp16", False): 4,
-    ("decoder", "fp16", True): 4,
-    ("projector", "fp16", False): 3,
-    ("projector", "fp16", True): 4,
+    (2, "fp32", False): 1,
+    (2, "fp32", True): 1,
+    (0, "fp32", False): 1,
+    (0, "fp32", True): 1,
+    (2, "fp16", False): 4,
+    (2, "fp16", True): 4,
+    (0, "fp16", False): 3,
+    (0, "fp16", True): 4,
 }
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(("placement", "precision", "pruned"), sorted(PARTITIONS))
+@pytest.mark.parametrize(("cut", "precision", "pruned"), sorted(PARTITIONS))
 def test_xnnpack_takes_everything_but_casts(
-    placement: str, precision: str, pruned: bool, pocket: Checkpoint, tmp_path: Path
+    cut: int, precision: str, pruned: bool, pocket: Checkpoint, tmp_path: Path
 ) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.utils.configs import get_transform_passes
@@ -337,14 +339,14 @@ def test_xnnpack_takes_everything_but_casts(
 
     # Few steps, because lowering takes time in proportion; engine and eager then share the fill rule as well.
     spec = PruneSpec(steps=8) if pruned else None
-    encoder = build_vision_encoder(pocket, POCKET, spec, placement=placement, precision=precision)
+    encoder = build_vision_encoder(pocket, POCKET, spec, cut=cut, framed=cut > 0, precision=precision)
     program = torch.export.export(encoder, encoder.example_inputs(), strict=False)
     edge = to_edge_transform_and_lower(
         program, transform_passes=get_transform_passes(), partitioner=[XnnpackPartitioner()]
     )
     calls = [node for node in edge.exported_program().graph.nodes if node.op == "call_function"]
     kinds = Counter(str(getattr(node.target, "__name__", node.target)) for node in calls)
-    assert kinds["executorch_call_delegate"] == PARTITIONS[placement, precision, pruned], kinds
+    assert kinds["executorch_call_delegate"] == PARTITIONS[cut, precision, pruned], kinds
     outside = set(kinds) - {"executorch_call_delegate", "getitem"}
     assert outside <= {"dim_order_ops._to_dim_order_copy.default"}, kinds
     path = tmp_path / "vision_encoder.pte"
@@ -356,7 +358,7 @@ def test_xnnpack_takes_everything_but_casts(
         # 64 tokens in common were seen): how well they agree is measured on photos, by the harness. Here: any choice
         # that is valid.
         first = encoder.prefix_length
-        chosen = got[1][0, first:] if placement == "decoder" else got[1][0]
+        chosen = got[1][0, first:] if cut else got[1][0]
         assert chosen.numel() == encoder.keep
         assert bool((chosen[1:] > chosen[:-1]).all())
         assert first <= int(chosen[0])

@@ -63,8 +63,8 @@ def test_plan(tmp_path: Path) -> None:
     assert (planned.precision, planned.quant_text, planned.backend.engine) == ("fp32", None, "executorch")
     with pytest.raises(NotYetError, match=r"quant_text=8da4w: not yet on backend vulkan"):
         plan(_request(tmp_path, quant_text="8da4w"))
-    with pytest.raises(NotYetError, match=r"prune_at=projector on backend vulkan"):
-        plan(_request(tmp_path, prune_at="projector"))
+    with pytest.raises(RequestError, match=r"layout=multimodal-runner is not made by backend vulkan"):
+        plan(_request(tmp_path, layout="multimodal-runner"))
     with pytest.raises(RequestError, match=r"unknown vulkan precision 'int8'"):
         plan(_request(tmp_path, precision="int8"))
 

@@ -98,7 +98,7 @@ def test_wheel_starts(start: list[str], lean: Path, tmp_path: Path) -> None:
     assert (version.returncode, version.stdout) == (0, "pruneport 0.1.0\n"), version.stderr
     shown = run(*words, "export", "--help", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert "--prune-at" in shown.stdout
+    assert "--cut" in shown.stdout
 
 
 def test_verify_without_torch(lean: Path, onnx_bundle: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def write_for_runner(
     The KV cache holds the prompt's prefix, the kept image tokens and `text_tokens` more; a single input of the runner
     may be as long as the longest of the three. Text that is not quantised has the precision of `vision`.
 
-    Raises ExportError for a vision graph that is not pruned at the projector, or for more positions than the checkpoint
+    Raises ExportError for a vision graph with the prompt in it, or for more positions than the checkpoint
     knows; CheckpointError for a tokenizer with more tokens than there are logits.
     """
     import torch
@@ -47,10 +47,10 @@ def write_for_runner(
     from export.models.prompt import end_ids
     from runtime.bundle import GraphInfo
 
-    if vision.placement != "projector":
+    if vision.framed:
         raise ExportError(
-            f"a ready-made runner takes image embeddings, which a vision graph pruned in the {vision.placement} does "
-            "not give; use --prune-at projector"
+            f"a ready-made runner takes image features alone, which a vision graph of cut {vision.cut} with the prompt "
+            "in it does not give; take --cut 0"
         )
     _check_tokenizer(checkpoint)
     prompt = prompt_info(checkpoint, entry)

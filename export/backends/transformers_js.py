@@ -79,10 +79,10 @@ def write_transformers_js(
     """
     from export.graphs.vision import PRECISIONS
 
-    if vision.placement != "projector":
+    if vision.framed:
         raise ExportError(
-            f"transformers.js takes image features, which a vision graph pruned at {vision.placement!r} does not give; "
-            "use --prune-at projector"
+            f"transformers.js takes image features alone, which a vision graph of cut {vision.cut} with the prompt in "
+            "it does not give; take --cut 0"
         )
     del text_tokens  # the cache grows as far as positions are known
     if quant_text is not None and SCHEMES[quant_text].bits != 4:

@@ -29,17 +29,17 @@ class Context:
     """How many entries the KV cache of each layer has, and which positions they stand for.
 
     The image part of a layer holds the prompt prefix and the image tokens that the layer saw: all of them below
-    `layer`, the kept ones from there on. The text part follows it and has room for `text` tokens in every layer. Text
+    `cut`, the kept ones from there on. The text part follows it and has room for `text` tokens in every layer. Text
     goes on at the position after the unpruned image, whatever was dropped, as in the paper's code. `index` is the dtype
     in which `vision_encoder` hands on positions.
     """
 
     def __init__(
-        self, geometry: LlavaGeometry, *, prefix: int, keep: int, layer: int, text: int, index: str = "int64"
+        self, geometry: LlavaGeometry, *, prefix: int, keep: int, cut: int, text: int, index: str = "int64"
     ) -> None:
         self.layers = geometry.text.layers
         self.kv_heads, self.head_dim = geometry.text.kv_heads, geometry.text.head_dim
-        self.layer = layer
+        self.cut = cut
         self.prefix = prefix
         self.keep = keep
         self.text = text
@@ -53,7 +53,7 @@ class Context:
 
     def image_entries(self, index: int) -> int:
         """Entries of layer `index` that the prefix and the image take."""
-        return self.first_text if index < self.layer else self.prefix + self.keep
+        return self.first_text if index < self.cut else self.prefix + self.keep
 
     def entries(self, index: int) -> int:
         """All entries of layer `index`."""
@@ -139,7 +139,7 @@ class ImagePrefill(_Decoder):
     mask: Tensor
 
     def __init__(self, geometry: LlavaGeometry, context: Context) -> None:
-        super().__init__(geometry, context, first=context.layer)
+        super().__init__(geometry, context, first=context.cut)
         self.tokens = context.prefix + context.keep
         self.register_buffer("mask", causal_mask(self.tokens), persistent=False)
 
@@ -304,7 +304,7 @@ def build_text_graphs(
     if quant is not None:
         quantize(whole, quant)  # what is left of it: the output matrix
     one.layers, one.norm, one.lm_head = whole.layers, whole.norm, whole.lm_head
-    image.layers = whole.layers[context.layer :]
+    image.layers = whole.layers[context.cut :]
     decoders: dict[str, _Decoder] = {IMAGE_PREFILL: image, TEXT_PREFILL: whole, TEXT_DECODER: one}
     for graph in decoders.values():
         if dtype == torch.float16:

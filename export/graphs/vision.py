@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +21,25 @@ if TYPE_CHECKING:
     from pruning import ComparingPruner, PruneSpec, TokenPruner
     from runtime.bundle import TensorInfo
 
-Placement = Literal["decoder", "projector"]
-PLACEMENTS: tuple[Placement, ...] = ("decoder", "projector")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class VisionEncoder(Graph):
     """pixel_values (1, 3, H, W) float32 -> the image as the decoder goes on from it. All shapes are static.
 
-    Decoder placement (the paper's, arXiv 2512.02700): tower, projector, decoder layers 0..layer-1 over the image
-    tokens, then the pruner, on the keys of the last of these layers (after the rotary embedding, all key heads side by
-    side) and on its raw output. The prompt in front of the image is always the same, and causal attention never looks
-    ahead, so its hidden states, keys and values are constants of the graph. Outputs:
-    `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
-    (1, Hkv, P + N, d) for each layer i, in the precision that the layers compute in.
+    `cut` is the number of decoder layers that run before the pruner does; the paper (arXiv 2512.02700) takes 2. Tower,
+    projector and these layers over the image tokens, then the pruner, on the keys of the last of these layers (after
+    the rotary embedding, all key heads side by side) and on its raw output. The prompt in front of the image is always
+    the same, and causal attention never looks ahead, so its hidden states, keys and values are constants of the graph.
+    Outputs: `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
+    (1, Hkv, P + N, d) for each layer i below the cut, in the precision that the layers compute in.
 
-    Projector placement: tower, projector, pruner. Outputs: `image_features` (1, keep, D) float32 and
-    `kept_indices` (1, keep) int64. No decoder layer has run, so its keys do not exist yet; in their place stand the
-    keys of the tower's last layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far
-    from each other. Keys of the layer that made the features answer it in the same terms as in the decoder, they are
-    there already, and they are 4 to 5 times narrower than the projected features. The paper does not treat this
-    placement; how well it keeps answers is not measured here.
+    At cut 0 no decoder layer has run, so its keys do not exist yet; in their place stand the keys of the tower's last
+    layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far from each other. Keys of
+    the layer that made the features answer it in the same terms as in the decoder, they are there already, and they are
+    4 to 5 times narrower than the projected features. The paper does not treat this cut; how well it keeps answers is
+    not measured here. Without `framed`, the prompt is left to whoever runs the graph, which is possible at cut 0 alone.
+    Outputs then: `image_features` (1, keep, D) float32 and `kept_indices` (1, keep) int64.
 
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
@@ -68,17 +66,16 @@ class VisionEncoder(Graph):
         geometry: LlavaGeometry,
         spec: PruneSpec | None,
         *,
-        placement: Placement,
-        layer: int,
+        cut: int,
+        framed: bool,
         prefix_length: int,
         form: str = "default",
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
         self.geometry = geometry
-        self.placement = placement
-        self.layer = layer if placement == "decoder" else 0
-        self.prefix_length = prefix_length if placement == "decoder" else 0
+        self.cut, self.framed = cut, framed
+        self.prefix_length = prefix_length if framed else 0
         self.image_tokens = geometry.image_tokens
         self.spec = spec
         # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
@@ -86,7 +83,7 @@ class VisionEncoder(Graph):
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
-        self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(self.layer))
+        self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(cut))
         self.pruner: TokenPruner | ComparingPruner | None = None
         if spec is not None and self.keep < self.image_tokens:
             from pruning import FORMS
@@ -94,12 +91,13 @@ class VisionEncoder(Graph):
             self.pruner = FORMS[form](spec)
         everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
-        if placement == "decoder":
-            first, last = self.prefix_length, self.prefix_length + self.image_tokens
+        first, last = self.prefix_length, self.prefix_length + self.image_tokens
+        if cut:
             cos, sin = rope_tables(geometry.text, range(first, last))
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
             self.register_buffer("mask", causal_mask(self.image_tokens, past=first), persistent=False)
+        if framed:
             # As float32, exact far beyond any context: delegates have no integer arithmetic.
             self.register_buffer("prefix_positions", torch.arange(first).float()[None], persistent=False)
             self.register_buffer("first_position", torch.tensor([float(first)]), persistent=False)
@@ -108,6 +106,11 @@ class VisionEncoder(Graph):
     def dtype(self) -> torch.dtype:
         """The precision that the tower computes in."""
         return self.tower.embeddings.class_embedding.dtype
+
+    @property
+    def layers_dtype(self) -> torch.dtype:
+        """The precision that the decoder layers compute in; the tower's where there are none."""
+        return self.cos.dtype if self.cut else self.dtype
 
     @property
     def index_name(self) -> str:
@@ -127,7 +130,7 @@ class VisionEncoder(Graph):
 
         text = self.geometry.text
         filled = () if self.pruner is None else (TensorInfo(name="filled", shape=(1, 1), dtype="float32"),)
-        if self.placement == "projector":
+        if not self.framed:
             return (
                 TensorInfo(name="image_features", shape=(1, self.keep, text.hidden), dtype="float32"),
                 TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=self.index_name),
@@ -135,13 +138,13 @@ class VisionEncoder(Graph):
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
         cache = (1, text.kv_heads, seen, text.head_dim)
-        dtype = "float16" if self.cos.dtype == torch.float16 else "float32"
+        dtype = "float16" if self.layers_dtype == torch.float16 else "float32"
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
             TensorInfo(name="positions", shape=(1, kept), dtype=self.index_name),
             *(
                 TensorInfo(name=f"{part}_{index}", shape=cache, dtype=dtype)
-                for index in range(self.layer)
+                for index in range(self.cut)
                 for part in ("key", "value")
             ),
             *filled,
@@ -168,14 +171,14 @@ class VisionEncoder(Graph):
         return self.from_features(self.projector(features), keys)
 
     def from_features(self, hidden: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-        """Image features (1, N, D) and, for the projector placement, the tower's keys (1, N, Dk) -> outputs"""
-        if self.placement == "projector":
+        """Image features (1, N, D) and, for cut 0, the tower's keys (1, N, Dk) -> outputs"""
+        if not self.framed:
             if self.pruner is None:
                 return hidden.float(), self.all_positions
             tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
             return tokens, indices.to(self.index_dtype), filled
         caches: list[Tensor] = []
-        hidden = hidden.to(self.cos.dtype)
+        hidden = hidden.to(self.layers_dtype)
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
@@ -200,8 +203,8 @@ def build_vision_encoder(
     entry: ModelEntry,
     spec: PruneSpec | None,
     *,
-    placement: str,
-    layer: int = 2,
+    cut: int = 2,
+    framed: bool = True,
     precision: str = "fp32",
     quant_layers: str | None = None,
     form: str = "default",
@@ -212,23 +215,23 @@ def build_vision_encoder(
     `form` is the static form of the pruner, a key of `pruning.FORMS`.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
-    `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `layer` is the first decoder
-    layer that sees fewer tokens (ignored at the projector). With `quant_layers` (see export.quantize) the decoder
+    `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `cut` is the first decoder
+    layer that sees fewer tokens. With `quant_layers` (see export.quantize) the decoder
     layers are quantised, exactly as the text graphs that share them, and compute in float32 around that. Weights are
     read, cast and placed one at a time, so that fp16 never holds the whole in float32.
 
-    Raises ExportError for a placement, layer, precision or grid that does not fit, CheckpointError for bad weights.
+    Raises ExportError for a cut, precision or grid that does not fit, CheckpointError for bad weights.
     """
     geometry = checkpoint.geometry
-    _check_request(geometry, entry, spec, placement, layer, precision)
+    _check_request(geometry, entry, spec, cut, framed, precision)
     dtype = PRECISIONS[precision]
     prefix_ids = prompt_info(checkpoint, entry).prefix_ids if prefix_ids is None else prefix_ids
     with torch.no_grad():
         encoder = VisionEncoder(
             geometry,
             spec,
-            placement=cast(Placement, placement),
-            layer=layer,
+            cut=cut,
+            framed=framed,
             prefix_length=len(prefix_ids),
             form=form,
         )
@@ -236,7 +239,7 @@ def build_vision_encoder(
         encoder.tower.to(dtype)
         fill(encoder.projector, checkpoint, "multi_modal_projector", dtype)
         encoder.projector.to(dtype)
-        if encoder.placement == "decoder":
+        if framed:
             _fill_decoder(encoder, checkpoint, prefix_ids, dtype, quant_layers)
         if dtype == torch.float16:
             encoder.half_precision(layers=quant_layers is None)
@@ -244,17 +247,17 @@ def build_vision_encoder(
 
 
 def _check_request(
-    geometry: LlavaGeometry, entry: ModelEntry, spec: PruneSpec | None, placement: str, layer: int, precision: str
+    geometry: LlavaGeometry, entry: ModelEntry, spec: PruneSpec | None, cut: int, framed: bool, precision: str
 ) -> None:
-    if placement not in PLACEMENTS:
-        raise ExportError(f"placement {placement!r} is not known; allowed: {', '.join(PLACEMENTS)}")
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
-    if placement == "decoder" and not 1 <= layer < geometry.text.layers:
+    if not 0 <= cut < geometry.text.layers:
         raise ExportError(
-            f"layer={layer} must lie in 1..{geometry.text.layers - 1}: pruning happens between two of the "
+            f"cut={cut} must lie in 0..{geometry.text.layers - 1}: pruning happens in front of one of the "
             f"{geometry.text.layers} decoder layers of {entry.name}"
         )
+    if cut and not framed:
+        raise ExportError(f"cut={cut} needs the prompt in front of the image inside the graph; cut 0 alone does not")
     if spec is not None and tuple(spec.grid) != geometry.grid:
         raise ExportError(
             f"the pruner's grid {tuple(spec.grid)} is not the grid {geometry.grid} of {entry.name}'s image tokens"

@@ -411,16 +411,15 @@ class LlavaGeometry:
             names.add("lm_head.weight")
         return frozenset(names)
 
-    def vision_parameter_count(self, placement: str, layer: int) -> int:
-        """Parameters the vision subgraph holds: tower, projector and, for decoder placement, layers 0..layer-1."""
+    def vision_parameter_count(self, cut: int) -> int:
+        """Parameters the vision subgraph holds: tower, projector and the decoder layers below the cut."""
         wanted = [
             "vision_tower.embeddings.",
             "vision_tower.pre_layrnorm.",
             *(f"vision_tower.encoder.layers.{i}." for i in range(self.tower_layers)),
             "multi_modal_projector.",
         ]
-        if placement == "decoder":
-            wanted += [f"language_model.layers.{i}." for i in range(layer)]
+        wanted += [f"language_model.layers.{i}." for i in range(cut)]
         return sum(math.prod(shape) for name, shape in self.tensor_shapes().items() if name.startswith(tuple(wanted)))
 
     def text_parameter_count(self) -> int:
