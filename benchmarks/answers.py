@@ -173,7 +173,7 @@ def _lower(layers: int, keep: int | None, scheme: str, folder: Path) -> None:
     import msgspec
     import torch
 
-    from export.backends.executorch import lower
+    from export.backends.xnnpack import lower
     from export.checkpoints import open_checkpoint
     from export.graphs.decoder import build_text_graphs
     from export.graphs.graph import Graph

@@ -125,7 +125,8 @@ def make(name: str, way: str, folder: Path) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from export.backends.executorch import XNNPACK, lower
+    from export.backends.executorch import lower
+    from export.backends.xnnpack import DELEGATE
     from export.quantize import quantize
 
     encoder = encoder_of(name, "fp16" if way == "fp16" else "fp32")
@@ -143,7 +144,7 @@ def make(name: str, way: str, folder: Path) -> None:
         quantize(encoder.projector, "8da8w")
     # Otherwise float32 layers are stored in float16 wherever that loses nothing.
     others: dict[str, Callable[[], AbstractContextManager[None]]] = {"fp32": nullcontext, "8w": eight_bit_weights}
-    delegate = replace(XNNPACK, serialising=others[way]) if way in others else XNNPACK
+    delegate = replace(DELEGATE, serialising=others[way]) if way in others else DELEGATE
     lower({"vision_encoder": encoder}, folder, delegate)
     os.rename(folder / "model.pte", folder / f"{way}.pte")
 

@@ -39,7 +39,8 @@ def main() -> None:
     import torch
     from executorch.extension.pybindings import portable_lib
 
-    from export.backends.executorch import FILE, lower
+    from export.backends.executorch import FILE
+    from export.backends.xnnpack import lower
     from export.checkpoints import open_checkpoint
     from export.graphs.vision import build_vision_encoder
     from export.models import MODELS

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from runtime.harness import Verdict
 
 GOLDEN_FILE = "golden.safetensors"
-# The whole numbers of float16 are exact up to here.
-HALF_COUNTS = 2048
 # How many default photos, beside the photo of the check, show how large the numbers inside a float16 graph become.
 RANGE_PHOTOS = 4
 # Packages whose version can change what a bundle computes.
@@ -149,7 +147,7 @@ class _Making:
             stage.note(f"made on {device}")
             if text_half is not None:
                 stage.note(f"fp16 range of the text graphs: {text_half}")
-        ready = plan.ready_made
+        ready = plan.layout
         islands = text_half.islands if text_half else ()
         graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
         with self.progress.stage(_label("write the bundle", bundle)):
@@ -165,10 +163,10 @@ class _Making:
                         name=plan.target.name,
                         backend=plan.backend.name,
                         precision=plan.precision,
-                        quant_vision=plan.quant_vision,
-                        quant_text=plan.quant_text,
-                        soc=plan.soc.name if plan.soc else None,
-                        min_os=str(plan.backend.min_ios) if plan.backend.min_ios else None,
+                        quant_vision=plan.vision.scheme,
+                        quant_text=plan.text.scheme if plan.text else None,
+                        soc=plan.backend.soc,
+                        min_os=plan.backend.min_os,
                     ),
                     prune=_prune_info(plan, bundle),
                     graphs=graphs,
@@ -217,8 +215,7 @@ class _Making:
 
         device = golden_device()
         plan = self.plan
-        in_half = plan.precision == "fp16" and (plan.quant_text is None or plan.backend.compresses)
-        watch = Watch() if in_half and plan.text_tokens is not None and plan.ready_made is None else None
+        watch = Watch() if plan.text is not None and plan.text.in_half and plan.layout is None else None
         try:
             golden = make_golden(
                 self.checkpoint,
@@ -294,14 +291,13 @@ class _Making:
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
             graphs = self._build(bundle, stage, islands)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            if plan.backend.compresses:
-                for name, graph in graphs.items():
-                    if name != TOKEN_EMBEDDING:  # a table to look rows up in
-                        graph.compression = plan.quant_vision if name == VISION_ENCODER else plan.quant_text
+            for name, graph in graphs.items():
+                if scheme := plan.recipe(name).backend_scheme:
+                    graph.compression = scheme
             if plan.calibration is not None:
                 image = image_info(self.checkpoint, plan.entry)
                 graphs[VISION_ENCODER].calibration = [(preprocess(p, image),) for p in plan.calibration.values()]
-            lowered = plan.backend.load()(graphs, folder)
+            lowered = plan.backend.lower(graphs, folder)
             for name in graphs:
                 self._check_taken(name, lowered[name].coverage, stage)
         return tuple(
@@ -320,17 +316,18 @@ class _Making:
 
     def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
         plan = self.plan
-        assert plan.ready_made is not None
+        assert plan.layout is not None
+        assert plan.text is not None
         assert plan.text_tokens is not None
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
             encoder = self._vision(bundle, stage)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            graphs = plan.ready_made.load()(
+            graphs = plan.layout.load()(
                 self.checkpoint,
                 plan.entry,
                 encoder,
                 folder,
-                quant_text=plan.quant_text,
+                quant_text=plan.text.scheme,
                 text_tokens=plan.text_tokens,
             )
             for graph in graphs:
@@ -357,7 +354,7 @@ class _Making:
 
         plan = self.plan
         encoder = self._vision(bundle, stage)
-        if plan.text_tokens is None:
+        if plan.text_tokens is None or plan.text is None:
             return {VISION_ENCODER: encoder}
         geometry = self.checkpoint.geometry
         context = Context(
@@ -368,10 +365,11 @@ class _Making:
             text=plan.text_tokens,
             index=encoder.index_name,
         )
-        if plan.backend.traced_precision and context.positions > HALF_COUNTS:
+        most = plan.backend.most_positions
+        if most is not None and context.positions > most:
             raise ExportError(
                 f"prompt, image and text_tokens={plan.text_tokens} take {context.positions} positions; "
-                f"backend {plan.backend.name} counts them in float16, which is exact up to {HALF_COUNTS}; "
+                f"backend {plan.backend.name} counts them in float16, which is exact up to {most}; "
                 "give fewer --text-tokens"
             )
         if context.positions > geometry.text.max_positions:
@@ -383,8 +381,8 @@ class _Making:
         text = build_text_graphs(
             self.checkpoint,
             context,
-            precision=plan.traced_precision,
-            quant=None if plan.backend.compresses else plan.quant_text,
+            precision=plan.recipe(TOKEN_EMBEDDING).traced,
+            quant=plan.text.module_scheme,
             states=plan.states,
         )
         if islands:  # the text graphs share their layers
@@ -400,7 +398,7 @@ class _Making:
         float16 cannot hold the numbers and the backend has no way to compute a part in float32.
         """
         plan, checkpoint = self.plan, self.checkpoint
-        if plan.precision != "fp16" or (plan.quant_vision and not plan.backend.compresses):
+        if not plan.vision.in_half:
             return None
         import torch
 
@@ -411,7 +409,7 @@ class _Making:
         from runtime.image import preprocess
 
         # The pruner is none of it, and quantised decoder layers compute in float32.
-        cut = 0 if plan.quant_text and not plan.backend.compresses else plan.cut
+        cut = 0 if plan.text and plan.text.module_scheme else plan.cut
         precise = build_vision_encoder(checkpoint, plan.entry, None, cut=cut, framed=cut > 0)
         # Spread over the whole set: photos first, then scenes from night to glare.
         photos = default_photos(RANGE_PHOTOS) | {plan.photo_name: plan.photo}
@@ -426,7 +424,7 @@ class _Making:
         from runtime.bundle import FLOAT16_LARGEST, RangesInfo
 
         plan = self.plan
-        if ranges.beyond and plan.traced_precision != "fp16":
+        if ranges.beyond and plan.vision.traced != plan.vision.computes:
             others = [other.name for other in plan.target.backends if other.traced_precision is None]
             raise ExportError(
                 f"{ranges.worst} of the {ranges.graph} reaches {ranges.largest[ranges.worst]:.3g}; backend "
@@ -455,8 +453,8 @@ class _Making:
             bundle.spec,
             cut=plan.cut,
             framed=plan.framed,
-            precision=plan.vision_precision,
-            quant_layers=None if plan.backend.compresses else plan.quant_text,
+            precision=plan.vision.traced,
+            quant_layers=plan.text.module_scheme if plan.text else None,
             form=plan.backend.pruner_form,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
@@ -469,8 +467,8 @@ class _Making:
             from export.ranges import make_islands
 
             make_islands(encoder, self._half.islands)
-        if plan.quant_vision and not plan.backend.compresses:
-            quantize(encoder, plan.quant_vision)
+        if plan.vision.module_scheme:
+            quantize(encoder, plan.vision.module_scheme)
         return encoder
 
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from export.backends.backend import Backend, Precision, Recipe
+    from export.dropin.layout import Layout
     from export.models.llava import ModelEntry
-    from export.targets import Backend, Precision, ReadyMade, Soc, Target
+    from export.targets import Target
     from pruning import PruneSpec
 
 Word = TypeVar("Word", bound=str)
@@ -103,22 +105,21 @@ class Needs:
 class Plan:
     """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`.
 
-    `text_tokens` is the room for text in the KV cache, None where no text graphs are made; `soc` the chip that graphs
-    are compiled for, None where they are not; `calibration` the photos that the vision graph's quantisation is measured
-    on, None where it needs none.
+    `vision` and `text` say how the two parts are made, `layout` for whose runtime; `text` is None where no text graphs
+    are made, and so is `text_tokens`, the room for text in the KV cache. `calibration` are the photos that the vision
+    graph's quantisation is measured on, None where it needs none.
     """
 
     request: Request
     entry: ModelEntry
     target: Target
     backend: Backend
-    soc: Soc | None
     precision: Precision
-    quant_vision: str | None
-    quant_text: str | None
+    vision: Recipe
+    text: Recipe | None
     text_tokens: int | None
     cut: int
-    ready_made: ReadyMade | None
+    layout: Layout | None
     weights: str | None
     seed: int
     photo_path: Path
@@ -136,22 +137,23 @@ class Plan:
     @property
     def framed(self) -> bool:
         """True where the vision graph hands on the prompt before the image, too: our text graphs take both."""
-        return self.cut > 0 or (self.text_tokens is not None and self.ready_made is None)
+        return self.cut > 0 or (self.text is not None and self.layout is None)
+
+    def recipe(self, graph: str) -> Recipe:
+        """How a graph is made: as its part, but that the token embedding, a table of rows, is never quantised."""
+        from runtime.generation import TOKEN_EMBEDDING, VISION_ENCODER
+        from runtime.ready_made import EMBED_TOKENS
+
+        if graph == VISION_ENCODER:
+            return self.vision
+        if graph in (TOKEN_EMBEDDING, EMBED_TOKENS) or self.text is None:
+            return self.backend.recipe(self.precision, None)
+        return self.text
 
     @property
     def states(self) -> bool:
         """Whether the engine keeps the KV cache: its states are float16."""
-        return self.backend.states and self.precision == "fp16" and self.text_tokens is not None
-
-    @property
-    def traced_precision(self) -> Precision:
-        """What graphs come to the backend in."""
-        return self.backend.traced_precision or self.precision
-
-    @property
-    def vision_precision(self) -> Precision:
-        """What the vision graph computes in; a quantised one dequantises to fp32."""
-        return "fp32" if self.quant_vision and not self.backend.compresses else self.traced_precision
+        return self.backend.states and self.text is not None and self.text.in_half
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -181,24 +183,21 @@ def plan(request: Request) -> Plan:
     target = TARGETS[_known("target", request.target, TARGETS)]
     backends = {backend.name: backend for backend in target.backends}
     backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
-    soc = _soc(request.soc, backend)
-    if soc is not None:
-        backend = backend.for_soc(soc)
-    backend = _for_ios(request, backend, target)
+    backend = _variant(request, backend, target)
     if request.only is not None:
         _known("part", request.only, PARTS)
     whole = request.only is None
-    ready_made = _ready_made(request.layout, backend, target, whole=whole)
-    cut = _cut(request.cut, entry, ready_made)
-    schemes = ready_made.quant_text if ready_made else backend.quant_text
+    layout = _layout(request.layout, backend, target, whole=whole)
+    cut = _cut(request.cut, entry, layout)
+    schemes = layout.quant_text if layout else backend.quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
-        if ready_made and wanted in backend.quant_text and wanted not in (*schemes, NONE):
+        if layout and wanted in backend.quant_text and wanted not in (*schemes, NONE):
             raise RequestError(
-                f"quant_text={wanted} does not go with layout={ready_made.runtime}, which takes {', '.join(schemes)}"
+                f"quant_text={wanted} does not go with layout={layout.runtime}, which takes {', '.join(schemes)}"
             )
         quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
     elif request.quant_text is not None:
@@ -225,14 +224,13 @@ def plan(request: Request) -> Plan:
     calibration = _calibration(request.calibration, backend, quant_vision)
 
     choices = [
-        soc.name if soc else "",
-        f"ios{backend.min_ios}" if backend.min_ios and backend not in target.backends else "",
+        backend.variant,
         precision if precision != default_precision else "",
         quant_vision or "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
-        f"cut{cut}" if cut != PAPER_CUT and ready_made is None else "",
-        ready_made.runtime if ready_made else "",
+        f"cut{cut}" if cut != PAPER_CUT and layout is None else "",
+        layout.runtime if layout else "",
         request.only or "",
         "random" if request.weights == "random" else "",
     ]
@@ -277,13 +275,12 @@ def plan(request: Request) -> Plan:
         entry=entry,
         target=target,
         backend=backend,
-        soc=soc,
         precision=precision,
-        quant_vision=quant_vision,
-        quant_text=quant_text,
+        vision=backend.recipe(precision, quant_vision),
+        text=backend.recipe(precision, quant_text) if whole else None,
         text_tokens=text_tokens,
         cut=cut,
-        ready_made=ready_made,
+        layout=layout,
         weights=request.weights,
         seed=seed,
         photo_path=photo_path,
@@ -301,18 +298,17 @@ def describe(plan: Plan) -> str:
     spec = plan.bundle.spec
     where = f"before decoder layer {plan.cut}" if plan.cut else "after the projector"
     kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
-    precision = plan.precision + (f", vision {plan.quant_vision}" if plan.quant_vision else "")
+    precision = plan.precision + (f", vision {plan.vision.scheme}" if plan.vision.scheme else "")
     text = "none"
-    if plan.text_tokens is not None:
-        precision += f", text {plan.quant_text}" if plan.quant_text else ""
+    if plan.text is not None:
+        precision += f", text {plan.text.scheme}" if plan.text.scheme else ""
         text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
         if plan.backend.states:
             text += ", KV cache as states" if plan.states else ", KV cache as inputs and outputs (states are fp16)"
-        elif plan.backend.min_ios:
-            older = " (states need iOS 18)" if plan.backend.min_ios < 18 else ""
-            text += f", KV cache as inputs and outputs{older}, weights stored for each graph"
-        if plan.ready_made:
-            text = f"as {plan.ready_made.runtime} expects it; room for {plan.text_tokens} tokens"
+        elif plan.backend.text_copies > 1:
+            text += ", KV cache as inputs and outputs, weights stored for each graph"
+        if plan.layout:
+            text = f"as {plan.layout.runtime} expects it; room for {plan.text_tokens} tokens"
     if plan.weights == "random":
         weights = f"random, seed {plan.seed} (true geometry, meaningless answers)"
     else:
@@ -328,8 +324,7 @@ def describe(plan: Plan) -> str:
         f"  vision   vision_encoder, {kept}",
         f"  text     {text}",
         f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}"
-        + (f", for {plan.soc.name} ({plan.soc.chip}, HTP v{plan.soc.htp_arch}) alone" if plan.soc else "")
-        + (f", for iOS {plan.backend.min_ios} and later" if plan.backend.min_ios else ""),
+        + (f", for {plan.backend.made_for}" if plan.backend.made_for else ""),
         f"  weights  {weights}",
         f"  photo    {plan.photo_name}, {width} x {height}",
         *([] if plan.calibration is None else [f"  ranges   from {len(plan.calibration)} photos"]),
@@ -379,36 +374,30 @@ def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     return names[names.index(word)]
 
 
-def _soc(word: str | None, backend: Backend) -> Soc | None:
-    """The chip that `word` names; needed where the backend compiles for one, meaningless elsewhere."""
-    from export.targets import socs
-
-    if backend.load_for_soc is None:
-        if word is not None:
+def _variant(request: Request, backend: Backend, target: Target) -> Backend:
+    """The backend as it makes graphs for the chip or system that was asked for; it must have what else was."""
+    for flag, word in (("soc", request.soc), ("min_ios", request.min_ios)):
+        if word is not None and (backend.variants is None or backend.variants.flag != flag):
             raise RequestError(
-                f"soc={word} means nothing to backend {backend.name}, which runs on any; leave --soc out"
+                f"{flag}={word} means nothing to backend {backend.name} of target {target.name}; leave "
+                f"--{flag.replace('_', '-')} out"
             )
-        return None
-    if word is None:
-        raise RequestError(f"backend {backend.name} compiles for one chip; name it with --soc: {', '.join(socs())}")
-    return socs()[_known("soc", word, socs())]
-
-
-def _for_ios(request: Request, backend: Backend, target: Target) -> Backend:
-    """The backend for the version of iOS that was asked for; it must have what else was."""
-    word = request.min_ios
-    if backend.min_ios is None:
-        if word is not None:
-            raise RequestError(f"min_ios={word} means nothing to target {target.name}; leave --min-ios out")
+    variants = backend.variants
+    if variants is None:
         return backend
-    versions = {str(made.min_ios): made for made in (backend.earlier, backend) if made is not None}
-    chosen = versions[_known("min_ios", word or str(backend.min_ios), versions)]
+    flag, known = variants.flag, variants.known()
+    word = request.soc if flag == "soc" else request.min_ios
+    if word is None and variants.default is None:
+        raise RequestError(f"backend {backend.name} {variants.why}; name it with --{flag}: {', '.join(known)}")
+    name = _known(flag, word or variants.default or "", known)
+    chosen = known[name]
     for what, scheme in (("quant_vision", request.quant_vision), ("quant_text", request.quant_text)):
         had = getattr(chosen, what)
-        if scheme in getattr(backend, what) and scheme not in had:
+        others = [other for other, made in known.items() if scheme in getattr(made, what)]
+        if others and scheme not in had:
             raise RequestError(
-                f"{what}={scheme} needs iOS {backend.min_ios}, asked for was min_ios={word}: the iOS version is too "
-                f"old for it; take {', '.join((*had, NONE))}, or leave --min-ios out"
+                f"{what}={scheme} is not made for {flag}={name}; take {', '.join((*had, NONE))}, or "
+                f"--{flag.replace('_', '-')} {others[0]}"
             )
     return chosen
 
@@ -429,31 +418,33 @@ def _quantisation(
     return _known(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
-def _ready_made(word: str, backend: Backend, target: Target, *, whole: bool) -> ReadyMade | None:
-    """The runtime of other people whose layout `word` names; None for our own."""
-    made = {other.ready_made.runtime: other for other in target.backends if other.ready_made}
+def _layout(word: str, backend: Backend, target: Target, *, whole: bool) -> Layout | None:
+    """The layout of another runtime that `word` names; None for our own."""
+    from export.targets import LAYOUTS
+
+    made = {name: layout for name, layout in LAYOUTS.items() if layout.backend in target.backends}
     if _known("layout", word, (OWN, *made)) == OWN:
         return None
-    if backend.ready_made is None or backend.ready_made.runtime != word:
+    if backend != made[word].backend:
         raise RequestError(
-            f"layout={word} is not made by backend {backend.name}; take --backend {made[word].name}, or leave --layout "
-            "out"
+            f"layout={word} is not made by backend {backend.name}; take --backend {made[word].backend.name}, or leave "
+            "--layout out"
         )
     if not whole:
         raise RequestError(f"layout={word} has nothing to lay out: no text graphs are made here; leave --only out")
-    return backend.ready_made
+    return made[word]
 
 
-def _cut(text: str | None, entry: ModelEntry, ready_made: ReadyMade | None) -> int:
+def _cut(text: str | None, entry: ModelEntry, layout: Layout | None) -> int:
     """The number of decoder layers that see every image token, by default the paper's."""
     if text is None:
-        return 0 if ready_made else PAPER_CUT
+        return 0 if layout else PAPER_CUT
     layers = entry.geometry.text.layers
     why = f" (the decoder layers of {entry.name} that see every image token; 0 prunes behind the projector)"
     cut = whole_number("cut", text, 0, layers - 1, why)
-    if ready_made and cut:
+    if layout and cut:
         raise RequestError(
-            f"cut={cut} does not go with layout={ready_made.runtime}, which takes image features: those of cut 0; "
+            f"cut={cut} does not go with layout={layout.runtime}, which takes image features: those of cut 0; "
             "leave --cut out"
         )
     return cut

@@ -7,8 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from export.backends.backend import LoweredGraph
+from export.backends.coreml import COREML
+from export.backends.onnx import ONNX
+from export.backends.xnnpack import XNNPACK
 from export.graphs.graph import Graph
-from export.targets import COREML, ONNX, XNNPACK, LoweredGraph
 from pruning import ComparingPruner, TokenPruner
 from pruning.comparing import WHOLE
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
@@ -47,7 +50,7 @@ def _info(name: str, *shape: int) -> TensorInfo:
 def lowered(graph: PrunerGraph, engine: Engine, folder: Path) -> tuple[DelegateCoverage, LoadedGraph]:
     """Lowered into `folder` and opened from there in its engine."""
     backend = {"coreml": COREML, "executorch": XNNPACK, "onnxruntime": ONNX}[engine]
-    written = backend.load()({"pruner": graph.eval()}, folder)["pruner"]
+    written = backend.lower({"pruner": graph.eval()}, folder)["pruner"]
     (coverage,) = written.coverage
     return coverage, opened(graph, "pruner", written, engine, folder)
 

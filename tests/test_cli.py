@@ -202,7 +202,9 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
 @pytest.mark.parametrize("cut", ["2", "0"])
 def test_text_is_quantised_by_default_on_xnnpack_alone(tmp_path: Path, cut: str) -> None:
     def quant_text(**changes: str) -> str | None:
-        return plan(request(tmp_path, weights="random", cut=cut, **changes)).quant_text
+        text = plan(request(tmp_path, weights="random", cut=cut, **changes)).text
+        assert text is not None
+        return text.scheme
 
     assert quant_text(model="llava-1.5-7b") == "8da4w"
     assert quant_text(model="llava-1.5-7b", backend="onnx") is None

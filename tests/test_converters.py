@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export.backends.backend import Backend
+from export.backends.coreml import COREML
+from export.backends.onnx import ONNX
 from export.backends.tracing import converting, trace
+from export.backends.xnnpack import XNNPACK
 from export.graphs.graph import Graph
-from export.targets import COREML, ONNX, XNNPACK, Backend
 from runtime.bundle import TensorInfo
 from runtime.errors import EngineError, ExportError
 
@@ -72,7 +75,7 @@ def test_an_operator_that_no_converter_knows(backend: Backend, converter: str, t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # coremltools leaves it to the garbage collector to remove a folder
         with pytest.raises(ExportError, match=says) as raised:
-            backend.load()({"g": TwirlingGraph().eval()}, tmp_path)
+            backend.lower({"g": TwirlingGraph().eval()}, tmp_path)
         del raised
         gc.collect()
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.backends.executorch import FILE, lower_to_core_ml
+from export.backends.coreml_delegate import lower
+from export.backends.executorch import FILE
 from export.graphs.graph import Graph
 from export.graphs.norms import RmsNorm
 from export.request import Request, plan
@@ -70,7 +71,7 @@ def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_call_is_evaluated(tmp_path: Path, dtype: torch.dtype, off: float) -> None:
     graph = Normed(dtype).eval()
-    written = lower_to_core_ml({"g": graph}, tmp_path)["g"]
+    written = lower({"g": graph}, tmp_path)["g"]
     (coverage,) = written.coverage
     assert (coverage.delegate, coverage.partitions, coverage.outside) == (core_ml_delegate.NAME, 1, ())
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
@@ -91,7 +92,7 @@ def test_call_is_evaluated(tmp_path: Path, dtype: torch.dtype, off: float) -> No
 @pytest.mark.slow
 def test_program_with_more_than_the_call_is_not_checked(tmp_path: Path) -> None:
     graph = Normed(torch.float32, odd=True).eval()
-    written = lower_to_core_ml({"g": graph}, tmp_path)["g"]
+    written = lower({"g": graph}, tmp_path)["g"]
     (coverage,) = written.coverage
     assert [(left.op, left.count, left.reason) for left in coverage.outside] == [
         ("aten.fmod.Scalar", 1, "coremltools cannot convert it")
@@ -103,7 +104,7 @@ def test_program_with_more_than_the_call_is_not_checked(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_a_program_says_is_held_against_the_manifest(tmp_path: Path) -> None:
     graph = Normed(torch.float32).eval()
-    written = lower_to_core_ml({"g": graph}, tmp_path)["g"]
+    written = lower({"g": graph}, tmp_path)["g"]
     whole = (tmp_path / FILE).read_bytes()
     with pytest.raises(EngineError, match=r"g has the inputs .*its manifest says"):
         opened(Normed(torch.float16), "g", written, "executorch", tmp_path)

@@ -19,13 +19,13 @@ import torch
 
 from export import cli
 from export.backends import coreml as backend
+from export.backends.backend import LoweredGraph
 from export.checkpoints import FolderCheckpoint
 from export.graphs.attention import Part, attention
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.models.llava import prompt_info
 from export.request import Request, describe, plan
-from export.targets import LoweredGraph
 from pruning import TokenPruner, reference
 from runtime.bundle import GraphInfo, TensorInfo, read_bundle
 from runtime.engines import coreml as engine
@@ -267,15 +267,18 @@ def asked(folder: Path, **words: Any) -> Request:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"target": "android", "min_ios": "17"}, "min_ios=17 means nothing to target android; leave --min-ios out"),
+        (
+            {"target": "android", "min_ios": "17"},
+            "min_ios=17 means nothing to backend xnnpack of target android; leave",
+        ),
         ({"target": "ios", "min_ios": "16"}, "unknown min_ios '16'.*; allowed: 17, 18"),
         (
             {"target": "ios", "min_ios": "17", "quant_text": "int4"},
-            "quant_text=int4 needs iOS 18, asked for was min_ios=17",
+            "quant_text=int4 is not made for min_ios=17; take int8, none, or --min-ios 18",
         ),
         (
             {"target": "ios", "min_ios": "17", "quant_vision": "pal4"},
-            "quant_vision=pal4 needs iOS 18, .*the iOS version is too old for it; take int8, none, or leave --min-ios",
+            "quant_vision=pal4 is not made for min_ios=17; take int8, none, or --min-ios 18",
         ),
     ],
     ids=["android", "unknown", "blocks", "palettes"],
@@ -288,8 +291,8 @@ def test_versions_that_cannot_be_met(tmp_path: Path, words: dict[str, str], says
 def test_plans_for_versions(tmp_path: Path) -> None:
     old = plan(asked(tmp_path, target="ios", min_ios="17", quant_vision="int8"))
     assert old.bundle.name == "llava-1.5-7b-keep64-ios-coreml-ios17-int8-random"
-    assert (old.precision, old.states, old.quant_text) == ("fp16", False, "int8")
-    assert "KV cache as inputs and outputs (states need iOS 18), weights stored for each graph" in describe(old)
+    assert (old.precision, old.states, old.text and old.text.scheme) == ("fp16", False, "int8")
+    assert "KV cache as inputs and outputs, weights stored for each graph" in describe(old)
     new = plan(asked(tmp_path, target="ios", quant_text="int8", min_ios="18"))
     assert new.bundle.name == "llava-1.5-7b-keep64-ios-coreml-text-int8-random"
     assert new.states

@@ -16,6 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from export.backends.backend import LoweredGraph
+from export.backends.onnx import ONNX
+from export.backends.xnnpack import XNNPACK
 from export.checkpoints import RandomCheckpoint
 from export.graphs.decoder import (
     Context,
@@ -24,7 +27,6 @@ from export.graphs.decoder import (
 from export.graphs.graph import Graph
 from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models.llava import ModelEntry
-from export.targets import ONNX, XNNPACK, LoweredGraph
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo, TensorInfo
 
@@ -250,7 +252,7 @@ def test_exported(case: Case) -> None:
 
 
 def _lowered(modules: Mapping[str, Graph], engine: Engine, folder: Path) -> dict[str, Run]:
-    lower = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine].load()
+    lower = {"executorch": XNNPACK, "onnxruntime": ONNX}[engine].lower
     from runtime.engines import ENGINES
 
     def opened(name: str, written: LoweredGraph) -> Run:

@@ -443,12 +443,13 @@ class _Ones(torch.nn.Module):
 
 def test_the_probe_is_what_our_lowering_makes_of_a_layer_of_ones(tmp_path: Path) -> None:
     from export.backends.executorch import FILE, write_program
+    from export.backends.xnnpack import DELEGATE
 
     def traced(graph: Any) -> torch.export.ExportedProgram:
         return torch.export.export(graph, (torch.ones(1, 8, 256, dtype=torch.float16),))
 
     graphs: Any = {"forward": _Ones().eval()}
-    write_program(graphs, tmp_path, trace=traced, copies_inputs=False)
+    write_program(graphs, tmp_path, DELEGATE, trace=traced, copies_inputs=False)
     assert (tmp_path / FILE).read_bytes() == PROBE.read_bytes()
     (method,) = read_program(PROBE)
     assert list(method.delegates) == ["XnnpackBackend"]
@@ -471,13 +472,14 @@ def test_the_accumulator_is_measured_in_the_engine_and_told_with_the_placement(
 @pytest.mark.parametrize("exact", [True, False])
 def test_float32_weights_that_are_float16_numbers_take_two_bytes_and_lose_nothing(exact: bool, tmp_path: Path) -> None:
     from export.backends.executorch import FILE, write_program
+    from export.backends.xnnpack import DELEGATE
 
     layer = torch.nn.Linear(256, 128, bias=False)
     if exact:
         layer.weight.data = layer.weight.data.half().float()
     x = torch.randn(1, 8, 256)
     graphs: Any = {"forward": layer.eval()}
-    write_program(graphs, tmp_path, trace=lambda graph: torch.export.export(graph, (x,)), copies_inputs=False)
+    write_program(graphs, tmp_path, DELEGATE, trace=lambda graph: torch.export.export(graph, (x,)), copies_inputs=False)
     size = (tmp_path / FILE).stat().st_size
     assert 256 * 128 * 2 < size < 256 * 128 * 3 if exact else size > 256 * 128 * 4
     (got,) = _bindings()._load_for_executorch(str(tmp_path / FILE)).forward([x])

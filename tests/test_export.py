@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.backends.xnnpack import XNNPACK
 from export.checkpoints import FolderCheckpoint
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.graphs.vision import build_vision_encoder
 from export.models.pocket import POCKET, pocket_folder
 from export.quantize import SCHEMES
-from export.targets import XNNPACK
 from pruning import PruneSpec
 from runtime.bundle import REPORT_FILES, read_bundle
 from runtime.generation import GRAPHS
@@ -144,6 +144,6 @@ def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None)
         else:
             weights_bytes += tensor.numel() * 4
     (tmp_path / "out").mkdir()
-    lowered = XNNPACK.load()(graphs, tmp_path / "out")
+    lowered = XNNPACK.lower(graphs, tmp_path / "out")
     assert {graph.file for graph in lowered.values()} == {"model.pte"}
     assert (tmp_path / "out" / "model.pte").stat().st_size <= 1.05 * weights_bytes + sum(constants.values())

@@ -24,11 +24,14 @@ import export.graphs.vision
 import export.models.llava
 import runtime.harness
 from export import cli, pipeline
+from export.backends.backend import LoweredGraph
+from export.backends.onnx import ONNX
+from export.backends.xnnpack import XNNPACK
 from export.models.pocket import POCKET
 from export.pipeline import stage_count
 from export.progress import Progress
 from export.request import Request, plan
-from export.targets import ONNX, TARGETS, XNNPACK, LoweredGraph
+from export.targets import TARGETS
 from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
 from runtime.errors import ExportError, OutputError
 from runtime.harness import Step, Verdict
@@ -105,7 +108,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def set_lower(monkeypatch: pytest.MonkeyPatch, lower: Callable[..., Any]) -> None:
-    android = replace(TARGETS["android"], backends=(replace(XNNPACK, load=lambda: lower),))
+    android = replace(TARGETS["android"], backends=(replace(XNNPACK, lower=lower),))
     monkeypatch.setitem(TARGETS, "android", android)
 
 
@@ -134,7 +137,7 @@ def left_behind(folder: Path) -> list[str]:
 def test_an_operator_that_cannot_be_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    set_lower(monkeypatch, lambda graphs, folder: ONNX.load()({"vision_encoder": TwirlingGraph().eval()}, folder))
+    set_lower(monkeypatch, lambda graphs, folder: ONNX.lower({"vision_encoder": TwirlingGraph().eval()}, folder))
     assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tmp_path / "out")], version="0") == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

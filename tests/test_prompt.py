@@ -355,8 +355,8 @@ def test_runner_gets_the_own_tokenizer_without_its_state(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """What ExecuTorch's runner reads: the same normalizer, pre-tokenizer and decoder, nothing that pads or cuts."""
-    from export.backends.executorch_runner import _copy_tokenizer
     from export.checkpoints import FolderCheckpoint
+    from export.dropin.multimodal_runner import _copy_tokenizer
 
     made = tmp_path_factory.mktemp("runner")
     plain = json.loads((folder / "tokenizer.json").read_text())

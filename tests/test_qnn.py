@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from export.backends import onnx as onnx_backend
 from export.backends import qdq
-from export.backends.qnn import compile_for, lower
+from export.backends.qnn import compile_for, lower, socs
 from export.calibration import default_photos
 from export.checkpoints import RandomCheckpoint
 from export.graphs.graph import Graph
@@ -29,7 +29,6 @@ from export.graphs.norms import RmsNorm
 from export.graphs.vision import build_vision_encoder
 from export.models.llava import image_info
 from export.request import Request, plan
-from export.targets import socs
 from pruning import ComparingPruner, PruneSpec, SpecError, reference
 from pruning.comparing import _Pair
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
@@ -293,7 +292,11 @@ def _request(folder: Path, **words: Any) -> Request:
             RequestError,
             r"unknown soc 'snapdragon-8-gen-33', did you mean 'snapdragon-8-gen-3'\?; allowed: snapdragon-8-gen-1, ",
         ),
-        ({"backend": "onnx", "soc": SOC.name}, RequestError, "soc=.* means nothing to backend onnx, .*leave --soc out"),
+        (
+            {"backend": "onnx", "soc": SOC.name},
+            RequestError,
+            "soc=.* means nothing to backend onnx .*leave --soc out",
+        ),
         (
             {"backend": "qnn", "soc": SOC.name, "precision": "fp32"},
             RequestError,
@@ -311,15 +314,15 @@ def test_requests_that_cannot_be_met(tmp_path: Path, words: dict[str, Any], erro
 def test_plan_for_a_chip(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path, backend="qnn", soc=SOC.name))
     assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3"
-    assert (planned.precision, planned.traced_precision) == ("fp16", "fp32")
-    assert planned.soc == SOC
+    assert (planned.vision.computes, planned.vision.traced) == ("fp16", "fp32")
+    assert planned.backend.soc == SOC.name
 
 
 def test_plan_with_calibration(tmp_path: Path) -> None:
     quantised = {"backend": "qnn", "soc": SOC.name, "quant_vision": "a16w8"}
     planned = plan(_request(tmp_path / "out", **quantised))
     assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3-a16w8"
-    assert (planned.precision, planned.quant_vision, list(planned.calibration or ())) == (
+    assert (planned.precision, planned.vision.scheme, list(planned.calibration or ())) == (
         "fp16",
         "a16w8",
         list(default_photos()),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from export import cli
-from export.backends import coreml, executorch, onnx
+from export.backends import coreml, onnx, xnnpack
+from export.backends.backend import Lower
 from export.calibration import rendered_scene
 from export.checkpoints import Checkpoint, open_checkpoint
 from export.graphs.decoder import Context, build_text_graphs, precise_modules
@@ -19,7 +20,6 @@ from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models import MODELS
 from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
-from export.targets import Lower
 from pruning import PruneSpec, SpecError
 from runtime.bundle import FLOAT16_LARGEST, Manifest, RangesInfo, read_bundle
 from runtime.engines.coreml import MAIN, read_package
@@ -76,7 +76,7 @@ def _pixels(checkpoint: Checkpoint, count: int) -> list[torch.Tensor]:
 def _run(encoder: VisionEncoder, engine: Engine, folder: Path, pixels: torch.Tensor) -> np.ndarray:
     """`key_1`, which every image token's path through tower, projector and decoder layers ends in."""
     folder.mkdir()
-    lowers: dict[str, Lower] = {"coreml": coreml.lower, "executorch": executorch.lower, "onnxruntime": onnx.lower}
+    lowers: dict[str, Lower] = {"coreml": coreml.lower, "executorch": xnnpack.lower, "onnxruntime": onnx.lower}
     written = lowers[engine]({"vision_encoder": encoder}, folder)["vision_encoder"]
     loaded = opened(encoder, "vision_encoder", written, engine, folder, threads=1)
     out = dict(zip(encoder.output_names, loaded.run([pixels.numpy()]), strict=True))["key_1"].astype(np.float32)

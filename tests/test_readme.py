@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from export.backends.qnn import socs
 from export.cli import build_parser
 from export.models import MODELS
-from export.targets import socs
 from runtime.bundle import Manifest
 from runtime.explain import rules
 from runtime.parity import BOUNDS

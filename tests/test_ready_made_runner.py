@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.backends.executorch_runner import write_for_runner
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint
+from export.dropin.multimodal_runner import write_for_runner
 from export.golden import make_golden
 from export.graphs.ready_made import build_ready_made_graphs
 from export.graphs.vision import build_vision_encoder

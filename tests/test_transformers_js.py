@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.backends import transformers_js
-from export.backends.transformers_js import write_transformers_js
 from export.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
+from export.dropin import transformers_js
+from export.dropin.transformers_js import write_transformers_js
 from export.golden import make_golden
 from export.graphs.merged_decoder import build_merged_decoder
 from export.graphs.nbits import NBitsLinear

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.backends.executorch import FILE, VULKAN, lower
+from export.backends.executorch import FILE
+from export.backends.vulkan import lower
 from export.cli import main
 from export.graphs.graph import Graph
 from export.request import Request, plan
@@ -60,7 +61,8 @@ def _request(folder: Path, **words: Any) -> Request:
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
     assert planned.bundle.name == "pocket-keep64-android-vulkan"
-    assert (planned.precision, planned.quant_text, planned.backend.engine) == ("fp32", None, "executorch")
+    assert (planned.vision.arithmetic, planned.backend.engine) == ("fp32", "executorch")
+    assert planned.text == planned.vision
     with pytest.raises(NotYetError, match=r"quant_text=8da4w: not yet on backend vulkan"):
         plan(_request(tmp_path, quant_text="8da4w"))
     with pytest.raises(RequestError, match=r"layout=multimodal-runner is not made by backend vulkan"):
@@ -74,7 +76,7 @@ def test_what_a_delegate_takes_leaves_and_shares(tmp_path: Path) -> None:
     """Two graphs with the same weights, one of them with an operator that Vulkan does not know."""
     weight = torch.randn(Product.WIDTH, Product.WIDTH, generator=torch.Generator().manual_seed(0))
     logs = logging.root.level, list(logging.root.handlers)
-    written = lower({"whole": Product(weight), "odd": Product(weight.clone(), sums=True)}, tmp_path, VULKAN)
+    written = lower({"whole": Product(weight), "odd": Product(weight.clone(), sums=True)}, tmp_path)
     assert (logging.root.level, logging.root.handlers) == logs
     (whole,), (odd,) = written["whole"].coverage, written["odd"].coverage
     assert (whole.delegate, whole.partitions, whole.outside, whole.runs) == (DELEGATE, 1, (), (whole.nodes,))

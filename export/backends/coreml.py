@@ -9,11 +9,13 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.backends.backend import Backend, LoweredGraph, Variants
 from export.backends.tracing import converting, trace
-from export.targets import LoweredGraph
 from runtime.bundle import DelegateCoverage, TensorInfo
 from runtime.engines.coreml import CARRIED_AS, MAIN, read_package
 from runtime.errors import ExportError
@@ -298,3 +300,33 @@ def converter() -> Iterator[Any]:
                 yield coremltools
         finally:
             logging.root.setLevel(level)
+
+
+IOS_18 = Backend(
+    name="coreml",
+    engine="coreml",
+    # The Neural Engine computes in fp16 alone.
+    precisions=("fp16", "fp32"),
+    quant_vision=("int8", "int4", "pal4"),
+    quant_text=("int4", "int8", "pal4"),
+    packages=("torch", "transformers", "coremltools"),
+    lower=lower,
+    compresses=True,
+    states=True,
+    made_for="iOS 18 and later",
+    min_os="18",
+)
+# iOS 17 knows no states, no scales or palettes for blocks of weights, and no packages of several functions, so that the
+# three graphs over the decoder's layers hold their weights each.
+IOS_17 = replace(
+    IOS_18,
+    quant_vision=("int8",),
+    quant_text=("int8",),
+    lower=partial(lower, min_ios=17),
+    states=False,
+    text_copies=3,
+    variant="ios17",
+    made_for="iOS 17 and later",
+    min_os="17",
+)
+COREML = replace(IOS_18, variants=Variants("min_ios", lambda: {"17": IOS_17, "18": IOS_18}, default="18"))

@@ -1,4 +1,4 @@
-"""Graphs for ExecuTorch, lowered to one of its delegates: XNNPACK for the CPU, Vulkan for the GPU, Core ML."""
+"""Programs of ExecuTorch: graphs as its methods, lowered to one delegate; what that took, and why not the rest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from export.backends.backend import LoweredGraph
 from export.backends.tracing import converting, trace
-from export.targets import LoweredGraph
 
 if TYPE_CHECKING:
     import torch
@@ -45,172 +45,10 @@ class Delegate:
     serialising: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def _xnnpack() -> tuple[Any, list[Any]]:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.backends.xnnpack.utils.configs import get_transform_passes
-
-    return XnnpackPartitioner(), get_transform_passes()
-
-
-def _xnnpack_said(record: logging.LogRecord) -> tuple[str, str] | None:
-    said: Any = record.msg
-    return None if getattr(said, "node", None) is None else (said.node.name, str(said.reason).rstrip("."))
-
-
-def _vulkan() -> tuple[Any, list[Any]]:
-    from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
-
-    return VulkanPartitioner(), []
-
-
-def _vulkan_said(record: logging.LogRecord) -> tuple[str, str] | None:
-    reason, skipping, node = record.getMessage().partition("], skipping ")
-    if not skipping:
-        return None
-    # Behind these words comes the node once more.
-    return node, reason.partition("Due to [")[2].partition(" for op ")[0]
-
-
-def _vulkan_key(node: torch.fx.Node) -> str:
-    from executorch.backends.vulkan.utils import node_io_str
-
-    return str(node_io_str(node))
-
-
-def _core_ml() -> tuple[Any, list[Any]]:
-    import coremltools as ct
-    from executorch.backends.apple.coreml.compiler import CoreMLBackend
-    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
-
-    # What float32 means here is that no dtype is changed: fp16 graphs come in float16, but for the pruner.
-    specs = CoreMLBackend.generate_compile_specs(
-        compute_precision=ct.precision.FLOAT32, minimum_deployment_target=ct.target.iOS18
-    )
-    return CoreMLPartitioner(compile_specs=specs), []
-
-
-def _core_ml_said(record: logging.LogRecord) -> tuple[str, str] | None:
-    _, skipping, operator = record.getMessage().partition("not supported by CoreML: ")
-    return (operator, "coremltools cannot convert it") if skipping else None
-
-
-def _xnnpack_serialising() -> AbstractContextManager[None]:
-    return _half_stored()
-
-
-XNNPACK = Delegate(
-    name="XnnpackBackend",
-    load=_xnnpack,
-    logger="executorch.backends.xnnpack.partition.config.xnnpack_config",
-    said=_xnnpack_said,
-    key=lambda node: node.name,
-    converts=False,
-    serialising=_xnnpack_serialising,
-)
-# Its partitioner speaks through the root logger.
-VULKAN = Delegate(name="VulkanBackend", load=_vulkan, logger="", said=_vulkan_said, key=_vulkan_key, converts=True)
-
-CORE_ML = Delegate(
-    name="CoreMLBackend",
-    load=_core_ml,
-    logger="executorch.backends.apple.coreml.partition.coreml_partitioner",
-    said=_core_ml_said,
-    key=lambda node: str(getattr(node.target, "__name__", "")).lower(),
-    converts=True,
-)
-
-
-@contextmanager
-def _half_stored() -> Iterator[None]:
-    """Has XNNPACK's float32 linear layers written with float16 weights, where these are exactly the same numbers.
-
-    XNNPACK expands them again when it loads a program and computes in float32 as before: the file halves, and not a
-    bit of a result changes. Checkpoints are published in 16 bits, so that most weights are such numbers.
-    """
-    import executorch.backends.xnnpack.operators.op_linear  # noqa: F401  registers the visitor for linear layers
-    import torch
-    from executorch.backends.xnnpack.operators import node_visitor as serialising
-    from executorch.backends.xnnpack.utils.utils import get_input_node, get_param_tensor, is_param_node
-
-    kinds = serialising._node_visitor_dict
-    usual: Any = kinds["aten.linear.default"]
-
-    class HalfStored(usual):  # type: ignore[misc]
-        _half: torch.fx.Node | None = None
-
-        def define_node(self, node: torch.fx.Node, xnn_graph: Any, vals_to_ids: Any, debug_handle: int) -> None:
-            weight = get_input_node(node, 1)
-            self._half = weight if self._fits(weight) else None
-            super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
-
-        def _fits(self, weight: torch.fx.Node) -> bool:
-            if not is_param_node(self._exported_program, weight) or weight.meta["val"].dtype != torch.float32:
-                return False
-            # Another operator would find the numbers in a type that it does not take.
-            for user in weight.users:
-                if getattr(user.target, "__name__", "") != usual.target or user.args[1] is not weight:
-                    return False
-            value = get_param_tensor(self._exported_program, weight)
-            return bool(torch.equal(value.half().float(), value))
-
-        def get_serialized_dtype(self, quant_params: Any, node: torch.fx.Node, force_fp32: bool = False) -> Any:
-            if node is self._half:
-                return serialising.XNNDatatype.xnn_datatype_fp16
-            return super().get_serialized_dtype(quant_params, node, force_fp32)
-
-        def get_serialized_buffer_index(self, tensor: torch.fx.Node, *args: Any) -> int:
-            if tensor is not self._half:
-                return int(super().get_serialized_buffer_index(tensor, *args))
-            # The serialiser keeps the type of float16 constants; it fetches them by this name.
-            fetch = serialising.get_param_tensor
-            serialising.get_param_tensor = lambda program, node: fetch(program, node).half()
-            try:
-                return int(super().get_serialized_buffer_index(tensor, *args))
-            finally:
-                serialising.get_param_tensor = fetch
-
-    kinds["aten.linear.default"] = HalfStored
-    try:
-        yield
-    finally:
-        kinds["aten.linear.default"] = usual
-
-
-def lower_to_core_ml(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
-    """`lower` for Core ML's delegate, with coremltools kept quiet; each graph's package holds its own weights."""
-    from export.backends.coreml import converter
-
-    with converter():
-        return lower(graphs, out_dir, CORE_ML, trace=lambda graph: _multiplied(trace(graph)))
-
-
-def _multiplied(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """With products in the place of float16's divisions, which coremltools makes float32, and all that follows.
-
-    A cast back, as packages of our own have it, would not survive ExecuTorch, which takes it for one that does nothing;
-    what coremltools makes of a reciprocal adds 1e-4 first, and a power is float32 again. Only the norms divide in
-    float16, by what is above zero: its reciprocal is the square of its inverse root, whose rounding cancels there.
-    """
-    import torch
-
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor):
-        if node.meta["val"].dtype == torch.float16:
-            one, other = node.args
-            with program.graph.inserting_before(node):
-                root = program.graph.call_function(torch.ops.aten.rsqrt.default, (other,))
-                inverse = program.graph.call_function(torch.ops.aten.mul.Tensor, (root, root))
-                product = program.graph.call_function(torch.ops.aten.mul.Tensor, (one, inverse))
-            root.meta, inverse.meta, product.meta = dict(other.meta), dict(other.meta), dict(node.meta)
-            node.replace_all_uses_with(product)
-            program.graph.erase_node(node)
-    program.graph_module.recompile()
-    return program
-
-
 def lower(
     graphs: Mapping[str, Graph],
     out_dir: Path,
-    delegate: Delegate = XNNPACK,
+    delegate: Delegate,
     *,
     trace: Callable[[Graph], torch.export.ExportedProgram] = trace,
 ) -> dict[str, LoweredGraph]:
@@ -227,7 +65,7 @@ def lower(
 def write_program(
     graphs: Mapping[str, Graph],
     out_dir: Path,
-    delegate: Delegate = XNNPACK,
+    delegate: Delegate,
     *,
     trace: Callable[[Graph], torch.export.ExportedProgram],
     copies_inputs: bool,

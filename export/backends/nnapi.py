@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from export.backends import onnx
-from export.targets import LoweredGraph
-from runtime.engines.onnxruntime import NNAPI
+from export.backends.backend import Backend, LoweredGraph
+from runtime.engines import onnxruntime
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
@@ -100,8 +100,22 @@ def coverage_of(file: Path) -> DelegateCoverage:
     outside = Counter(node.op_type for node in model.graph.node)
     outside -= Counter(node.op_type for group in found.supported_groups for node in group)
     return DelegateCoverage(
-        delegate=NNAPI,
+        delegate=onnxruntime.NNAPI,
         partitions=len(found.supported_groups),
         nodes=sum(len(group) for group in found.supported_groups),
         outside=tuple(OutsideOp(op=op, count=count, reason=LEFT) for op, count in outside.most_common()),
     )
+
+
+NNAPI = Backend(
+    name="nnapi",
+    engine="onnxruntime",
+    # ONNX Runtime's NNAPI delegate takes no float16 tensors.
+    precisions=("fp32",),
+    quant_vision=(),
+    quant_text=(),
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    lower=lower,
+    # A .ort file is a flatbuffer with the weights inside, whose offsets end there.
+    most_graph_bytes=2**31 - 1,
+)

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from export.backends.backend import Backend, LoweredGraph
 from export.backends.tracing import converting, trace
-from export.targets import LoweredGraph
 from runtime.engines.onnxruntime import recording_options
 from runtime.errors import ExportError
 
@@ -156,3 +156,14 @@ class quiet:
     def __exit__(self, *_: object) -> None:
         for logger, level in zip(self._loggers, self._levels, strict=True):
             logger.setLevel(level)
+
+
+ONNX = Backend(
+    name="onnx",
+    engine="onnxruntime",
+    precisions=("fp32", "fp16"),
+    quant_vision=(),
+    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    lower=lower,
+)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.backends import onnx, qdq
-from export.graphs.norms import Norm
-from export.targets import LoweredGraph, Soc
+from export.backends import onnx
+from export.backends.backend import Backend, LoweredGraph, Variants
 from runtime.engines import qnn
 from runtime.engines.onnxruntime import assigned, recording_options
 from runtime.errors import ExportError
@@ -17,6 +19,42 @@ from runtime.errors import ExportError
 if TYPE_CHECKING:
     from export.graphs.graph import Graph
     from runtime.bundle import DelegateCoverage
+
+
+@dataclass(frozen=True)
+class Soc:
+    """A system-on-chip that graphs are compiled for, and what its NPU's compiler calls it."""
+
+    name: str
+    chip: str
+    soc_model: int
+    htp_arch: int
+
+
+@cache
+def socs() -> Mapping[str, Soc]:
+    """The chips of `socs.json`, by the names they are sold under."""
+    table = json.loads((Path(__file__).parent / "socs.json").read_text(encoding="utf-8"))
+    return {name: Soc(name, **row) for name, row in table["socs"].items()}
+
+
+def _by_soc() -> Mapping[str, Backend]:
+    """The backend for each chip."""
+    return {
+        name: replace(
+            QNN,
+            lower=partial(lower, soc),
+            variants=None,
+            variant=name,
+            soc=name,
+            made_for=f"{name} ({soc.chip}, HTP v{soc.htp_arch}) alone",
+        )
+        for name, soc in socs().items()
+    }
+
+
+def _no_soc(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
+    raise AssertionError("graphs for an NPU are compiled for one chip: take a variant")
 
 
 def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]:
@@ -27,6 +65,9 @@ def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, Low
 
     Raises ExportError when a shape is symbolic or when the NPU's compiler leaves a node to the CPU.
     """
+    from export.backends import qdq
+    from export.graphs.norms import Norm
+
     for graph in graphs.values():
         for module in graph.modules():
             if isinstance(module, Norm):
@@ -82,3 +123,22 @@ def _left_to_the_cpu(source: Path, settings: Mapping[str, str]) -> str:
         return ""
     _, refused = assigned(session)
     return ", ".join(f"{count} {op}" for op, count in refused.most_common())
+
+
+QNN = Backend(
+    name="qnn",
+    engine="onnxruntime",
+    precisions=("fp16",),
+    quant_vision=("a16w8",),
+    quant_text=(),
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn"),
+    lower=_no_soc,
+    # float16 cannot hold the 2^60 that the default form compares with.
+    pruner_form="comparing",
+    compresses=True,
+    calibrates=True,
+    traced_precision="fp32",
+    # The whole numbers of float16 are exact up to here.
+    most_positions=2048,
+    variants=Variants("soc", _by_soc, why="compiles for one chip"),
+)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.backends import onnx
-from export.targets import LoweredGraph
+from export.backends.backend import Backend, LoweredGraph
 from runtime.engines import webgpu
 from runtime.engines.onnxruntime import assigned, recording_options
 from runtime.errors import EngineError, ExportError
@@ -50,3 +50,15 @@ def coverage_of(file: Path) -> DelegateCoverage:
         nodes=nodes,
         outside=tuple(OutsideOp(op=op, count=count, reason=LEFT) for op, count in outside.most_common()),
     )
+
+
+WEBGPU = Backend(
+    name="webgpu",
+    engine="onnxruntime",
+    # What a software GPU computes in, too: an fp16 graph could not be checked without hardware.
+    precisions=("fp32",),
+    quant_vision=(),
+    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
+    packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_ep_webgpu"),
+    lower=lower,
+)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.backends.executorch import FILE, write_program
 from export.backends.tracing import trace
+from export.backends.xnnpack import DELEGATE
 from export.models.settings import read_object
 from runtime.errors import CheckpointError, ExportError
 from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
@@ -76,7 +77,7 @@ def write_for_runner(
     if ends := end_ids(checkpoint):  # else the runner takes what its tokenizer says
         constants["get_eos_ids"] = list(ends)
     _copy_tokenizer(checkpoint, folder)
-    coverage = write_program(graphs, folder, trace=_trace, copies_inputs=True, constants=constants)
+    coverage = write_program(graphs, folder, DELEGATE, trace=_trace, copies_inputs=True, constants=constants)
     return tuple(
         GraphInfo(
             name=name,
