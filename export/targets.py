@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
     from export.models.llava import ModelEntry
+    from pruning import Arithmetic
     from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 
 Precision = Literal["fp32", "fp16"]
@@ -107,7 +108,7 @@ class Backend:
     precisions: tuple[Precision, ...]
     quant_vision: tuple[str, ...]
     quant_text: tuple[str, ...]
-    pruner_form: str
+    pruner_arithmetic: Arithmetic
     packages: tuple[str, ...]
     load: Callable[[], Lower]
     # The runtime of other people that graphs of cut 0 can be laid out for.
@@ -224,7 +225,7 @@ XNNPACK = Backend(
     precisions=("fp32", "fp16"),
     quant_vision=("8da8w",),
     quant_text=("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "executorch", "torchao"),
     load=_executorch,
     ready_made=ReadyMade(MULTIMODAL_RUNNER, ("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"), _runner),
@@ -235,7 +236,7 @@ VULKAN = Backend(
     precisions=("fp32", "fp16"),
     quant_vision=(),
     quant_text=(),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "executorch"),
     load=_vulkan,
 )
@@ -245,7 +246,7 @@ ONNX = Backend(
     precisions=("fp32", "fp16"),
     quant_vision=(),
     quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_onnx,
     # It names 4-bit weights; what it calls int8 and q8 is another format, which also rounds activations.
@@ -258,7 +259,7 @@ COREML = Backend(
     precisions=("fp16", "fp32"),
     quant_vision=("int8", "int4", "pal4"),
     quant_text=("int4", "int8", "pal4"),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "coremltools"),
     load=partial(_coreml, 18),
     compresses=True,
@@ -272,7 +273,7 @@ COREML = Backend(
         precisions=("fp16", "fp32"),
         quant_vision=("int8",),
         quant_text=("int8",),
-        pruner_form="default",
+        pruner_arithmetic="float32",
         packages=("torch", "transformers", "coremltools"),
         load=partial(_coreml, 17),
         compresses=True,
@@ -287,7 +288,7 @@ COREML_DELEGATE = Backend(
     precisions=("fp16", "fp32"),
     quant_vision=(),
     quant_text=(),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "executorch", "coremltools"),
     load=_core_ml_delegate,
     min_ios=18,
@@ -304,7 +305,7 @@ QNN = Backend(
     quant_vision=("a16w8",),
     quant_text=(),
     # float16 cannot hold the 2^60 that the default form compares with.
-    pruner_form="comparing",
+    pruner_arithmetic="float16",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn"),
     load=_no_soc,
     compresses=True,
@@ -320,7 +321,7 @@ WEBGPU = Backend(
     precisions=("fp32",),
     quant_vision=(),
     quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_ep_webgpu"),
     load=_webgpu,
 )
@@ -332,7 +333,7 @@ NNAPI = Backend(
     precisions=("fp32",),
     quant_vision=(),
     quant_text=(),
-    pruner_form="default",
+    pruner_arithmetic="float32",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     load=_nnapi,
     # A .ort file is a flatbuffer with the weights inside, whose offsets end there.

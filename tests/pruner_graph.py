@@ -10,7 +10,7 @@ from torch import Tensor
 from export.graphs.graph import Graph
 from export.targets import COREML, ONNX, XNNPACK, LoweredGraph
 from pruning import ComparingPruner, TokenPruner
-from pruning.comparing import WHOLE
+from pruning.vlm_pruner.comparing import WHOLE
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 from runtime.engines import ENGINES, LoadedGraph
 

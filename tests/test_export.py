@@ -17,6 +17,7 @@ from export.models.pocket import POCKET, pocket_folder
 from export.quantize import SCHEMES
 from export.targets import XNNPACK
 from pruning import PruneSpec
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import REPORT_FILES, read_bundle
 from runtime.generation import GRAPHS
 from tests.conftest import CommandLine
@@ -61,7 +62,7 @@ def test_golden_is_named_as_the_format_says(onnx_bundle: Path) -> None:
     assert kept.shape == (64,)
     assert (np.diff(kept) > 0).all()
     assert sorted(golden["kept_order"].tolist()) == kept.tolist()
-    assert set(golden["pivots"].tolist()) <= set(kept.tolist())
+    assert set(golden["marks"].tolist()) <= set(kept.tolist())
     assert golden["kept_margin"].shape == (64,)
     assert golden["photo"].dtype == np.uint8
     # Positions are the prefix's and then the kept tokens' own.
@@ -125,7 +126,7 @@ def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None)
     scheme = "8da4w-g32"
     checkpoint = FolderCheckpoint(pocket_folder(tmp_path / "cache"), POCKET)
     # A limit that everything is below, and batches of the whole image: few steps, so that lowering takes seconds.
-    spec = PruneSpec(keep=64, threshold=2.0, token_batch=64, steps=4)
+    spec = PruneSpec(keep=64, settings=Settings(threshold=2.0, token_batch=64, steps=4))
     vision = build_vision_encoder(checkpoint, POCKET, spec, quant_layers=scheme)
     context = Context(checkpoint.geometry, prefix=vision.prefix_length, keep=64, cut=2, text=192)
     graphs: dict[str, Graph] = {"vision_encoder": vision, **build_text_graphs(checkpoint, context, quant=scheme)}
