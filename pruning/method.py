@@ -140,6 +140,12 @@ def settings_of(spec: PruneSpec, name: str, kind: type[S]) -> S:
     return spec.settings
 
 
+def check_arithmetic(arithmetic: str) -> None:
+    """Refuses the name of an arithmetic that no module is built for; SpecError."""
+    if arithmetic not in ARITHMETICS:
+        raise SpecError(f"arithmetic={arithmetic!r} is not known; allowed: {', '.join(ARITHMETICS)}")
+
+
 def check_features(features: Features, spec: PruneSpec) -> None:
     """Refuses hidden states and keys that have no defined answer; SpecError."""
     check_shapes(features, spec)

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pruning.method import Arithmetic, Cuts, Features, Kept, Need, Trace, check_features, check_shapes, settings_of
+from pruning.method import (
+    Arithmetic,
+    Cuts,
+    Features,
+    Kept,
+    Need,
+    Trace,
+    check_arithmetic,
+    check_features,
+    check_shapes,
+    settings_of,
+)
 from pruning.spec import PruneSpec
 
 NAME = "uniform"
@@ -43,6 +54,7 @@ class Uniform:
 
     def module(self, spec: PruneSpec, arithmetic: Arithmetic) -> nn.Module:
         """Builds the static form: one product with a constant matrix."""
+        check_arithmetic(arithmetic)
         settings_of(spec, NAME, Settings)
         return _Picker(spec, arithmetic)
 

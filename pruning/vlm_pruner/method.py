@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pruning.method import Arithmetic, Cuts, Features, Kept, Need, Trace
+from pruning.method import Arithmetic, Cuts, Features, Kept, Need, Trace, check_arithmetic
 from pruning.spec import PruneSpec, SpecError
 from pruning.vlm_pruner import reference
 from pruning.vlm_pruner.comparing import ComparingPruner
@@ -32,8 +32,7 @@ class VlmPruner:
 
     def module(self, spec: PruneSpec, arithmetic: Arithmetic) -> nn.Module:
         """Builds the static form for engines that compute in `arithmetic`; SpecError for a spec beyond it."""
-        if arithmetic not in FORMS:
-            raise SpecError(f"arithmetic={arithmetic!r} is not known; allowed: {', '.join(FORMS)}")
+        check_arithmetic(arithmetic)
         return _Selecting(FORMS[arithmetic](spec))
 
 
