@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export.checkpoints import FolderCheckpoint
 from export.graphs.decoder import Context, build_text_graphs
@@ -21,6 +22,7 @@ from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import REPORT_FILES, read_bundle
 from runtime.generation import GRAPHS
 from tests.conftest import CommandLine
+from tests.sample_bundle import noise_photo
 
 GRAPH_FILES = {f"{name}.onnx" for name in GRAPHS} | {"weights.onnx_data"}
 ON_DISK = {*GRAPH_FILES, "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
@@ -118,6 +120,41 @@ def test_every_choice_passes(words: list[str], name: str, tmp_path: Path, comman
     if "random" in words:
         assert bundle.manifest.weights.seed == 3
         assert "random" in (bundle.path / "report.md").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--backend", "xnnpack"], "pocket-keep8-android-xnnpack-uniform"),
+        (["--backend", "onnx"], "pocket-keep8-android-onnx-uniform"),
+        (
+            ["--backend", "onnx", "--cut", "0", "--only", "vision"],
+            "pocket-keep8-android-onnx-uniform-cut0-vision",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_method_goes_all_the_way(
+    words: list[str], name: str, tmp_path: Path, command_line: CommandLine
+) -> None:
+    out, photo = tmp_path / "out", tmp_path / "photo.png"
+    Image.fromarray(noise_photo()).save(photo)
+    fixed = ["export", "--model", "pocket", "--keep", "8", "--target", "android", "--method", "uniform", "-q"]
+    done = command_line(*fixed, *words, "--output-dir", out, timeout_s=880)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = read_bundle(out / name)
+    prune, golden = bundle.manifest.prune, bundle.golden()
+    assert (prune.method, prune.settings, prune.pruned) == ("uniform", {}, True)
+    assert golden["kept_indices"].tolist() == list(range(36, 576, 72))
+    assert not [key for key in golden if key.startswith("recovery.")]
+    parity = read_json(bundle.path / "parity.json")
+    assert {step["name"]: step["status"] for step in parity["steps"]}["kept tokens"] == "passed"
+    assert "uniform, " in (bundle.path / "report.md").read_text(encoding="utf-8")
+    if "--only" not in words:
+        done = command_line("ask", bundle.path, photo, "What is this?", "--max-new-tokens", "4", "-q", timeout_s=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.strip()
 
 
 @pytest.mark.slow
