@@ -1,4 +1,4 @@
-"""VLM-Pruner with static shapes for engines that compute in float16 and can compare, such as a Snapdragon's NPU.
+"""VLM-Pruner with static shapes for engines that compute in float16 and can compare, such as phones' NPUs.
 
 The other static form tells numbers apart by multiplying their differences with 2^60, which float16 cannot hold. Here
 comparisons, selects and the smallest of a row do that work. Every count and place is a whole number that float16 holds:

@@ -14,7 +14,7 @@ RANK_EVERY = 4  # steps of the static form between two chances to begin a pass: 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The constants of VLM-Pruner; the defaults are the paper's for LLaVA-1.5.
+    """The constants of VLM-Pruner; the defaults are those of the paper's main results.
 
     Attributes:
         pivots: number of pivot tokens that start the selection (fewer when fewer tokens stay).
