@@ -102,6 +102,9 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
         metavar="L",
         help="whose runtime runs it: pruneport (default), multimodal-runner (xnnpack) or transformers.js (onnx)",
     )
+    what.add_argument(
+        "--method", metavar="NAME", help="who chooses the tokens: vlm-pruner (default) or uniform (evenly spaced)"
+    )
     what.add_argument("--only", metavar="PART", help="vision: the vision graph alone, without the text graphs")
     what.add_argument("--twin", action="store_true", help="export the unpruned twin too and compare both")
     source = verb.add_argument_group("what to export it from")
@@ -280,6 +283,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
         text_tokens=args.text_tokens,
         cut=args.cut,
         layout=args.layout,
+        method=args.method,
         only=args.only,
         weights=args.weights,
         seed=args.seed,

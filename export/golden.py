@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from export.checkpoints import Checkpoint
-    from pruning import PruneSpec
+    from pruning import Features, Method, PruneSpec
 
 _GRAPH = "vision_encoder"
 # Greedy tokens of the sample answer.
@@ -63,9 +63,10 @@ def make_golden(
     `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
     near each choice was to going the other way, `kept_alternatives` (A, keep) what is kept where choices too near for
-    float32 go the other way, `pivots`, and what recovery is computed from: `recovery.hidden` (N, D) that enters the
-    cut, `recovery.similarity` (N, N), `recovery.least_share` (1,). With `text`, where the vision graph is `framed` the
-    same for the text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
+    float32 go the other way, `marks` (M,) that the method's picture should show, and where it mixes dropped tokens into
+    kept ones what that is computed from: `recovery.hidden` (N, D) that enters the cut, `recovery.similarity` (N, N),
+    `recovery.share` (1,), `recovery.least_share` (1,). With `text`, where the vision graph is `framed` the same for the
+    text graphs, and where the decoder fits into memory `answer.question`, `answer.ids` (64,) greedily, and
     `answer.margin` (64,), by how much each token's logit led. Inputs that are another graph's outputs are not repeated.
     Modules are filled and dropped one layer at a time, so that memory holds one layer and not the model, but for the
     answer. `watch` is shown each decoder layer and the last norm before they run, by their names in the text graphs.
@@ -364,34 +365,41 @@ def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tenso
     count = hidden.shape[1]
     if spec is None or spec.keep == count:
         return hidden, torch.arange(count, device=hidden.device)[None], {}
-    from pruning import reference
+    from pruning import Features, method_named
 
     # The loop is a definition, not a kernel: it runs on the CPU, on features from whatever device made them.
-    trace = reference.trace(keys.cpu(), hidden.cpu(), spec)
+    method, features = method_named(spec.method), Features(hidden=hidden.cpu(), keys=keys.cpu())
+    trace = method.choose(features, spec)
     kept = {
         "kept_indices": trace.indices[0],
         "kept_order": trace.order[0],
         "kept_margin": trace.margin[0],
-        "kept_alternatives": _alternatives(keys.cpu(), hidden.cpu(), spec, trace.indices[0]),
-        "pivots": trace.pivots[0],
-        "recovery.hidden": hidden[0],
-        "recovery.similarity": trace.similarity[0],
-        "recovery.least_share": torch.tensor([reference.CANCELLATION]),
+        "kept_alternatives": _alternatives(method, features, spec, trace.indices[0]),
+        "marks": trace.marks[0],
     }
+    if trace.recovery is not None:
+        kept |= {
+            "recovery.hidden": hidden[0],
+            "recovery.similarity": trace.recovery.similarity[0],
+            "recovery.share": torch.tensor([trace.recovery.share]),
+            "recovery.least_share": torch.tensor([trace.recovery.least_share]),
+        }
     return trace.tokens.to(hidden.device), trace.indices.to(hidden.device), kept
 
 
-def _alternatives(keys: Tensor, hidden: Tensor, spec: PruneSpec, kept: Tensor) -> Tensor:
+def _alternatives(method: Method, features: Features, spec: PruneSpec, kept: Tensor) -> Tensor:
     """Other kept tokens (A, keep) that come out when the features are moved in their last bits; mostly A is 0."""
     import torch
-
-    from pruning import reference
 
     draw = torch.Generator().manual_seed(0)
     found: dict[tuple[int, ...], Tensor] = {}
     for _ in range(_DRAWS):
-        moved = [x.double() * (1.0 + _MOVED_BY * torch.randn(x.shape, generator=draw)) for x in (keys, hidden)]
-        indices = reference.prune(moved[0], moved[1], spec)[1][0]
+        moved = {
+            name: x.double() * (1.0 + _MOVED_BY * torch.randn(x.shape, generator=draw))
+            for name, x in (("keys", features.keys), ("hidden", features.hidden))
+            if x is not None
+        }
+        indices = method.choose(features._replace(**moved), spec).indices[0]
         if not torch.equal(indices, kept):
             found[tuple(indices.tolist())] = indices
     return torch.stack([*found.values()]) if found else kept.new_zeros(0, len(kept))

@@ -455,7 +455,7 @@ class _Making:
             framed=plan.framed,
             precision=plan.vision.traced,
             quant_layers=plan.text.module_scheme if plan.text else None,
-            form=plan.backend.pruner_form,
+            arithmetic=plan.backend.pruner_arithmetic,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
@@ -485,25 +485,19 @@ def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress
 
 
 def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
-    from pruning import PruneSpec
+    from pruning import settings_numbers
     from runtime.bundle import PruneInfo
 
-    geometry = plan.entry.geometry
-    spec = bundle.spec or PruneSpec(grid=geometry.grid, keep=geometry.image_tokens)
+    geometry, spec = plan.entry.geometry, bundle.spec
     return PruneInfo(
         cut=plan.cut,
         image_tokens=geometry.image_tokens,
-        keep=spec.keep,
-        grid=spec.grid,
-        pruned=bundle.spec is not None,
-        pivots=spec.pivots,
-        threshold=spec.threshold,
-        threshold_step=spec.threshold_step,
-        token_batch=spec.token_batch,
-        channels=spec.channels,
-        distance_weight=spec.distance_weight,
-        recovery=spec.recovery,
-        form=plan.backend.pruner_form,
+        keep=geometry.image_tokens if spec is None else spec.keep,
+        grid=geometry.grid,
+        pruned=spec is not None,
+        method=None if spec is None else spec.method,
+        settings={} if spec is None else settings_numbers(spec),
+        arithmetic=plan.backend.pruner_arithmetic,
     )
 
 

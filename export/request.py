@@ -34,6 +34,9 @@ OWN = "pruneport"
 # The paper prunes in front of decoder layer K = 2 (section 3): layers 0 and 1 see every image token.
 PAPER_CUT = 2
 
+# Who chooses the tokens where nobody says it: the paper's method.
+DEFAULT_METHOD = "vlm-pruner"
+
 # Shipped with packages the exporter needs anyway; the first that is installed is the photo of a check without --image.
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
 
@@ -69,6 +72,7 @@ class Request:
     text_tokens: str = str(DEFAULT_TEXT_TOKENS)
     cut: str | None = None
     layout: str = OWN
+    method: str | None = None
     only: str | None = None
     weights: str | None = None
     seed: str = "0"
@@ -220,6 +224,7 @@ def plan(request: Request) -> Plan:
     _check_size(backend, entry, cut, precision, text=whole)
     _check_weights(request.weights)
     _check_installed(backend)
+    method = _method(request.method, cut, pruned=keep < tokens)
     photo_path = _photo_path(request.image)
     calibration = _calibration(request.calibration, backend, quant_vision)
 
@@ -243,8 +248,10 @@ def plan(request: Request) -> Plan:
 
     def bundle_plan(keep: int) -> BundlePlan:
         kept = f"keep{keep}" if keep < tokens else "keepall"
-        parts = (entry.name, kept, target.name, backend.name, *(choice for choice in choices if choice))
-        return BundlePlan(path=folder / "-".join(parts), spec=_prune_spec(entry, keep) if keep < tokens else None)
+        by = method if keep < tokens and request.method not in (None, DEFAULT_METHOD) else ""
+        parts = (entry.name, kept, target.name, backend.name, *(choice for choice in (by, *choices) if choice))
+        spec = _prune_spec(entry, keep, method) if keep < tokens else None
+        return BundlePlan(path=folder / "-".join(parts), spec=spec)
 
     bundle = bundle_plan(keep)
     twin = bundle_plan(tokens) if request.twin else None
@@ -298,6 +305,7 @@ def describe(plan: Plan) -> str:
     spec = plan.bundle.spec
     where = f"before decoder layer {plan.cut}" if plan.cut else "after the projector"
     kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
+    kept += f", chosen by {spec.method}" if spec else ""
     precision = plan.precision + (f", vision {plan.vision.scheme}" if plan.vision.scheme else "")
     text = "none"
     if plan.text is not None:
@@ -485,11 +493,35 @@ def _keep(text: str, tokens: int, model: str) -> int:
     return whole_number("keep", text, 1, tokens, f" (the image tokens of {model})")
 
 
-def _prune_spec(entry: ModelEntry, keep: int) -> PruneSpec:
+def _method(word: str | None, cut: int, *, pruned: bool) -> str:
+    """The name of the pruning method that `word` names; RequestError for one that cannot be exported here."""
+    if word is None:
+        return DEFAULT_METHOD
+    from pruning import METHODS
+
+    method = METHODS[_known("method", word, METHODS)]
+    if not pruned:
+        raise RequestError(f"method={word} has nothing to choose: all image tokens are kept; leave --method out")
+    others = ", ".join(name for name, other in METHODS.items() if other.needs <= {"keys"})
+    if "question" in method.needs:
+        raise RequestError(
+            f"method={word} chooses by the question, but a photo is pruned and prefilled before anybody asks about it; "
+            f"take one that chooses by the image alone: {others}"
+        )
+    if "attention" in method.needs:
+        raise NotYetError(
+            f"method={word} chooses by attention, which the vision graph does not hand to it yet; take one of: {others}"
+        )
+    if not method.cuts.allow(cut):
+        raise RequestError(f"method={word} cannot prune at cut={cut}; it can at {method.cuts}")
+    return word
+
+
+def _prune_spec(entry: ModelEntry, keep: int, method: str) -> PruneSpec:
     from pruning import PruneSpec, SpecError
 
     try:
-        return PruneSpec(grid=entry.geometry.grid, keep=keep)
+        return PruneSpec(grid=entry.geometry.grid, keep=keep, method=method)
     except SpecError as error:
         raise RequestError(str(error)) from error
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Literal
 from pruneport.rooms import find_rooms
 
 if TYPE_CHECKING:
-    import pruneport.pruning.reference as _reference
+    import pruneport.pruning.vlm_pruner.reference as _reference
     from pruneport.pruning.spec import PruneSpec as PruneSpec
     from pruneport.pruning.spec import SpecError as SpecError
-    from pruneport.pruning.static import TokenPruner as TokenPruner
+    from pruneport.pruning.vlm_pruner.static import TokenPruner as TokenPruner
     from pruneport.runtime.ask import Answer as Answer
     from pruneport.runtime.ask import OpenBundle as OpenBundle
     from pruneport.runtime.ask import Took as Took
@@ -129,6 +129,7 @@ def export_bundle(
     text_tokens: int = 512,
     cut: int | None = None,
     layout: str = "pruneport",
+    method: str | None = None,
     only: str | None = None,
     weights: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -165,6 +166,7 @@ def export_bundle(
             text_tokens=str(text_tokens),
             cut=_word(cut),
             layout=str(layout),
+            method=_word(method),
             only=_word(only),
             weights=_word(weights),
             seed=str(seed),

@@ -1,11 +1,26 @@
-"""The pruner: torch only, knows no model and no exporter."""
+"""The pruners: torch only, know no model and no exporter."""
 
-from pruning import reference
-from pruning.comparing import ComparingPruner
-from pruning.spec import PruneSpec, SpecError
-from pruning.static import TokenPruner
+from pruning.method import ARITHMETICS, Arithmetic, Features, Kept, Method, Trace
+from pruning.methods import METHODS, method_named, settings_numbers
+from pruning.spec import DEFAULT_METHOD, PruneSpec, SpecError
+from pruning.vlm_pruner import reference
+from pruning.vlm_pruner.comparing import ComparingPruner
+from pruning.vlm_pruner.static import TokenPruner
 
-# The static forms of the pruner, by the name that a manifest gives them.
-FORMS: dict[str, type[TokenPruner | ComparingPruner]] = {"default": TokenPruner, "comparing": ComparingPruner}
-
-__all__ = ["FORMS", "ComparingPruner", "PruneSpec", "SpecError", "TokenPruner", "reference"]
+__all__ = [
+    "ARITHMETICS",
+    "DEFAULT_METHOD",
+    "METHODS",
+    "Arithmetic",
+    "ComparingPruner",
+    "Features",
+    "Kept",
+    "Method",
+    "PruneSpec",
+    "SpecError",
+    "TokenPruner",
+    "Trace",
+    "method_named",
+    "reference",
+    "settings_numbers",
+]

@@ -42,6 +42,7 @@ Dim = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 PositiveCount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+SettingCount = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_NAME)]
 
 
@@ -192,8 +193,9 @@ class WeightsInfo(_Record, frozen=True):
 
 
 class PruneInfo(_Record, frozen=True):
-    """What the pruner inside the graph does; `pruned` is False for the twin, which keeps every token.
+    """What the pruner inside the graph does; `pruned` is False for the twin, which keeps every token by no method.
 
+    `settings` are the constants of the `method`, by its own names; `arithmetic` is what the pruner is computed in.
     `cut` is the first decoder layer that sees fewer tokens; 0 where they are pruned behind the projector.
     """
 
@@ -202,14 +204,9 @@ class PruneInfo(_Record, frozen=True):
     keep: PositiveCount
     grid: tuple[PositiveCount, PositiveCount]
     pruned: bool
-    pivots: PositiveCount
-    threshold: float
-    threshold_step: Annotated[float, msgspec.Meta(gt=0)]
-    token_batch: PositiveCount
-    channels: PositiveCount
-    distance_weight: Annotated[float, msgspec.Meta(ge=0)]
-    recovery: Annotated[float, msgspec.Meta(ge=0, le=1)]
-    form: Name
+    method: Name | None
+    settings: dict[Name, SettingCount | float]
+    arithmetic: Name
 
     def __post_init__(self) -> None:
         rows, columns = self.grid
@@ -219,9 +216,11 @@ class PruneInfo(_Record, frozen=True):
             raise ValueError(f"keep={self.keep} must lie in 1..{self.image_tokens} (image_tokens)")
         if not self.pruned and self.keep != self.image_tokens:
             raise ValueError(f"keep={self.keep} must equal image_tokens={self.image_tokens} when pruned is false")
-        for name in ("threshold", "threshold_step", "distance_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite")
+        if self.pruned != (self.method is not None):
+            raise ValueError(f"method={self.method!r} must be named when pruned is true, and only then")
+        for name, value in self.settings.items():
+            if not math.isfinite(value):
+                raise ValueError(f"settings.{name}={value} must be finite")
 
 
 class ImageInfo(_Record, frozen=True):

@@ -440,11 +440,10 @@ def graph_parity(
     for info in graph.outputs:
         name, want, have = info.name, expected[info.name], got[info.name]
         if kept_indices is not None and manifest.prune.pruned and _TOKEN_IDS.get(name) == ids_name:
-            recovery = Recovery.from_golden(
-                golden, tokens=manifest.prune.image_tokens, width=want.shape[2], share=manifest.prune.recovery
-            )
+            recovery = Recovery.from_golden(golden, tokens=manifest.prune.image_tokens, width=want.shape[2])
             ids = _ids(expected[_TOKEN_IDS[name]])[prefix:] - prefix, kept_indices
-            tensors.append(_compare_rows(name, want, have, ids=ids, recovery=recovery, bound=bound))
+            tokens = manifest.prune.image_tokens
+            tensors.append(_compare_rows(name, want, have, ids=ids, tokens=tokens, recovery=recovery, bound=bound))
         elif kept is not None and name == ids_name and not kept.exact:
             tensors.append(_compare_ids(name, want, have, prefix=prefix, kept=kept))
         else:
@@ -501,31 +500,40 @@ def _compare_rows(
     have: np.ndarray,
     *,
     ids: tuple[np.ndarray, np.ndarray],
-    recovery: Recovery,
+    tokens: int,
+    recovery: Recovery | None,
     bound: Bound,
 ) -> TensorParity:
-    """An output (1, P + keep, D) of the prompt's rows and the kept tokens': every row counts.
+    """An output (1, P + keep, D) of the prompt's rows and the kept tokens', of `tokens` in the image: every row counts.
 
     `ids` (keep,) are the golden's tokens and the engine's. Where these differ, each of the engine's is compared with
     what the desktop's features give it for that choice. A row outside the bound is compared with what it holds when
-    tokens went the other way whose two candidates are too near for this arithmetic; it must then lie within.
+    tokens went the other way whose two candidates are too near for this arithmetic; it must then lie within. Without
+    recovery the golden holds the rows of its own choice alone, and any other fails.
     """
     expected_ids, kept = ids
     prefix = want.shape[1] - len(kept)
-    if not (np.diff(kept) > 0).all() or kept[0] < 0 or kept[-1] >= len(recovery.hidden):
+    if not (np.diff(kept) > 0).all() or kept[0] < 0 or kept[-1] >= tokens:
         return _failed(name, want.shape, bound, "nothing", "the kept tokens are not ascending tokens of the image")
     got = have[0, prefix:].astype(np.float64)
     if not np.isfinite(got).all():
         return _judge(name, want.shape, want, have, bound=bound, compared="all")
-    own = recovery.rows(expected_ids, recovery.standing(expected_ids).slot)
-    if (_rel(want[0, prefix:].astype(np.float64), want[0, prefix:] - own) > _MOST_REL_OF_GOLDEN).any():
-        raise BundleError(f"the golden contradicts itself: {name} is not what recovery.hidden gives; export again")
-    same = np.array_equal(*ids)
-    rows = want[0, prefix:].astype(np.float64) if same else recovery.rows(kept, recovery.standing(kept).slot)
-    compared = "all" if same else f"all, {len(np.setdiff1d(kept, expected_ids))} of {len(kept)} tokens chosen otherwise"
+    rows, same = want[0, prefix:].astype(np.float64), np.array_equal(*ids)
+    otherwise = len(np.setdiff1d(kept, expected_ids))
+    compared = "all" if same else f"all, {otherwise} of {len(kept)} tokens chosen otherwise"
+    if recovery is None:
+        if not same:
+            note = f"{otherwise} of {len(kept)} tokens chosen otherwise, and the golden holds no rows of them"
+            return _failed(name, want.shape, bound, "nothing", note)
+    else:
+        own = recovery.rows(expected_ids, recovery.standing(expected_ids).slot)
+        if (_rel(rows, rows - own) > _MOST_REL_OF_GOLDEN).any():
+            raise BundleError(f"the golden contradicts itself: {name} is not what recovery.hidden gives; export again")
+        if not same:
+            rows = recovery.rows(kept, recovery.standing(kept).slot)
     outside = _outside(rows, got, bound)
     moved: tuple[Moved, ...] = ()
-    if outside.any():
+    if recovery is not None and outside.any():
         rows, moved = recovery.decided_as(kept, got, outside, resolution=bound.resolution)
         outside = _outside(rows, got, bound)
     if moved:

@@ -11,7 +11,7 @@ import numpy as np
 from runtime.errors import BundleError
 
 # The golden's tensors that recovery is computed from, by the names of its fields below.
-_STORED = ("hidden", "similarity", "least_share")
+_STORED = ("hidden", "similarity", "share", "least_share")
 # Sweeps over the tokens that may go either way; each must lower the error, and two were the most that any case needed.
 _SWEEPS = 8
 
@@ -56,9 +56,14 @@ class Recovery:
     least_share: float
 
     @classmethod
-    def from_golden(cls, golden: Mapping[str, np.ndarray], *, tokens: int, width: int, share: float) -> Recovery:
-        """Reads `recovery.*` of a golden of `tokens` image tokens; BundleError where it is missing or does not fit."""
-        shapes = dict(zip(_STORED, ((tokens, width), (tokens, tokens), (1,)), strict=True))
+    def from_golden(cls, golden: Mapping[str, np.ndarray], *, tokens: int, width: int) -> Recovery | None:
+        """Reads `recovery.*` of a golden of `tokens` image tokens; None where it holds nothing of it.
+
+        Kept tokens are then rows as they entered the cut. BundleError where a part is missing or does not fit.
+        """
+        if not any(name.startswith("recovery.") for name in golden):
+            return None
+        shapes = dict(zip(_STORED, ((tokens, width), (tokens, tokens), (1,), (1,)), strict=True))
         found = {}
         for name, shape in shapes.items():
             key = f"recovery.{name}"
@@ -73,7 +78,7 @@ class Recovery:
         return cls(
             hidden=found["hidden"],
             similarity=found["similarity"],
-            share=share,
+            share=float(found["share"][0]),
             least_share=float(found["least_share"][0]),
         )
 

@@ -535,11 +535,10 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
     prune, weights, golden = manifest.prune, manifest.weights, manifest.golden
     source = f"random, seed {weights.seed}" if weights.source == "random" else weights.source
     where = f"before decoder layer {prune.cut}" if prune.cut else "after the projector"
+    settings = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in prune.settings.items())
     pruner = (
-        f"{where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}, {prune.pivots} pivots, "
-        f"threshold {prune.threshold:g} + {prune.threshold_step:g} a pass, batches of {prune.token_batch}, "
-        f"{prune.channels} channels, distance weight {prune.distance_weight:g}, recovery {prune.recovery:g}, "
-        f"form {prune.form}"
+        f"{prune.method}, {where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}{settings}, "
+        f"computed in {prune.arithmetic}"
     )
     rows = [
         ("made", manifest.created_utc),
@@ -573,7 +572,7 @@ class Picture:
     kept: str
     missing: str
     extra: str
-    pivots: tuple[tuple[float, float, int], ...]
+    marks: tuple[tuple[float, float, int], ...]
     text: str
     caption: str
 
@@ -596,10 +595,10 @@ def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) ->
     rows, columns = prune.grid
     kept = {index for index in shown.kept_indices if 0 <= index < rows * columns}
     missing, extra = set(shown.kept.missing), set(shown.kept.extra)
-    pivots = [int(index) for index in golden.get("pivots", np.zeros(0)).reshape(-1)] if prune.pruned else []
-    centres = tuple((index % columns + 0.5, index // columns + 0.5, order) for order, index in enumerate(pivots, 1))
+    marks = [int(index) for index in golden.get("marks", np.zeros(0)).reshape(-1)] if prune.pruned else []
+    centres = tuple((index % columns + 0.5, index // columns + 0.5, order) for order, index in enumerate(marks, 1))
     letters = [
-        "P" if index in pivots and index in kept else "#" if index in kept else "." for index in range(rows * columns)
+        "M" if index in marks and index in kept else "#" if index in kept else "." for index in range(rows * columns)
     ]
     return Picture(
         jpeg_base64=base64.b64encode(buffer.getvalue()).decode("ascii"),
@@ -609,7 +608,7 @@ def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) ->
         kept=_cells(kept, columns) if prune.pruned else "",
         missing=_cells(missing, columns),
         extra=_cells(extra & kept, columns),
-        pivots=centres,
+        marks=centres,
         text="\n".join(" ".join(letters[row * columns : (row + 1) * columns]) for row in range(rows)),
         caption=f"{manifest.golden.photo}: {len(kept)} of {prune.image_tokens} patches kept",
     )

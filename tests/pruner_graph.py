@@ -13,7 +13,7 @@ from export.backends.onnx import ONNX
 from export.backends.xnnpack import XNNPACK
 from export.graphs.graph import Graph
 from pruning import ComparingPruner, TokenPruner
-from pruning.comparing import WHOLE
+from pruning.vlm_pruner.comparing import WHOLE
 from runtime.bundle import DelegateCoverage, GraphInfo, TensorInfo
 from runtime.engines import ENGINES, LoadedGraph
 

@@ -107,14 +107,9 @@ def fill(folder: Path, name: str, sample: Sample, photo: np.ndarray) -> Manifest
             keep=sample.keep,
             grid=sample.grid,
             pruned=sample.pruned,
-            pivots=2,
-            threshold=0.8,
-            threshold_step=0.1,
-            token_batch=4,
-            distance_weight=0.5,
-            recovery=0.7,
-            channels=WIDTH,
-            form="fixed",
+            method="most-detail" if sample.pruned else None,
+            settings={"patches": 4, "threshold": 0.8} if sample.pruned else {},
+            arithmetic="float32",
         ),
         graphs=(
             GraphInfo(
@@ -141,10 +136,11 @@ def make_golden(sample: Sample, photo: np.ndarray) -> Arrays:
     kept = np.sort(order)
     golden: Arrays = {f"{VISION}.in.pixel_values": pixels, "photo": photo, "kept_indices": kept}
     golden |= {"kept_order": order, "kept_margin": np.linspace(0.1, 0.001, len(order), dtype=np.float32)}
-    golden["pivots"] = order[:2]
+    golden["marks"] = order[:2]
     if sample.pruned:  # no token is like any other, so that recovery mixes nothing
         golden["recovery.hidden"] = tokens[0]
         golden["recovery.similarity"] = np.eye(sample.tokens, dtype=np.float32)
+        golden["recovery.share"] = np.full(1, 0.7, np.float32)
         golden["recovery.least_share"] = np.full(1, 2.0**-10, np.float32)
     if not sample.cut:
         golden[f"{VISION}.out.image_features"] = tokens[:, kept]

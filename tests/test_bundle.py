@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import sys
@@ -253,6 +254,14 @@ def _set(*keys: str | int, value: object) -> Edit:
         (_set("prune", "keep", value=10**40), "schema"),
         (_set("prune", "grid", value=[4, 5]), "must hold image_tokens=16"),
         (_set("prune", "pruned", value=False), "must equal image_tokens=16"),
+        (_set("prune", "method", value=None), "method=None must be named when pruned is true, and only then"),
+        (_set("prune", "method", value=""), "length >= 1"),
+        (_set("prune", "settings", value={"share": "0.7"}), "got `str` - at `$.prune.settings[...]`"),
+        (_set("prune", "settings", value={"share": True}), "got `bool` - at `$.prune.settings[...]`"),
+        (_set("prune", "settings", value={"share": None}), "got `null` - at `$.prune.settings[...]`"),
+        (_set("prune", "settings", value={"share": [0.7]}), "got `array` - at `$.prune.settings[...]`"),
+        (_set("prune", "settings", value={"": 1}), "length >= 1"),
+        (_set("prune", "settings", value={"share": 2**54}), "<= 9007199254740992"),
         (_set("image", "std", value=[0.0, 1.0, 1.0]), "std positive"),
         (_set("image", "resize_shortest", value=7), "must be at least the crop"),
         (_set("image", "size", value=[10**9, 10**9]), "<= 8192"),
@@ -277,7 +286,7 @@ def test_number_beyond_float64(bundle: Path) -> None:
     text = (bundle / MANIFEST).read_bytes()
     assert b'"threshold": 0.8' in text
     (bundle / MANIFEST).write_bytes(text.replace(b'"threshold": 0.8', b'"threshold": 1e400'))
-    _refused(bundle, "Number out of range", "threshold")
+    _refused(bundle, "Number out of range", "settings")
 
 
 def test_two_graphs_of_one_name(bundle: Path) -> None:
@@ -350,16 +359,27 @@ def test_every_single_byte_of_the_manifest_may_be_wrong(bundle: Path) -> None:
                 keep=640,
                 grid=(24, 24),
                 pruned=True,
-                pivots=4,
-                threshold=0.8,
-                threshold_step=0.1,
-                token_batch=16,
-                distance_weight=0.5,
-                recovery=0.7,
-                channels=256,
-                form="x",
+                method="x",
+                settings={},
+                arithmetic="float32",
             ),
             "keep=640 must lie in 1..576",
+        ),
+        *(
+            (
+                lambda value=value: PruneInfo(
+                    cut=2,
+                    image_tokens=4,
+                    keep=3,
+                    grid=(2, 2),
+                    pruned=True,
+                    method="x",
+                    settings={"share": value},
+                    arithmetic="float32",
+                ),
+                f"settings.share={value} must be finite",
+            )
+            for value in (math.nan, math.inf)
         ),
     ],
 )

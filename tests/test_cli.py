@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from export import cli
 from export.request import Request, describe, nearest, plan
+from pruning import METHODS, Arithmetic, Features, PruneSpec, Trace
+from pruning.method import Cuts, Need
 from runtime.errors import NotYetError, OutputError, PruneportError, RequestError
 
 
@@ -131,6 +135,8 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ({"seed": "abc"}, "seed='abc' is not a whole number; it must lie in 0..4294967295"),
         ({"seed": "-1"}, "seed=-1 must lie in 0..4294967295"),
         ({"keep": "all", "twin": True}, "keep=all makes the unpruned twin itself; leave --twin out"),
+        ({"method": "unifrom"}, "unknown method 'unifrom', did you mean 'uniform'?; allowed: vlm-pruner, uniform"),
+        ({"method": "uniform", "keep": "all"}, "method=uniform has nothing to choose: all image tokens are kept"),
         ({"weights": "/no/such/folder"}, "weights='/no/such/folder' does not exist; give a checkpoint folder"),
         ({"weights": ""}, "weights='' does not exist; give a checkpoint folder"),
     ],
@@ -173,12 +179,66 @@ def test_what_later_versions_will_do(changes: dict[str, str], message: str, tmp_
         ({"layout": "multimodal-runner"}, "pocket-keep64-android-xnnpack-multimodal-runner"),
         ({"layout": "multimodal-runner", "cut": "0"}, "pocket-keep64-android-xnnpack-multimodal-runner"),
         ({"cut": "0", "weights": "random"}, "pocket-keep64-android-xnnpack-cut0-random"),
+        ({"method": "vlm-pruner"}, "pocket-keep64-android-xnnpack"),
+        ({"method": "uniform", "quant_vision": "8da8w"}, "pocket-keep64-android-xnnpack-uniform-8da8w"),
     ],
 )
 def test_bundle_names_say_what_was_chosen(changes: dict[str, str], name: str, tmp_path: Path) -> None:
     planned = plan(request(tmp_path, **changes))
     assert planned.bundle.path == tmp_path / "out" / name
     assert (planned.bundle.spec is None) == ("keepall" in name)
+
+
+@dataclass(frozen=True)
+class OwnMethod:
+    """A method of this test's own, which chooses nothing."""
+
+    needs: frozenset[Need] = frozenset()
+    cuts: Cuts = field(default_factory=Cuts)
+    name: str = "own"
+    settings: type[object] = object
+
+    def choose(self, features: Features, spec: PruneSpec) -> Trace:
+        raise NotImplementedError
+
+    def module(self, spec: PruneSpec, arithmetic: Arithmetic) -> nn.Module:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("method", "refusal", "message"),
+    [
+        (
+            OwnMethod(needs=frozenset({"keys", "question"})),
+            RequestError,
+            "method=own chooses by the question, but a photo is pruned and prefilled before anybody asks about it; "
+            "take one that chooses by the image alone: vlm-pruner, uniform",
+        ),
+        (
+            OwnMethod(needs=frozenset({"attention"})),
+            NotYetError,
+            "method=own chooses by attention, which the vision graph does not hand to it yet; take one of: vlm-pruner",
+        ),
+        (
+            OwnMethod(cuts=Cuts(most=0)),
+            RequestError,
+            "method=own cannot prune at cut=2; it can at 0..0",
+        ),
+        (OwnMethod(cuts=Cuts(least=3)), RequestError, "method=own cannot prune at cut=2; it can at 3 or more"),
+    ],
+)
+def test_methods_that_no_export_can_hold(
+    method: OwnMethod, refusal: type[PruneportError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "own", method)
+    with pytest.raises(refusal) as caught:
+        plan(request(tmp_path, method="own"))
+    assert message in str(caught.value)
+    monkeypatch.setitem(METHODS, "own", OwnMethod())
+    planned = plan(request(tmp_path, method="own", twin=True))
+    assert planned.bundle.spec == PruneSpec(method="own")
+    assert planned.twin is not None
+    assert planned.twin.name == "pocket-keepall-android-xnnpack", "the twin is the same for every method"
 
 
 def test_only_the_precision_that_is_not_the_default_is_named(tmp_path: Path) -> None:
@@ -271,7 +331,7 @@ def test_dry_run_says_what_it_would_make_and_makes_nothing(tmp_path: Path, capsy
     text = capsys.readouterr().out
     assert str(out / "llava-1.5-7b-keep64-android-xnnpack-random") in text
     assert str(out / "llava-1.5-7b-keepall-android-xnnpack-random") in text
-    assert "64 of 576 image tokens kept before decoder layer 2" in text
+    assert "64 of 576 image tokens kept before decoder layer 2, chosen by vlm-pruner" in text
     assert "RAM about" in text
     assert "disk about" in text
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export.backends.xnnpack import XNNPACK
 from export.checkpoints import FolderCheckpoint
@@ -17,9 +18,11 @@ from export.graphs.vision import build_vision_encoder
 from export.models.pocket import POCKET, pocket_folder
 from export.quantize import SCHEMES
 from pruning import PruneSpec
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import REPORT_FILES, read_bundle
 from runtime.generation import GRAPHS
 from tests.conftest import CommandLine
+from tests.sample_bundle import noise_photo
 
 GRAPH_FILES = {f"{name}.onnx" for name in GRAPHS} | {"weights.onnx_data"}
 ON_DISK = {*GRAPH_FILES, "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
@@ -61,7 +64,7 @@ def test_golden_is_named_as_the_format_says(onnx_bundle: Path) -> None:
     assert kept.shape == (64,)
     assert (np.diff(kept) > 0).all()
     assert sorted(golden["kept_order"].tolist()) == kept.tolist()
-    assert set(golden["pivots"].tolist()) <= set(kept.tolist())
+    assert set(golden["marks"].tolist()) <= set(kept.tolist())
     assert golden["kept_margin"].shape == (64,)
     assert golden["photo"].dtype == np.uint8
     # Positions are the prefix's and then the kept tokens' own.
@@ -120,12 +123,47 @@ def test_every_choice_passes(words: list[str], name: str, tmp_path: Path, comman
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--backend", "xnnpack"], "pocket-keep8-android-xnnpack-uniform"),
+        (["--backend", "onnx"], "pocket-keep8-android-onnx-uniform"),
+        (
+            ["--backend", "onnx", "--cut", "0", "--only", "vision"],
+            "pocket-keep8-android-onnx-uniform-cut0-vision",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_method_goes_all_the_way(
+    words: list[str], name: str, tmp_path: Path, command_line: CommandLine
+) -> None:
+    out, photo = tmp_path / "out", tmp_path / "photo.png"
+    Image.fromarray(noise_photo()).save(photo)
+    fixed = ["export", "--model", "pocket", "--keep", "8", "--target", "android", "--method", "uniform", "-q"]
+    done = command_line(*fixed, *words, "--output-dir", out, timeout_s=880)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = read_bundle(out / name)
+    prune, golden = bundle.manifest.prune, bundle.golden()
+    assert (prune.method, prune.settings, prune.pruned) == ("uniform", {}, True)
+    assert golden["kept_indices"].tolist() == list(range(36, 576, 72))
+    assert not [key for key in golden if key.startswith("recovery.")]
+    parity = read_json(bundle.path / "parity.json")
+    assert {step["name"]: step["status"] for step in parity["steps"]}["kept tokens"] == "passed"
+    assert "uniform, " in (bundle.path / "report.md").read_text(encoding="utf-8")
+    if "--only" not in words:
+        done = command_line("ask", bundle.path, photo, "What is this?", "--max-new-tokens", "4", "-q", timeout_s=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.strip()
+
+
+@pytest.mark.slow
 def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None) -> None:
     """Five graphs hold the decoder's layers, quantised in the vision graph as in the others, and the file one copy."""
     scheme = "8da4w-g32"
     checkpoint = FolderCheckpoint(pocket_folder(tmp_path / "cache"), POCKET)
     # A limit that everything is below, and batches of the whole image: few steps, so that lowering takes seconds.
-    spec = PruneSpec(keep=64, threshold=2.0, token_batch=64, steps=4)
+    spec = PruneSpec(keep=64, settings=Settings(threshold=2.0, token_batch=64, steps=4))
     vision = build_vision_encoder(checkpoint, POCKET, spec, quant_layers=scheme)
     context = Context(checkpoint.geometry, prefix=vision.prefix_length, keep=64, cut=2, text=192)
     graphs: dict[str, Graph] = {"vision_encoder": vision, **build_text_graphs(checkpoint, context, quant=scheme)}

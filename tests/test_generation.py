@@ -18,6 +18,7 @@ from export.graphs.graph import Graph
 from export.graphs.vision import build_vision_encoder
 from export.models.llava import prompt_info
 from pruning import PruneSpec, reference
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
 from runtime.generation import (
@@ -34,7 +35,7 @@ from tests.tiny_llava import TINY, write_tiny
 
 ROOM = 24
 QUESTION = [9, 17, 33, 8, 21, 40, 11]
-SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_batch=3))
 
 
 class InTorch:
@@ -235,7 +236,7 @@ def test_graphs_of_different_exports_are_refused(folder: Path) -> None:
     ours, theirs = graphs(folder, SPEC), graphs(folder, SPEC, room=ROOM + 1)
     with pytest.raises(BundleError, match="have different caches"):
         answers({**ours, TEXT_DECODER: theirs[TEXT_DECODER]})
-    shorter = graphs(folder, PruneSpec(grid=(4, 4), keep=5, pivots=2, token_batch=3))
+    shorter = graphs(folder, PruneSpec(grid=(4, 4), keep=5, settings=Settings(pivots=2, token_batch=3)))
     with pytest.raises(BundleError, match="different numbers of text tokens"):
         answers({**ours, IMAGE_PREFILL: shorter[IMAGE_PREFILL]})
     with pytest.raises(BundleError, match="tiny has no image_prefill, text_decoder"):

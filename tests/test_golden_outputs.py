@@ -15,6 +15,7 @@ from export.models import MODELS
 from export.models.llava import ModelEntry, prompt_info
 from export.models.pocket import POCKET, pocket_folder
 from pruning import PruneSpec, reference
+from pruning.vlm_pruner.settings import Settings
 from runtime.errors import ExportError
 from tests.tiny_llava import TINY, write_tiny
 
@@ -56,13 +57,13 @@ def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) 
 @pytest.mark.parametrize("cut", [2, 0])
 def test_pruned_golden_is_the_papers_loop_on_the_unpruned(cut: int) -> None:
     checkpoint = RandomCheckpoint(TINY, seed=2)
-    spec = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+    spec = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_batch=3))
     pixels = _pixels(58)
     full, pruned = (
         make_golden(checkpoint, TINY, chosen, cut=cut, framed=cut > 0, pixel_values=pixels) for chosen in (None, spec)
     )
     assert pruned["kept_order"].shape == pruned["kept_margin"].shape == (6,)
-    assert pruned["pivots"].tolist() == pruned["kept_order"][:2].tolist()
+    assert pruned["marks"].tolist() == pruned["kept_order"][:2].tolist()
     assert sorted(pruned["kept_order"].tolist()) == pruned["kept_indices"].tolist()
     if cut:
         prefix = 7
@@ -93,7 +94,7 @@ def test_keys_at_the_projector_are_those_of_the_layer_that_made_the_features(tmp
     pixels = _pixels(58)
     with torch.no_grad():
         features = whole.model.get_image_features(torch.from_numpy(pixels)).pooler_output[0]
-    spec = PruneSpec(grid=(4, 4), keep=5, pivots=2, token_batch=3)
+    spec = PruneSpec(grid=(4, 4), keep=5, settings=Settings(pivots=2, token_batch=3))
     _, indices = reference.prune(seen[0][:, 1:], features[None], spec)
     golden = make_golden(FolderCheckpoint(folder, TINY), TINY, spec, cut=0, framed=False, pixel_values=pixels)
     assert golden["kept_indices"].tolist() == indices[0].tolist()

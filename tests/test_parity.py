@@ -388,7 +388,7 @@ def test_kept_tokens_that_are_none(manifest: Manifest, golden: Arrays, positions
     assert result.tensors[0].note == "the kept tokens are not ascending tokens of the image"
 
 
-@pytest.mark.parametrize("name", ["hidden", "similarity", "least_share"])
+@pytest.mark.parametrize("name", ["hidden", "similarity", "share", "least_share"])
 def test_golden_without_what_recovery_is_made_of(manifest: Manifest, golden: Arrays, name: str) -> None:
     whole = golden[f"recovery.{name}"]
     for broken in (None, whole[:0], np.full_like(whole, np.nan)):
@@ -397,6 +397,36 @@ def test_golden_without_what_recovery_is_made_of(manifest: Manifest, golden: Arr
             golden[f"recovery.{name}"] = broken
         with pytest.raises(BundleError, match=rf"the golden('s| lacks) recovery\.{name}.*export again"):
             _judge(manifest, golden, _outputs(golden))
+
+
+def _without_recovery(golden: Arrays) -> None:
+    for name in [name for name in golden if name.startswith("recovery.")]:
+        del golden[name]
+
+
+def test_golden_without_recovery_holds_rows_as_they_are(manifest: Manifest, golden: Arrays) -> None:
+    _without_recovery(golden)
+    result = _judge(manifest, golden, _outputs(golden))
+    assert result.passed
+    assert {tensor.compared for tensor in result.tensors} == {"all"}
+    got = _outputs(golden)
+    got["hidden"][0, PREFIX + 3] *= 1.01
+    result = _judge(manifest, golden, got)
+    assert not result.passed
+    assert result.tensors[0].note.startswith("1 of ")
+    assert "kept tokens outside the bound" in result.tensors[0].note
+
+
+def test_golden_without_recovery_knows_no_other_choice(
+    manifest: Manifest, golden: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BOUNDS, "fp16", msgspec.structs.replace(FP16, least_overlap=0.7))
+    got, _ = _swap_one(golden)
+    assert _judge(_with(manifest, precision="fp16"), golden, got).passed
+    _without_recovery(golden)
+    result = _judge(_with(manifest, precision="fp16"), golden, got)
+    assert not result.passed
+    assert "tokens chosen otherwise, and the golden holds no rows of them" in result.tensors[0].note
 
 
 def test_golden_whose_recovery_is_of_something_else(manifest: Manifest, golden: Arrays) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pruning import PruneSpec, SpecError, TokenPruner, reference
+from pruning.vlm_pruner.settings import Settings
 
 Features = tuple[Tensor, Tensor]
 MakeFeatures = Callable[[int, int, int, int], Features]
@@ -180,7 +181,7 @@ BAD_SPECS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("values", "message"), BAD_SPECS, ids=[str(values) for values, _ in BAD_SPECS])
 def test_a_spec_refuses(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        PruneSpec(**values)
+        (PruneSpec if values.keys() <= {"grid", "keep"} else Settings)(**values)
 
 
 def test_a_spec_is_a_frozen_value() -> None:
@@ -255,11 +256,18 @@ def specs(draw: st.DrawFn) -> PruneSpec:
     return PruneSpec(
         grid=grid,
         keep=draw(st.integers(1, grid[0] * grid[1])),
-        pivots=draw(st.integers(1, 8)),
-        token_batch=draw(st.integers(1, 32)),
-        threshold=draw(st.floats(0.6, 1.0)),
-        channels=draw(st.sampled_from((1, 3, 8, 256))),
+        settings=Settings(
+            pivots=draw(st.integers(1, 8)),
+            token_batch=draw(st.integers(1, 32)),
+            threshold=draw(st.floats(0.6, 1.0)),
+            channels=draw(st.sampled_from((1, 3, 8, 256))),
+        ),
     )
+
+
+def _set(spec: PruneSpec, **words: Any) -> PruneSpec:
+    """The spec with other settings."""
+    return dataclasses.replace(spec, settings=dataclasses.replace(Settings.of(spec), **words))
 
 
 seeds = st.integers(0, 2**31)
@@ -273,7 +281,7 @@ def _comparable(spec: PruneSpec, make: MakeFeatures, width: int) -> PruneSpec:
     have an exact norm: one-hot ones have, those with four entries of +-1 may be left with three.
     """
     exact = make in (_zeros, _onehot) and not spec.tokens & (spec.tokens - 1)
-    return spec if exact else dataclasses.replace(spec, channels=max(spec.channels, width))
+    return spec if exact else _set(spec, channels=max(Settings.of(spec).channels, width))
 
 
 @quick
@@ -297,10 +305,12 @@ def test_both_forms_keep_the_same_on_a_thousand_grids() -> None:
         spec = PruneSpec(
             grid=grid,
             keep=chance.randint(1, grid[0] * grid[1]),
-            pivots=chance.randint(1, 8),
-            threshold=chance.uniform(0.6, 1.0),
-            token_batch=chance.choice((1, 2, 4, 7, 16, 32, 40)),
-            channels=chance.choice((1, 4, 12, 256)),
+            settings=Settings(
+                pivots=chance.randint(1, 8),
+                threshold=chance.uniform(0.6, 1.0),
+                token_batch=chance.choice((1, 2, 4, 7, 16, 32, 40)),
+                channels=chance.choice((1, 4, 12, 256)),
+            ),
         )
         make = chance.choice(GENERIC + TIED)
         keys, hidden = make(spec.tokens, chance.randint(1, 20), chance.randint(1, 30), chance.randrange(2**31))
@@ -374,7 +384,7 @@ def test_inputs_stay_as_they_were_and_images_do_not_meet(spec: PruneSpec, seed: 
 def test_keeping_all_changes_nothing(make: MakeFeatures, grid: tuple[int, int]) -> None:
     count = grid[0] * grid[1]
     keys, hidden = make(count, 6, 9, 3)
-    spec = PruneSpec(grid=grid, keep=count, channels=5)
+    spec = PruneSpec(grid=grid, keep=count, settings=Settings(channels=5))
     for tokens, indices in (reference.prune(keys, hidden, spec), TokenPruner(spec)(keys, hidden)):
         assert torch.equal(indices, torch.arange(count)[None])
         assert torch.equal(tokens, hidden)
@@ -385,31 +395,32 @@ def test_keeping_all_changes_nothing(make: MakeFeatures, grid: tuple[int, int]) 
 @torch.no_grad()
 def test_sure_steps_never_run_out(spec: PruneSpec, features: MakeFeatures, seed: int) -> None:
     keys, hidden = features(spec.tokens, 6, 9, seed)
-    enough = dataclasses.replace(spec, steps=max(1, spec.sure_steps))
+    enough = _set(spec, steps=max(1, Settings.of(spec).sure_steps(spec.keep)))
     assert TokenPruner(enough).select(keys, hidden)[2].tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("make", [_random, _blobs, _integers, _constant], ids=lambda make: make.__name__.strip("_"))
 @torch.no_grad()
 def test_too_few_steps_are_counted_and_still_give_keep(make: MakeFeatures) -> None:
-    spec = PruneSpec(grid=(6, 6), keep=20, pivots=2, token_batch=4)
+    spec = PruneSpec(grid=(6, 6), keep=20, settings=Settings(pivots=2, token_batch=4))
     keys, hidden = make(36, 8, 12, 5)
-    pivots = set(reference.trace(keys, hidden, spec).pivots[0].tolist())
+    pivots = set(reference.trace(keys, hidden, spec).marks[0].tolist())
     counts = []
-    for steps in range(1, spec.sure_steps + 1):
-        tokens, indices, filled = TokenPruner(dataclasses.replace(spec, steps=steps)).select(keys, hidden)
+    own = Settings.of(spec)
+    for steps in range(1, own.sure_steps(spec.keep) + 1):
+        tokens, indices, filled = TokenPruner(_set(spec, steps=steps)).select(keys, hidden)
         assert filled.dtype == torch.float32
         _assert_kept(spec, tokens, indices, hidden)
         assert pivots <= set(indices[0].tolist())
         counts.append(filled.item())
-    assert counts[0] >= spec.keep - spec.pivots - spec.token_batch, "one step takes at most one batch"
+    assert counts[0] >= spec.keep - own.pivots - own.token_batch, "one step takes at most one batch"
     assert counts == sorted(counts, reverse=True), "more steps never fill more"
     assert counts[-1] == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_tokens_have_the_dtype_of_hidden(dtype: torch.dtype) -> None:
-    spec = PruneSpec(grid=(4, 4), keep=5, pivots=2)
+    spec = PruneSpec(grid=(4, 4), keep=5, settings=Settings(pivots=2))
     keys, hidden = _random(16, 6, 9, 8)
     for key_dtype in (torch.float16, torch.float32):
         for prune in (TokenPruner(spec), lambda k, h: reference.prune(k, h, spec)):
@@ -428,13 +439,13 @@ def test_keeping_fewer_keeps_a_subset(spec: PruneSpec, features: MakeFeatures, s
     where it did not.
     """
     keys, hidden = features(spec.tokens, 6, 9, seed)
-    more = reference.trace(keys, hidden, spec)
+    more, own = reference.trace(keys, hidden, spec), Settings.of(spec)
     for keep in range(1, spec.keep):
         fewer = reference.trace(keys, hidden, dataclasses.replace(spec, keep=keep))
         assert set(fewer.indices[0].tolist()) <= set(more.indices[0].tolist())
-        agreed = max(min(spec.pivots, keep), keep - spec.token_batch)
+        agreed = max(min(own.pivots, keep), keep - own.token_batch)
         assert fewer.order[0, :agreed].tolist() == more.order[0, :agreed].tolist()
-        if spec.token_batch == 1:
+        if own.token_batch == 1:
             assert fewer.order[0].tolist() == more.order[0, :keep].tolist()
 
 
@@ -444,8 +455,8 @@ def test_trace_tells_order_pivots_and_margins(spec: PruneSpec, features: MakeFea
     keys, hidden = features(spec.tokens, 6, 9, seed)
     trace = reference.trace(keys, hidden, spec)
     assert torch.equal(trace.order.sort().values, trace.indices)
-    assert torch.equal(trace.pivots, trace.order[:, : min(spec.pivots, spec.keep)])
-    assert trace.pivots[0, 0] == keys[0].abs().sum(-1).argmax()
+    assert torch.equal(trace.marks, trace.order[:, : min(Settings.of(spec).pivots, spec.keep)])
+    assert trace.marks[0, 0] == keys[0].abs().sum(-1).argmax()
     assert trace.margin.shape == trace.order.shape
     assert trace.margin.dtype == torch.float32
     assert bool((trace.margin >= 0.0).all())
@@ -453,12 +464,12 @@ def test_trace_tells_order_pivots_and_margins(spec: PruneSpec, features: MakeFea
 
 # Fewer channels than the features have, one step, one batch, one token, a batch of images: every branch of the graph.
 TRACED: list[tuple[PruneSpec, int]] = [
-    (PruneSpec(grid=(4, 4), keep=6, pivots=3, token_batch=4, channels=5), 1),
-    (PruneSpec(grid=(4, 4), keep=6, pivots=3, token_batch=32), 1),
-    (PruneSpec(grid=(4, 4), keep=2, pivots=4), 1),
+    (PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=3, token_batch=4, channels=5)), 1),
+    (PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=3, token_batch=32)), 1),
+    (PruneSpec(grid=(4, 4), keep=2, settings=Settings(pivots=4)), 1),
     (PruneSpec(grid=(1, 1), keep=1), 1),
-    (PruneSpec(grid=(3, 5), keep=15, token_batch=1), 1),
-    (PruneSpec(grid=(4, 4), keep=6, pivots=3, token_batch=4, channels=5), 2),
+    (PruneSpec(grid=(3, 5), keep=15, settings=Settings(token_batch=1)), 1),
+    (PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=3, token_batch=4, channels=5)), 2),
 ]
 
 
@@ -496,7 +507,9 @@ def test_constants_are_not_saved() -> None:
 @pytest.mark.parametrize("channels", [4, 16, 256])
 def test_no_constant_is_empty(keep: int, channels: int) -> None:
     """ExecuTorch writes no tensor without elements; without steps, and of one batch, some would have none."""
-    constants = dict(TokenPruner(PruneSpec(grid=(3, 3), keep=keep, channels=channels)).named_buffers())
+    constants = dict(
+        TokenPruner(PruneSpec(grid=(3, 3), keep=keep, settings=Settings(channels=channels))).named_buffers()
+    )
     assert [name for name, constant in constants.items() if not constant.numel()] == []
 
 
@@ -506,7 +519,7 @@ def test_channels_of_largest_variance_come_together(width: int, channels: int) -
     """Whatever the widths are multiples of: the products of the brought-together channels are those of the chosen."""
     if channels >= width:
         channels = width - 1
-    spec = PruneSpec(grid=(6, 6), keep=10, channels=channels)
+    spec = PruneSpec(grid=(6, 6), keep=10, settings=Settings(channels=channels))
     chance = torch.Generator().manual_seed(width + channels)
     hidden = torch.randn(2, 36, width, generator=chance) * torch.rand(width, generator=chance) * 3.0
     pruner = TokenPruner(spec)

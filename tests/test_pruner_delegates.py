@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from pruning import PruneSpec, TokenPruner, reference
+from pruning.vlm_pruner.settings import Settings
 from tests.pruner_graph import Engine, PrunerGraph, lowered
 
 # Converting takes from half a minute to several, depending on what else the machine does.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Few steps keep the graph small; every stage is in it, the choice of channels included (there are more of them).
-SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
+SMALL = PruneSpec(grid=(8, 8), keep=16, settings=Settings(token_batch=4, channels=24, steps=8))
 KEY_WIDTH, HIDDEN_WIDTH = 20, 40
 FULL = PruneSpec(grid=(24, 24), keep=64)
-FEWEST = PruneSpec(grid=(6, 6), keep=1, channels=24)
+FEWEST = PruneSpec(grid=(6, 6), keep=1, settings=Settings(channels=24))
 
 # What Core ML's converter makes of the graph: arithmetic, matrix products and reshapes. Anything that sorts, gathers,
 # scatters or selects would leave the Neural Engine.
@@ -105,7 +106,7 @@ def test_small_grid_runs_whole(engine: Engine, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [1, 2, 4])
 def test_few_tokens_run_whole(engine: Engine, keep: int, tmp_path: Path) -> None:
     """No more than the pivots: no step follows them."""
-    spec = PruneSpec(grid=(6, 6), keep=keep, channels=12)
+    spec = PruneSpec(grid=(6, 6), keep=keep, settings=Settings(channels=12))
     _assert_whole_and_exact(spec, engine, tmp_path, key_width=8, hidden_width=20)
 
 

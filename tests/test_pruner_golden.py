@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from pruning import PruneSpec, TokenPruner, reference
+from pruning.vlm_pruner.settings import Settings
 from runtime.recovery import Recovery
 from tests.pruner_graph import Engine, PrunerGraph, lowered
 
@@ -57,8 +58,9 @@ class Program:
 
     def __str__(self) -> str:
         spec = self.spec
+        own = Settings.of(spec)
         return (
-            f"{spec.grid[0]}x{spec.grid[1]}-keep{spec.keep}-p{spec.pivots}-t{spec.threshold:g}-b{spec.token_batch}"
+            f"{spec.grid[0]}x{spec.grid[1]}-keep{spec.keep}-p{own.pivots}-t{own.threshold:g}-b{own.token_batch}"
             f"-{self.key_width}-{self.hidden_width}"
         )
 
@@ -82,9 +84,7 @@ def _cases() -> tuple[Case, ...]:
             spec=PruneSpec(
                 grid=tuple(row["grid"]),
                 keep=row["keep"],
-                pivots=row["pivots"],
-                threshold=row["threshold"],
-                token_batch=row["token_batch"],
+                settings=Settings(pivots=row["pivots"], threshold=row["threshold"], token_batch=row["token_batch"]),
             ),
             near_ties=tuple(NearTie(dropped=tie["dropped"], kept=tuple(tie["kept"])) for tie in row["near_ties"]),
             has_tokens=row.get("has_tokens", True),
@@ -118,11 +118,13 @@ def _right_tokens(case: Case) -> tuple[np.ndarray, ...]:
     if not case.near_ties:
         return (stored,)
     keys, hidden = (x.double() for x in _features(case.features))
+    parts = reference.trace(keys, hidden, case.spec).recovery
+    assert parts is not None
     recovery = Recovery(
         hidden=hidden[0].numpy(),
-        similarity=reference.trace(keys, hidden, case.spec).similarity[0].numpy(),
-        share=case.spec.recovery,
-        least_share=reference.CANCELLATION,
+        similarity=parts.similarity[0].numpy(),
+        share=parts.share,
+        least_share=parts.least_share,
     )
     kept = _tensor(f"{case.name}.indices").numpy()
     decided = recovery.standing(kept).slot

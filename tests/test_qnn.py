@@ -30,7 +30,8 @@ from export.graphs.vision import build_vision_encoder
 from export.models.llava import image_info
 from export.request import Request, plan
 from pruning import ComparingPruner, PruneSpec, SpecError, reference
-from pruning.comparing import _Pair
+from pruning.vlm_pruner.comparing import _Pair
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
 from runtime.engines import LoadedGraph, qnn
 from runtime.errors import EngineError, ExportError, ImageError, RequestError
@@ -46,7 +47,7 @@ from tests.tiny_llava import TINY
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOC = socs()["snapdragon-8-gen-3"]
-SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
+SMALL = PruneSpec(grid=(8, 8), keep=16, settings=Settings(token_batch=4, channels=24, steps=8))
 KEY_WIDTH, HIDDEN_WIDTH = 20, 40
 # Of each kind that float16 finds hard one, because the emulator takes half a minute for each; tests/golden has four.
 FEW = tuple(f"{name}-keep64" for name in ("smooth-0", "blobs-0", "outlier-0", "many-0", "iid-1", "biased-0"))
@@ -95,14 +96,18 @@ def test_comparing_form_gives_the_golden_choices_in_fp16(case: Case) -> None:
 
 def _chosen(keys: torch.Tensor, *, pivots: int = 4) -> list[int]:
     """The pivots of (N, Dk) float16 keys, in the NPU's arithmetic, ascending."""
-    spec = PruneSpec(grid=(1, len(keys)), keep=len(keys), pivots=pivots)
+    spec = PruneSpec(grid=(1, len(keys)), keep=len(keys), settings=Settings(pivots=pivots))
     with torch.no_grad(), SumsInFloat32():
         return ComparingPruner(spec).half()._pivots(keys[None])[0, 0].nonzero().flatten().tolist()
 
 
 def _expected(keys: torch.Tensor, *, pivots: int = 4) -> list[int]:
     """The same in float64."""
-    return sorted(reference._pivots(keys.double(), PruneSpec(grid=(1, len(keys)), keep=len(keys), pivots=pivots))[0])
+    return sorted(
+        reference._pivots(
+            keys.double(), PruneSpec(grid=(1, len(keys)), keep=len(keys), settings=Settings(pivots=pivots))
+        )[0]
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -140,7 +145,7 @@ def test_pivots_of_identical_keys_are_distinct(pivots: int) -> None:
 def test_tied_variances_keep_as_many_channels_as_asked() -> None:
     """The first ones of those that tie, as a stable sort has them."""
     chance = torch.Generator().manual_seed(0)
-    spec = replace(SMALL, channels=10)
+    spec = replace(SMALL, settings=replace(Settings.of(SMALL), channels=10))
     hidden = torch.randn(1, spec.tokens, 1, generator=chance).expand(-1, -1, 40).clone()
     hidden[:, :, 30:34] *= 2.0
     with SumsInFloat32():
@@ -155,7 +160,9 @@ def test_tied_variances_keep_as_many_channels_as_asked() -> None:
     [((33, 64), 16), ((47, 61), 7), pytest.param((64, 64), 100, marks=pytest.mark.slow)],
 )
 def test_comparing_form_counts_beyond_what_float16_holds(grid: tuple[int, int], token_batch: int) -> None:
-    spec = PruneSpec(grid=grid, keep=60, token_batch=token_batch, channels=8, steps=12, threshold=1.4)
+    spec = PruneSpec(
+        grid=grid, keep=60, settings=Settings(token_batch=token_batch, channels=8, steps=12, threshold=1.4)
+    )
     chance = torch.Generator().manual_seed(0)
     keys = torch.randn(1, spec.tokens, 8, generator=chance).half()
     hidden = torch.randn(1, spec.tokens, 8, generator=chance).half()
@@ -166,7 +173,7 @@ def test_comparing_form_counts_beyond_what_float16_holds(grid: tuple[int, int], 
 
 @torch.no_grad()
 def test_places_and_positions_of_many_tokens_are_exact() -> None:
-    spec = PruneSpec(grid=(64, 64), keep=4000, steps=1)
+    spec = PruneSpec(grid=(64, 64), keep=4000, settings=Settings(steps=1))
     chance = torch.Generator().manual_seed(0)
     order = torch.randperm(spec.tokens, generator=chance)
     chosen = (torch.rand(spec.tokens, generator=chance).argsort() < spec.keep).half()[None, None]
@@ -183,7 +190,9 @@ def test_places_and_positions_of_many_tokens_are_exact() -> None:
 def test_comparing_form_equals_the_reference_on_small_grids() -> None:
     for seed in range(30):
         keys, hidden = _small(seed=seed)
-        spec = replace(SMALL, keep=1 + seed % 20, steps=SMALL.sure_steps + 12, token_batch=1 + seed % 6)
+        own = Settings.of(SMALL)
+        own = replace(own, steps=own.sure_steps(SMALL.keep) + 12, token_batch=1 + seed % 6)
+        spec = replace(SMALL, keep=1 + seed % 20, settings=own)
         tokens, indices = ComparingPruner(spec)(keys, hidden)
         expected_tokens, expected_indices = reference.prune(keys, hidden, spec)
         assert torch.equal(indices, expected_indices), seed
@@ -193,7 +202,9 @@ def test_comparing_form_equals_the_reference_on_small_grids() -> None:
 @torch.no_grad()
 def test_comparing_form_fills_up_when_steps_run_out() -> None:
     keys, hidden = _small(seed=0)
-    tokens, indices, filled = ComparingPruner(replace(SMALL, steps=1)).select(keys, hidden)
+    tokens, indices, filled = ComparingPruner(replace(SMALL, settings=replace(Settings.of(SMALL), steps=1))).select(
+        keys, hidden
+    )
     assert filled.item() > 0
     assert tokens.shape == (1, 16, HIDDEN_WIDTH)
     assert bool((indices.diff() > 0).all())
@@ -239,7 +250,7 @@ def test_comparing_form_chooses_the_channels_of_largest_variance(bias: float) ->
         hidden = (torch.randn(1, spec.tokens, 512, generator=chance) + bias) * spread
         hidden = hidden.half().float()
         variance = hidden.double().var(1, correction=0)[0]
-        expected = variance >= variance.topk(spec.channels).values[-1]
+        expected = variance >= variance.topk(Settings.of(spec).channels).values[-1]
         pruner = ComparingPruner(spec)
         assert torch.equal(pruner._strongest(hidden)[0].sum(1).bool(), expected)
         with SumsInFloat32():
@@ -259,7 +270,9 @@ def test_comparing_form_chooses_the_channels_of_largest_variance(bias: float) ->
     ],
 )
 def test_comparing_form_at_the_ends_of_what_may_be_asked(words: dict[str, Any]) -> None:
-    spec = PruneSpec(**{"grid": (6, 6), "channels": 24, "steps": 10_000, **words})
+    shared = {name: words[name] for name in words.keys() & {"grid", "keep"}}
+    own = {name: words[name] for name in words.keys() - {"grid", "keep"}}
+    spec = PruneSpec(**{"grid": (6, 6), **shared}, settings=Settings(**{"channels": 24, "steps": 10_000, **own}))
     chance = torch.Generator().manual_seed(0)
     keys = torch.randn(1, spec.tokens, KEY_WIDTH, generator=chance).half()
     hidden = torch.randn(1, spec.tokens, HIDDEN_WIDTH, generator=chance).half()
@@ -273,7 +286,7 @@ def test_comparing_form_refuses_what_float16_cannot_count() -> None:
     with pytest.raises(SpecError, match="has 4160 tokens; the float16 form can place 4096 at most"):
         ComparingPruner(PruneSpec(grid=(64, 65)))
     with pytest.raises(SpecError, match="2048 channels are too many; the float16 form can count 2047 at most"):
-        ComparingPruner(PruneSpec(channels=2048))
+        ComparingPruner(PruneSpec(settings=Settings(channels=2048)))
 
 
 # Asking for it
@@ -521,7 +534,7 @@ def test_delegate_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
 
 # Quantised: 16-bit activations and 8-bit weights beside a pruner in float16
 
-TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_batch=3))
 
 
 def _quantised(graph: Graph, folder: Path, calibration: list[tuple[np.ndarray, ...]]) -> LoadedGraph:
@@ -542,7 +555,7 @@ def _quantised(graph: Graph, folder: Path, calibration: list[tuple[np.ndarray, .
 def test_quantised_vision_graph_runs_whole(tmp_path: Path) -> None:
     """On a photo that it was not calibrated with; what is 8-bit shows, and what is not does not."""
     checkpoint = RandomCheckpoint(TINY, seed=2)
-    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, form="comparing")
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, arithmetic="float16")
     image = image_info(checkpoint, TINY)
     photo, *rest = (preprocess(photo, image) for photo in default_photos().values())
     loaded = _quantised(encoder, tmp_path, [(one,) for one in rest])
@@ -563,7 +576,7 @@ def test_what_is_quantised(tmp_path: Path) -> None:
     import onnx
 
     checkpoint = RandomCheckpoint(TINY, seed=2)
-    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, form="comparing")
+    encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, arithmetic="float16")
     encoder.calibration = [tuple(one.numpy() for one in encoder.example_inputs())]
     onnx_backend.lower({"v": encoder}, tmp_path)
     qdq.quantise(encoder, tmp_path / "v.onnx", tmp_path / "q.onnx")
@@ -680,7 +693,7 @@ def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path)
     (coverage,) = graph.coverage
     assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
     assert coverage.nodes > 1400
-    assert (bundle.manifest.target.soc, bundle.manifest.prune.form) == (SOC.name, "comparing")
+    assert (bundle.manifest.target.soc, bundle.manifest.prune.arithmetic) == (SOC.name, "float16")
     parity = json.loads((bundle.path / "parity.json").read_text())
     assert [step["status"] for step in parity["steps"]] == ["passed"] * len(parity["steps"])
     assert parity["graphs"][0]["kept"]["exact"]

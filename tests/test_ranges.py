@@ -21,6 +21,7 @@ from export.models import MODELS
 from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
 from pruning import PruneSpec, SpecError
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import FLOAT16_LARGEST, Manifest, RangesInfo, read_bundle
 from runtime.engines.coreml import MAIN, read_package
 from runtime.engines.executorch import accumulator_bits
@@ -64,7 +65,7 @@ def _checkpoint(folder: Path, *, first: float = 1.0, second: float = 1.0) -> Che
 
 
 def _encoder(checkpoint: Checkpoint, precision: str, *, pruned: bool = True) -> VisionEncoder:
-    spec = PruneSpec(grid=(4, 4), keep=8, token_batch=2, channels=24) if pruned else None
+    spec = PruneSpec(grid=(4, 4), keep=8, settings=Settings(token_batch=2, channels=24)) if pruned else None
     return build_vision_encoder(checkpoint, TINY, spec, precision=precision, prefix_ids=PREFIX)
 
 

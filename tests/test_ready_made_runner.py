@@ -23,6 +23,7 @@ from export.models.llava import ModelEntry, prompt_info
 from export.models.pocket import POCKET, pocket_folder
 from export.quantize import SCHEMES, quantize
 from pruning import PruneSpec
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
 from runtime.prompt import QUESTION, Tokenizer
@@ -53,8 +54,12 @@ CASES = [
     Case(entry=POCKET, spec=PruneSpec(keep=64)),
     Case(entry=POCKET, spec=None),
     # A limit that everything is below, and batches of the whole image: few steps, so that lowering takes seconds.
-    Case(entry=POCKET, spec=PruneSpec(keep=64, threshold=2.0, token_batch=64, steps=4), quant="8da4w-g32"),
-    Case(entry=TINY, spec=PruneSpec(grid=(4, 4), keep=6, pivots=2, threshold=2.0, steps=4)),
+    Case(
+        entry=POCKET,
+        spec=PruneSpec(keep=64, settings=Settings(threshold=2.0, token_batch=64, steps=4)),
+        quant="8da4w-g32",
+    ),
+    Case(entry=TINY, spec=PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, threshold=2.0, steps=4))),
 ]
 
 

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning import PruneSpec, reference
+from pruning import PruneSpec, Trace, reference
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo, Manifest, TensorInfo
 from runtime.parity import BOUNDS, GraphParity, NearTie, graph_parity
 from runtime.recovery import Moved, Recovery
 from tests.sample_bundle import PREFIX, VISION, Arrays, Sample, fill, noise_photo
 
-SPEC = PruneSpec(grid=(6, 6), keep=8, token_batch=4)
+SPEC = PruneSpec(grid=(6, 6), keep=8, settings=Settings(token_batch=4))
 WIDTH = 24
 
 
@@ -28,11 +29,16 @@ def _features(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, torch.randn(1, SPEC.tokens, WIDTH, generator=chance) + torch.randn(1, 1, WIDTH, generator=chance)
 
 
-def _recovery(trace: reference.Trace, hidden: torch.Tensor, spec: PruneSpec = SPEC) -> Recovery:
+def _similarity(trace: Trace) -> torch.Tensor:
+    assert trace.recovery is not None
+    return trace.recovery.similarity
+
+
+def _recovery(trace: Trace, hidden: torch.Tensor, spec: PruneSpec = SPEC) -> Recovery:
     return Recovery(
         hidden=hidden[0].double().numpy(),
-        similarity=trace.similarity[0].double().numpy(),
-        share=spec.recovery,
+        similarity=_similarity(trace)[0].double().numpy(),
+        share=Settings.of(spec).recovery,
         least_share=reference.CANCELLATION,
     )
 
@@ -40,7 +46,7 @@ def _recovery(trace: reference.Trace, hidden: torch.Tensor, spec: PruneSpec = SP
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000), keep=st.integers(1, 36), share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
 def test_rows_are_the_papers(seed: int, keep: int, share: float) -> None:
-    spec = replace(SPEC, keep=keep, recovery=share)
+    spec = replace(SPEC, keep=keep, settings=Settings(token_batch=4, recovery=share))
     keys, hidden = (x.double() for x in _features(seed))
     trace = reference.trace(keys, hidden, spec)
     recovery, kept = _recovery(trace, hidden, spec), trace.indices[0].numpy()
@@ -91,7 +97,8 @@ class Judged:
         self.golden: Arrays = {f"{VISION}.out.{name}": array for name, array in self.expected.items()} | {
             "kept_indices": self.kept,
             "recovery.hidden": hidden[0].numpy(),
-            "recovery.similarity": trace.similarity[0].numpy(),
+            "recovery.similarity": _similarity(trace)[0].numpy(),
+            "recovery.share": np.full(1, Settings.of(SPEC).recovery),
             "recovery.least_share": np.full(1, reference.CANCELLATION),
         }
         infos = tuple(

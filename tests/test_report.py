@@ -101,9 +101,9 @@ def test_picture_shows_the_tokens(checked: tuple[Bundle, Verdict, Path]) -> None
     assert not set(cells["keep"]) & set(cells["drop"])
     kept = [int(row) * 24 + int(column) for column, row in cells["keep"]]
     assert tuple(kept) == verdict.graphs[0].kept_indices
-    pivots = [(float(a["cx"] or 0), float(a["cy"] or 0)) for tag, a in page.tags if tag == "circle"]
-    golden = bundle.golden()["pivots"]
-    assert [int(y) * 24 + int(x) for x, y in pivots] == golden.tolist()
+    marks = [(float(a["cx"] or 0), float(a["cy"] or 0)) for tag, a in page.tags if tag == "circle"]
+    golden = bundle.golden()["marks"]
+    assert [int(y) * 24 + int(x) for x, y in marks] == golden.tolist()
     (image,) = [a for tag, a in page.tags if tag == "image"]
     data = base64.b64decode((image["href"] or "").partition(",")[2])
     picture = Image.open(io.BytesIO(data))

@@ -19,13 +19,14 @@ from export.graphs.weights import fill
 from export.models import MODELS
 from export.models.llava import LlavaGeometry, ModelEntry
 from export.models.pocket import POCKET, pocket_folder
-from pruning import PruneSpec
+from pruning import Features, PruneSpec
+from pruning.vlm_pruner.settings import Settings
 from runtime.engines.executorch import accumulator_bits
 from runtime.errors import CheckpointError, ExportError
 from runtime.parity import BOUNDS, SUMS_IN_16_BITS, compare
 from tests.tiny_llava import CONFIG, TINY
 
-TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, pivots=2, token_batch=3)
+TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_batch=3))
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +132,13 @@ def test_half_precision_leaves_the_pruner_alone(pocket: Checkpoint) -> None:
     encoder = build_vision_encoder(pocket, POCKET, PruneSpec(), precision="fp16")
     assert encoder.pruner is not None
     seen: list[torch.dtype] = []
-    select = encoder.pruner.select
 
-    def spy(keys: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        seen.extend((keys.dtype, tokens.dtype))
-        return select(keys, tokens)
+    def spy(_: torch.nn.Module, inputs: tuple[Features]) -> None:
+        (features,) = inputs
+        assert features.keys is not None
+        seen.extend((features.keys.dtype, features.hidden.dtype))
 
-    encoder.pruner.__dict__["select"] = spy
+    encoder.pruner.register_forward_pre_hook(spy)
     hidden, positions, *caches, filled = encoder(_photo(336))
     assert seen == [torch.float32, torch.float32]
     assert not any(buffer.dtype == torch.float16 for buffer in encoder.pruner.buffers())
@@ -338,7 +339,7 @@ def test_xnnpack_takes_everything_but_casts(
     from executorch.runtime import Runtime
 
     # Few steps, because lowering takes time in proportion; engine and eager then share the fill rule as well.
-    spec = PruneSpec(steps=8) if pruned else None
+    spec = PruneSpec(settings=Settings(steps=8)) if pruned else None
     encoder = build_vision_encoder(pocket, POCKET, spec, cut=cut, framed=cut > 0, precision=precision)
     program = torch.export.export(encoder, encoder.example_inputs(), strict=False)
     edge = to_edge_transform_and_lower(

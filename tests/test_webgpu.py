@@ -21,6 +21,7 @@ from export.graphs.graph import Graph
 from export.graphs.nbits import NBitsLinear
 from export.request import Request, plan
 from pruning import PruneSpec, TokenPruner, reference
+from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
 from runtime.engines import LoadedGraph, webgpu
 from runtime.errors import ExportError, RequestError
@@ -35,7 +36,7 @@ pytestmark = [needs_chromium, pytest.mark.usefixtures("one_thread", "_software_g
 # Debian's package of Chromium brings a loader for Vulkan and SwiftShader, a driver that computes on the CPU.
 DRIVERS = Path("/usr/lib") / CHROMIUM.name
 SOFTWARE_GPU = {"VK_ICD_FILENAMES": str(DRIVERS / "vk_swiftshader_icd.json"), "LD_LIBRARY_PATH": str(DRIVERS)}
-SMALL = PruneSpec(grid=(8, 8), keep=16, token_batch=4, channels=24, steps=8)
+SMALL = PruneSpec(grid=(8, 8), keep=16, settings=Settings(token_batch=4, channels=24, steps=8))
 KEY_WIDTH, HIDDEN_WIDTH = 20, 40
 
 
@@ -56,7 +57,7 @@ def _request(folder: Path, **words: Any) -> Request:
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
     assert planned.bundle.name == "pocket-keep64-android-webgpu"
-    assert (planned.precision, planned.backend.pruner_form) == ("fp32", "default")
+    assert (planned.precision, planned.backend.pruner_arithmetic) == ("fp32", "float32")
     with pytest.raises(RequestError, match=r"unknown webgpu precision 'fp16'.*allowed: fp32"):
         plan(_request(tmp_path, precision="fp16"))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from export.graphs.graph import Graph
+    from pruning import Arithmetic
     from runtime.bundle import DelegateCoverage, TensorInfo
 
 Precision = Literal["fp32", "fp16"]
@@ -110,8 +111,8 @@ class Backend:
     quant_text: tuple[str, ...]
     packages: tuple[str, ...]
     lower: Lower
-    # The form of the pruner that its engine can hold.
-    pruner_form: str = "default"
+    # What its engine can compute the choice of tokens in.
+    pruner_arithmetic: Arithmetic = "float32"
     compresses: bool = False
     calibrates: bool = False
     # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.

@@ -134,7 +134,7 @@ QNN = Backend(
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime_qnn"),
     lower=_no_soc,
     # float16 cannot hold the 2^60 that the default form compares with.
-    pruner_form="comparing",
+    pruner_arithmetic="float16",
     compresses=True,
     calibrates=True,
     traced_precision="fp32",

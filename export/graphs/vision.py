@@ -18,7 +18,7 @@ from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from export.checkpoints import Checkpoint
-    from pruning import ComparingPruner, PruneSpec, TokenPruner
+    from pruning import Arithmetic, PruneSpec
     from runtime.bundle import TensorInfo
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -44,7 +44,7 @@ class VisionEncoder(Graph):
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
 
-    The "comparing" form of the pruner is for engines without int64: `positions` and `kept_indices` are int32 then.
+    Engines that compute in float16 have no int64: `positions` and `kept_indices` are int32 then.
 
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
@@ -69,7 +69,7 @@ class VisionEncoder(Graph):
         cut: int,
         framed: bool,
         prefix_length: int,
-        form: str = "default",
+        arithmetic: Arithmetic = "float32",
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
@@ -79,16 +79,16 @@ class VisionEncoder(Graph):
         self.image_tokens = geometry.image_tokens
         self.spec = spec
         # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
-        self.index_dtype = torch.int32 if form == "comparing" else torch.int64
+        self.index_dtype = torch.int32 if arithmetic == "float16" else torch.int64
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = ClipTower(geometry)
         self.projector = Projector(geometry)
         self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(cut))
-        self.pruner: TokenPruner | ComparingPruner | None = None
+        self.pruner: nn.Module | None = None
         if spec is not None and self.keep < self.image_tokens:
-            from pruning import FORMS
+            from pruning import method_named
 
-            self.pruner = FORMS[form](spec)
+            self.pruner = method_named(spec.method).module(spec, arithmetic)
         everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
         first, last = self.prefix_length, self.prefix_length + self.image_tokens
@@ -191,9 +191,11 @@ class VisionEncoder(Graph):
         return torch.cat([self.prefix_hidden, tokens], dim=1), positions.to(self.index_dtype), *caches, filled
 
     @staticmethod
-    def _pruned(pruner: TokenPruner | ComparingPruner, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pruned(pruner: nn.Module, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1)"""
-        tokens, indices, filled = pruner.select(keys.float(), hidden.float())
+        from pruning import Features
+
+        tokens, indices, filled = pruner(Features(hidden=hidden.float(), keys=keys.float()))
         # Those of many tokens come as int32, because engines that compute in float16 would round them.
         return tokens, indices if indices.dtype == torch.int32 else indices.float(), filled
 
@@ -207,12 +209,12 @@ def build_vision_encoder(
     framed: bool = True,
     precision: str = "fp32",
     quant_layers: str | None = None,
-    form: str = "default",
+    arithmetic: Arithmetic = "float32",
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
-    `form` is the static form of the pruner, a key of `pruning.FORMS`.
+    `arithmetic` is what the engine computes the pruner in.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `cut` is the first decoder
@@ -233,7 +235,7 @@ def build_vision_encoder(
             cut=cut,
             framed=framed,
             prefix_length=len(prefix_ids),
-            form=form,
+            arithmetic=arithmetic,
         )
         _fill_tower(encoder.tower, checkpoint, dtype)
         encoder.tower.to(dtype)

@@ -1,4 +1,4 @@
-"""VLM-Pruner with static shapes for engines that compute in float16 and can compare, such as a Snapdragon's NPU.
+"""VLM-Pruner with static shapes for engines that compute in float16 and can compare, such as phones' NPUs.
 
 The other static form tells numbers apart by multiplying their differences with 2^60, which float16 cannot hold. Here
 comparisons, selects and the smallest of a row do that work. Every count and place is a whole number that float16 holds:
@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruning.reference import CANCELLATION, check_features, check_shapes, squared_distances
-from pruning.spec import RANK_EVERY, PruneSpec, SpecError
+from pruning.method import Features, check_features, check_shapes
+from pruning.spec import PruneSpec, SpecError
+from pruning.vlm_pruner.reference import CANCELLATION, squared_distances
+from pruning.vlm_pruner.settings import RANK_EVERY, Settings
 
 BEYOND = 16384.0  # above every place and score, and far from float16's largest number
 MOST_TOKENS = 4096  # places counted from the middle are whole numbers that float16 holds up to here
@@ -116,33 +118,34 @@ class ComparingPruner(nn.Module):
 
     def __init__(self, spec: PruneSpec) -> None:
         super().__init__()
+        settings = Settings.of(spec)
         if spec.tokens > MOST_TOKENS:
             raise SpecError(
                 f"grid={spec.grid} has {spec.tokens} tokens; the float16 form can place {MOST_TOKENS} at most"
             )
-        for what, count in (("channels", spec.channels), ("threshold levels", len(spec.levels()))):
+        for what, count in (("channels", settings.channels), ("threshold levels", len(settings.levels()))):
             if count > MOST_COUNTED:
                 raise SpecError(f"{count} {what} are too many; the float16 form can count {MOST_COUNTED} at most")
-        self.spec = spec
-        self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
+        self.spec, self.settings = spec, settings
+        self.steps = self.settings.static_steps(spec.keep)
         self.turns = _names(self.steps + 1).tolist()[::-1]  # of the pivots and of each step, the earlier the larger
         # Places in an order are counted from the middle, so that they stay within -WHOLE .. WHOLE.
         self.middle = spec.tokens // 2
         at = torch.arange(spec.tokens)
-        size = min(spec.token_batch, spec.tokens)
+        size = min(settings.token_batch, spec.tokens)
         # What precedes a token is counted in one sum, to which the token itself adds where counting starts.
         earlier = (at[None, :] < at[:, None]).float() - torch.eye(spec.tokens) * float(self.middle)
         digits = [at] if spec.tokens <= WHOLE else [at // DIGIT * DIGIT, at % DIGIT]
         constants = {
-            "counts": torch.arange(max(spec.channels + 1, len(spec.levels()))).float()[None, None],
+            "counts": torch.arange(max(settings.channels + 1, len(settings.levels()))).float()[None, None],
             "places": (at - self.middle).float()[None, None],
             "names": _names(MOST_NAMED)[None, None],
             "earlier": earlier[None],  # [i, j] is 1 where j comes before i
             "same": torch.eye(spec.tokens)[None],
             "powers": 2.0 ** torch.arange(SMALLEST, LARGEST).float()[None, None],
             "per_token": _parts(torch.full((1, 1), spec.tokens**-0.5, dtype=torch.float64)) * torch.tensor([1.0, UNIT]),
-            "buffering": _parts(squared_distances(spec).sqrt() * spec.distance_slope * UNIT),
-            "thresholds": _parts((1.0 - torch.tensor(spec.levels(), dtype=torch.float64)[None]) * UNIT),
+            "buffering": _parts(squared_distances(spec).sqrt() * settings.distance_slope(spec.grid) * UNIT),
+            "thresholds": _parts((1.0 - torch.tensor(settings.levels(), dtype=torch.float64)[None]) * UNIT),
             "ends": (torch.arange(size, spec.tokens + size, size).clamp(max=spec.tokens) - self.middle)[None, None],
             "first_ones": (at < spec.keep).float()[None, None],
             "digits": torch.stack(digits)[None, :, None],
@@ -157,7 +160,7 @@ class ComparingPruner(nn.Module):
     def select(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Like `forward`, and (B, 1): how many tokens the fill rule had to choose because the steps ran out."""
         exporting = torch.compiler.is_exporting()
-        (check_shapes if exporting else check_features)(keys, hidden, self.spec)
+        (check_shapes if exporting else check_features)(Features(hidden=hidden, keys=keys), self.spec)
         if hidden.shape[2] > MOST_NAMED:
             raise SpecError(
                 f"hidden is {hidden.shape[2]} wide; the float16 form tells {MOST_NAMED} channels apart at most"
@@ -180,7 +183,7 @@ class ComparingPruner(nn.Module):
         share = each * 0.0 + 0.5 ** math.ceil(math.log2(width))
         newest = self._first_largest(self._dots(each, share, fine=FINE).transposed())
         selected, nearest, bring = newest, None, None
-        for _ in range(1, self.spec.first_pivots):
+        for _ in range(1, self.settings.first_pivots(self.spec.keep)):
             away = _difference(keys, torch.bmm(newest, keys))
             if bring is None:
                 bring = self._scale(away.near.abs().amax((1, 2), keepdim=True))[1].clamp(max=32.0)
@@ -197,7 +200,7 @@ class ComparingPruner(nn.Module):
 
     def _apart(self, hidden: Tensor) -> _Pair:
         """1 - cosine similarity on the channels of largest variance, in units: (B, N, D) -> (B, N, N)."""
-        if hidden.shape[2] > self.spec.channels:
+        if hidden.shape[2] > self.settings.channels:
             hidden = torch.bmm(hidden, self._strongest(hidden))
         row = hidden * self._scale(hidden.abs().amax(2, keepdim=True))[1]
         row = row * self._scale((row * row).sum(2, keepdim=True).sqrt())[1]
@@ -226,7 +229,7 @@ class ComparingPruner(nn.Module):
 
     def _strongest(self, hidden: Tensor) -> Tensor:
         """One-hot columns that pick the channels of largest variance: (B, N, D) -> (B, D, channels)."""
-        count, wanted = hidden.shape[1], self.spec.channels
+        count, wanted = hidden.shape[1], self.settings.channels
         mean = hidden.mean(1, keepdim=True)
         centred = hidden - mean
         reach = centred.abs().amax(1, keepdim=True)
@@ -355,7 +358,7 @@ class ComparingPruner(nn.Module):
         similarity = ((UNIT - to_kept.near) - to_kept.rest) * (1.0 / UNIT)
         weight = (self._slots() == slot).to(pick.dtype) * similarity * (1.0 - chosen)
         total = weight.sum(2, keepdim=True)
-        mixed = (total > weight.abs().sum(2, keepdim=True) * CANCELLATION).to(pick.dtype) * self.spec.recovery
+        mixed = (total > weight.abs().sum(2, keepdim=True) * CANCELLATION).to(pick.dtype) * self.settings.recovery
         return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=LEAST))
 
     def _slots(self) -> Tensor:

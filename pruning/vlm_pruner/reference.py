@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from pruning.spec import PruneSpec, SpecError
+from pruning.method import Features, Recovery, Trace, check_features
+from pruning.spec import PruneSpec
+from pruning.vlm_pruner.settings import Settings
 
 # A kept token is mixed with the tokens it stands for only while their similarities do not cancel: weights are
 # similarities over their sum, so a sum this small against the absolute sum would amplify the mean a thousandfold.
 CANCELLATION = 2.0**-10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """Everything the selection decided, for B images.
-
-    Attributes:
-        tokens: (B, keep, D) kept tokens after recovery, in position order.
-        indices: (B, keep) int64, ascending.
-        order: (B, keep) int64, the same positions in the order of selection.
-        pivots: (B, pivots) int64, in the order of selection.
-        margin: (B, keep) float32, in the order of selection: how far the deciding number was from the next answer.
-            For a pivot the relative lead over the runner-up, for every other token the distance of its adjusted
-            similarity from the threshold, or from the best token left out where the count cut the batch.
-        similarity: (B, N, N) cosine similarities, which decide which kept token a dropped one is mixed into.
-    """
-
-    tokens: Tensor
-    indices: Tensor
-    order: Tensor
-    pivots: Tensor
-    margin: Tensor
-    similarity: Tensor
 
 
 def prune(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor]:
@@ -50,8 +27,14 @@ def prune(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor
 
 
 def trace(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> Trace:
-    """Like `prune`, with the order of selection and how near each choice was to going the other way."""
-    check_features(keys, hidden, spec)
+    """Like `prune`, with the order of selection and how near each choice was to going the other way.
+
+    The margin of a pivot is its relative lead over the runner-up; that of every other token the distance of its
+    adjusted similarity from the threshold, or from the best token left out where the count cut the batch. Pivots are
+    the marks. The similarity is the cosine, which decides which kept token a dropped one is mixed into.
+    """
+    settings = Settings.of(spec)
+    check_features(Features(hidden=hidden, keys=keys), spec)
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     images = [_prune_one(k, h, spec) for k, h in zip(keys.to(work), hidden.to(work), strict=True)]
     tokens, indices, order, margin, similarity = (torch.stack(part) for part in zip(*images, strict=True))
@@ -59,32 +42,10 @@ def trace(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> Trace:
         tokens=tokens.to(hidden.dtype),
         indices=indices,
         order=order,
-        pivots=order[:, : spec.first_pivots],
         margin=margin.float(),
-        similarity=similarity,
+        marks=order[:, : settings.first_pivots(spec.keep)],
+        recovery=Recovery(similarity=similarity, share=settings.recovery, least_share=CANCELLATION),
     )
-
-
-def check_features(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
-    """Refuse features that have no defined answer. Raises SpecError."""
-    check_shapes(keys, hidden, spec)
-    for name, features in (("keys", keys), ("hidden", hidden)):
-        if not bool(torch.isfinite(features).all()):
-            bad = int((~torch.isfinite(features)).sum())
-            raise SpecError(f"{name} holds {bad} values that are NaN or infinite; only finite features can be ranked")
-
-
-def check_shapes(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> None:
-    """Refuse shapes that do not fit the spec. Raises SpecError."""
-    for name, features in (("keys", keys), ("hidden", hidden)):
-        if features.dim() != 3 or features.shape[1] != spec.tokens or 0 in features.shape:
-            raise SpecError(
-                f"{name} has shape {tuple(features.shape)}; expected (B, {spec.tokens}, channels) for grid={spec.grid}"
-            )
-        if not features.is_floating_point():
-            raise SpecError(f"{name} has dtype {features.dtype}; expected float16, bfloat16, float32 or float64")
-    if keys.shape[0] != hidden.shape[0]:
-        raise SpecError(f"keys hold {keys.shape[0]} images and hidden {hidden.shape[0]}; expected the same number")
 
 
 def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, ...]:
@@ -98,12 +59,13 @@ def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, .
 
 def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
     """First the largest L1 norm, then always the token farthest from the pivots so far (section 3.2)."""
+    settings = Settings.of(spec)
     score = K.abs().sum(-1)
     free = torch.ones_like(score, dtype=torch.bool)
     nearest = torch.full_like(score, torch.inf)
     order: list[int] = []
     margin: list[float] = []
-    for _ in range(spec.first_pivots):
+    for _ in range(settings.first_pivots(spec.keep)):
         ranked = score.masked_fill(~free, -1.0)
         best = int(ranked.argmax())  # the first one on ties
         runner_up = ranked.masked_fill(torch.arange(len(ranked)) == best, -1.0).max()
@@ -117,9 +79,10 @@ def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
 
 def _similarity(H: Tensor, spec: PruneSpec) -> Tensor:
     """Cosine similarity of all pairs on the channels that vary most over the image: (N, D) -> (N, N)."""
-    if H.shape[1] > spec.channels:
+    settings = Settings.of(spec)
+    if H.shape[1] > settings.channels:
         variance = (H - H.mean(0)).square().mean(0)
-        strongest = variance.sort(descending=True, stable=True).indices[: spec.channels]
+        strongest = variance.sort(descending=True, stable=True).indices[: settings.channels]
         H = H[:, strongest.sort().values]
     unit = H / H.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
     return (unit @ unit.T + 1.0) - 1.0  # in float32 a multiple of 2^-23, as the static form keeps it
@@ -134,22 +97,23 @@ def squared_distances(spec: PruneSpec) -> Tensor:
 
 def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -> None:
     """Centrifugal expansion with buffering for spatial sparsity (section 3.3); appends to order and margin."""
+    settings = Settings.of(spec)
     distance = squared_distances(spec).to(S).sqrt()
 
     def adjusted() -> Tensor:
         chosen = torch.tensor(order)
-        buffer = 1.0 + distance[:, chosen].min(1).values * spec.distance_slope
+        buffer = 1.0 + distance[:, chosen].min(1).values * settings.distance_slope(spec.grid)
         return S[:, chosen].max(1).values * buffer
 
-    for threshold in spec.levels():
+    for threshold in settings.levels():
         limit = torch.tensor(threshold, dtype=torch.float32).to(S)
         selected = set(order)
         score = 1.0 - adjusted()
         ranked = [i for i in score.sort(descending=True, stable=True).indices.tolist() if i not in selected]
-        for start in range(0, len(ranked), spec.token_batch):
+        for start in range(0, len(ranked), settings.token_batch):
             if len(order) == spec.keep:
                 return
-            batch = torch.tensor(ranked[start : start + spec.token_batch]).sort().values
+            batch = torch.tensor(ranked[start : start + settings.token_batch]).sort().values
             adj = adjusted()[batch]
             near = (limit - adj).abs()
             accepted = torch.nonzero(adj < limit).flatten()
@@ -165,6 +129,7 @@ def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -
 
 def _recover(S: Tensor, H: Tensor, kept: Tensor, spec: PruneSpec) -> Tensor:
     """Mix what was dropped into its most similar kept token (section 3.4): (N, D) -> (keep, D)."""
+    settings = Settings.of(spec)
     dropped = torch.ones(len(H), dtype=torch.bool)
     dropped[kept] = False
     to_kept = S[:, kept]
@@ -173,4 +138,4 @@ def _recover(S: Tensor, H: Tensor, kept: Tensor, spec: PruneSpec) -> Tensor:
     total = weight.sum(0)
     mixed = total > CANCELLATION * weight.abs().sum(0)
     mean = (weight / total.clamp(min=1e-8)).T @ H
-    return torch.where(mixed[:, None], (1.0 - spec.recovery) * H[kept] + spec.recovery * mean, H[kept])
+    return torch.where(mixed[:, None], (1.0 - settings.recovery) * H[kept] + settings.recovery * mean, H[kept])

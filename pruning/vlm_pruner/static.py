@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruning.reference import CANCELLATION, check_features, check_shapes
-from pruning.spec import RANK_EVERY, PruneSpec, SpecError
+from pruning.method import Features, check_features, check_shapes
+from pruning.spec import PruneSpec, SpecError
+from pruning.vlm_pruner.reference import CANCELLATION
+from pruning.vlm_pruner.settings import RANK_EVERY, Settings
 
 HUGE = 2.0**60  # turns any difference of two unequal float32 numbers above 1e-10 into at least 1
 UNIT = HUGE  # adjusted similarities, thresholds and scores are kept times this: clamping a difference then compares
@@ -65,18 +67,28 @@ class TokenPruner(nn.Module):
 
     def __init__(self, spec: PruneSpec) -> None:
         super().__init__()
-        self.spec = spec
+        settings = Settings.of(spec)
+        self.spec, self.settings = spec, settings
         count = spec.tokens
-        levels = torch.tensor(spec.levels(), dtype=torch.float32)
-        self.steps = spec.default_steps if spec.steps is None else min(spec.steps, spec.sure_steps)
+        levels = torch.tensor(settings.levels(), dtype=torch.float32)
+        self.steps = self.settings.static_steps(spec.keep)
 
         at = torch.arange(count)
         y, x = (at // spec.grid[1] - spec.grid[0] // 2).float(), (at % spec.grid[1] - spec.grid[1] // 2).float()
         square, one = y * y + x * x, torch.ones(count)
         self.reach = float(spec.grid[0] ** 2 + spec.grid[1] ** 2)  # more than the largest squared distance
         ones, places = torch.ones(1, WIDEST, 1), torch.arange(WIDEST).float()[None, None]
-        self.batches, self.blocks = -(-count // spec.token_batch), -(-spec.channels // GROUP)
-        widths = {count, spec.keep, spec.token_batch, spec.first_pivots, self.steps, RANK_EVERY, len(levels), PARTS - 1}
+        self.batches, self.blocks = -(-count // settings.token_batch), -(-settings.channels // GROUP)
+        widths = {
+            count,
+            spec.keep,
+            settings.token_batch,
+            settings.first_pivots(spec.keep),
+            self.steps,
+            RANK_EVERY,
+            len(levels),
+            PARTS - 1,
+        }
         widths |= {self.batches - 1, self.blocks - 1}
         constants = {
             "ones": ones,
@@ -85,9 +97,9 @@ class TokenPruner(nn.Module):
             **{f"ones_{width}": ones[:, :width] for width in widths},
             **{
                 f"places_{width}": places[:, :, :width]
-                for width in (count, spec.keep, spec.token_batch, GROUP, self.blocks)
+                for width in (count, spec.keep, settings.token_batch, GROUP, self.blocks)
             },
-            "rank_of_slot": places[:, :, : spec.token_batch] * FAR,
+            "rank_of_slot": places[:, :, : settings.token_batch] * FAR,
             "position": places[:, :, :count].view(1, -1, 1),
             "place_kept": places[:, :, : spec.keep].view(1, -1, 1),
             "rewind": places[:, :, : self.steps].view(1, -1, 1) - float(self.steps),
@@ -97,7 +109,7 @@ class TokenPruner(nn.Module):
             # Their product is the nearness of two tokens: `reach` minus the squared distance, in whole numbers.
             "from_here": torch.stack([one, square, y, x], 1)[None],
             "to_there": torch.stack([self.reach - square, -one, 2.0 * y, 2.0 * x])[None],
-            "batch_end": torch.arange(1, self.batches).float()[None, None] * spec.token_batch - 1.0,
+            "batch_end": torch.arange(1, self.batches).float()[None, None] * settings.token_batch - 1.0,
             "block_end": torch.arange(1, self.blocks).float()[None, None] * GROUP - 1.0,
             "level": torch.arange(len(levels)).float()[None, :, None],
             "threshold": levels[None, :, None] * UNIT,
@@ -131,7 +143,7 @@ class TokenPruner(nn.Module):
     def select(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Like `forward`, and (B, 1) float32: how many tokens the fill rule had to choose because the steps ran out."""
         exporting = torch.compiler.is_exporting()
-        (check_shapes if exporting else check_features)(keys, hidden, self.spec)
+        (check_shapes if exporting else check_features)(Features(hidden=hidden, keys=keys), self.spec)
         for name, width in (("keys", keys.shape[2]), ("hidden", hidden.shape[2])):
             if width > WIDEST:
                 raise SpecError(f"{name} are {width} wide; the static pruner covers at most {WIDEST} channels")
@@ -155,7 +167,7 @@ class TokenPruner(nn.Module):
         add_up = self._add_up(keys, width)
         chosen = [_first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self._places(count))]
         selected, nearest = chosen[0], None
-        for _ in range(1, self.spec.first_pivots):
+        for _ in range(1, self.settings.first_pivots(self.spec.keep)):
             away = keys - torch.bmm(chosen[-1], keys)
             distance = torch.bmm(away * away, add_up).view(batch, 1, count)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
@@ -166,7 +178,7 @@ class TokenPruner(nn.Module):
 
     def _similarity(self, hidden: Tensor) -> Tensor:
         """Cosine similarity on the channels of largest variance: (B, N, D) -> (B, N, N)."""
-        if hidden.shape[2] > self.spec.channels:
+        if hidden.shape[2] > self.settings.channels:
             hidden = self._compact(hidden, self._channel_places(hidden))
         norm = _product(hidden * hidden, self._add_up(hidden, hidden.shape[2])).sqrt()
         unit = hidden / norm.clamp(min=1e-12)
@@ -186,7 +198,7 @@ class TokenPruner(nn.Module):
         span = 2.0 ** math.ceil(math.log2(2 * width))
         while span > 2.0**-36:
             exceeding = torch.bmm(_above(variance, below + self.parts * span), add_up)  # (B, PARTS - 1, 1)
-            too_many = (exceeding - float(self.spec.channels)).clamp(0.0, 1.0)
+            too_many = (exceeding - float(self.settings.channels)).clamp(0.0, 1.0)
             span /= PARTS
             below = below + torch.bmm(count_parts, too_many) * span
         exceeding = _above(variance, below)
@@ -196,7 +208,7 @@ class TokenPruner(nn.Module):
         )
         certain = _above(variance, least)
         tied = exceeding - certain  # equal variance: the first ones fill up
-        room = float(self.spec.channels) - torch.bmm(certain, add_up)
+        room = float(self.settings.channels) - torch.bmm(certain, add_up)
         take = certain + tied * (room - self._count_before(tied)).clamp(0.0, 1.0)
         return self._count_before(take) + (1.0 - take) * OUT_OF_REACH
 
@@ -241,7 +253,7 @@ class TokenPruner(nn.Module):
         similarity = similarity + 1.0
         looked_up = self._look_up(similarity, columns).view(batch, 2 * count, used, 1)
         closest = functional.max_pool2d(looked_up, (used, 1), stride=(used, 1))  # (B, 2N, 1, 1)
-        size = self.spec.token_batch
+        size = self.settings.token_batch
         running: _Pass | None = None
         limit = selected  # not used before the first pass sets it
         accepted: list[Tensor] = []
@@ -285,7 +297,7 @@ class TokenPruner(nn.Module):
         self, running: _Pass | None, limit: Tensor, adjusted: Tensor, selected: Tensor
     ) -> tuple[_Pass, Tensor]:
         """A new pass if the running one has nothing left to accept, and what a token's adj must be below."""
-        batch, count, size, levels = len(adjusted), self.spec.tokens, self.spec.token_batch, self.level.shape[1]
+        batch, count, size, levels = len(adjusted), self.spec.tokens, self.settings.token_batch, self.level.shape[1]
         ones = self._add_up(adjusted, count)
         taken = selected.view(batch, 1, count) * TAKEN
         left = adjusted + taken
@@ -328,7 +340,7 @@ class TokenPruner(nn.Module):
     def _adjusted(self, closest: Tensor) -> Tensor:
         """Similarity to the selected, times the buffer for sparsity, in units: (B, 2N, 1, 1) -> (B, 1, N)."""
         count = self.spec.tokens
-        buffer = (self.reach - closest[:, count:]).sqrt() * (self.spec.distance_slope * UNIT) + UNIT
+        buffer = (self.reach - closest[:, count:]).sqrt() * (self.settings.distance_slope(self.spec.grid) * UNIT) + UNIT
         return ((closest[:, :count] - 1.0) * buffer).view(-1, 1, count)
 
     def _pick(self, chosen: Tensor) -> Tensor:
@@ -345,7 +357,7 @@ class TokenPruner(nn.Module):
         weight = (stands_for * to_kept * (1.0 - chosen)).transpose(1, 2)  # (B, keep, N)
         ones = self._add_up(weight, count)
         total = torch.bmm(weight, ones)
-        mixed = _above(total, torch.bmm(weight.abs(), ones) * CANCELLATION) * self.spec.recovery
+        mixed = _above(total, torch.bmm(weight.abs(), ones) * CANCELLATION) * self.settings.recovery
         return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=1e-8))
 
     def _count_before(self, mask: Tensor) -> Tensor:

@@ -1,0 +1,30 @@
+"""The pruning methods, by the names that requests and manifests give them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pruning.method import Method, settings_of
+from pruning.spec import PruneSpec, SpecError
+from pruning.uniform import UNIFORM
+from pruning.vlm_pruner.method import VLM_PRUNER
+
+METHODS: dict[str, Method] = {
+    "vlm-pruner": VLM_PRUNER,
+    "uniform": UNIFORM,
+}
+
+
+def method_named(name: str) -> Method:
+    """Gives the method of that name; SpecError for a name that none has."""
+    if name not in METHODS:
+        raise SpecError(f"method={name!r} is not known; allowed: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def settings_numbers(spec: PruneSpec) -> dict[str, int | float]:
+    """Lists the constants that a spec's method works with, by name; those that are None are left out."""
+    method = method_named(spec.method)
+    settings = settings_of(spec, method.name, method.settings)
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {name: value for name, value in values.items() if value is not None}
