@@ -7,8 +7,14 @@ from collections.abc import Iterable, Sequence
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table with one line for each row; a bar inside a cell stays a bar."""
-    lines = [list(heads), ["---"] * len(heads), *(list(row) for row in rows)]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    lines = [list(heads), ["---"] * len(heads), *([_cell(text) for text in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A bar ends a cell unless it stands in code."""
+    parts = text.split("`")
+    return "`".join(part if index % 2 else part.replace("|", r"\|") for index, part in enumerate(parts))
 
 
 def code(words: Iterable[object]) -> str:
