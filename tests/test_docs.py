@@ -275,3 +275,10 @@ def test_the_picture_is_of_this_house(root: Path) -> None:
     for place in places:
         assert (root / place).exists(), place
     assert not re.search(r"(?:href|src|url\()", picture)
+
+
+def test_files_that_pages_name_are_there(pages: dict[str, str], root: Path) -> None:
+    rooms = "export|pruning|runtime|pruneport|benchmarks|docs|tests|\\.ci"
+    for name, text in pages.items():
+        for path in re.findall(rf"`((?:{rooms})/[\w./-]*)`", text):
+            assert (root / path).exists(), (name, path)

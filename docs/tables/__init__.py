@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from docs.tables import api, backends, bounds, errors, flags, measured, rules, schema
+from docs.tables import api, backends, bounds, errors, flags, interfaces, measured, rules, schema
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "flags of export": partial(flags.table, "export"),
@@ -28,6 +28,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "errors": errors.page,
     "names": api.names,
     "reference": api.reference,
+    "interface of a backend": partial(interfaces.reference, "Backend", "Lower", "LoweredGraph"),
     **measured.PARTS,
 }
 
