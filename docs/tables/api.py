@@ -62,4 +62,14 @@ def names() -> str:
 
 def reference() -> str:
     """Returns what the documentation tool makes of each name's docstrings and signatures."""
-    return "\n".join(f"::: {path_of(name)}\n    options:\n      heading: pruneport.{name}\n" for name in homes())
+    return "\n".join(
+        f"::: {path_of(name)}\n    options:\n      heading: pruneport.{name}\n"
+        + ("      show_if_no_docstring: true\n" if _is_record(name) else "")
+        for name in homes()
+    )
+
+
+def _is_record(name: str) -> bool:
+    """True for a class whose fields alone say what it holds: the tool knows no constructor of these."""
+    node = _node(homes()[name], name)
+    return isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "_Record" for base in node.bases)

@@ -9,24 +9,30 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ROOMS = ("export", "pruning", "runtime")
 
 
-def home_of(name: str) -> str:
-    """Returns the module that defines a class. LookupError unless there is exactly one."""
-    found = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+def _definitions(name: str) -> list[tuple[str, ast.ClassDef]]:
+    return [
+        (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), node)
         for room in ROOMS
         for path in sorted((ROOT / room).rglob("*.py"))
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef) and node.name == name
     ]
-    if len(found) != 1:
-        raise LookupError(f"{len(found)} classes are called {name}, one is wanted: {', '.join(found) or 'none'}")
-    return found[0].removesuffix(".__init__")
 
 
 def reference(*names: str) -> str:
-    """Returns what the documentation tool makes of the docstrings and signatures of these classes."""
-    return "\n".join(
-        f"::: {home_of(name)}.{name}\n    options:\n      heading: {home_of(name)}.{name}\n      members: true\n"
-        f"      show_if_no_docstring: true\n"
-        for name in names
+    """Returns what the documentation tool makes of classes and their methods. LookupError unless each is there once."""
+    return "\n".join(_one(name) for name in names)
+
+
+def _one(name: str) -> str:
+    found = _definitions(name)
+    if len(found) != 1:
+        homes = ", ".join(home for home, _ in found) or "none"
+        raise LookupError(f"{len(found)} classes are called {name}, one is wanted: {homes}")
+    ((home, node),) = found
+    methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+    shown = [method for method in methods if not method.startswith("_") or method == "__call__"]
+    return (
+        f"::: {home}.{name}\n    options:\n      heading: {home}.{name}\n      members: {shown}\n"
+        "      filters: []\n      show_if_no_docstring: true\n"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 
 from docs.tables.markdown import table as markdown_table
 
-RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 # The one file whose table stands in its page, where benchmarks/precision.py writes it.
 ELSEWHERE = ("precision.json",)
 
@@ -33,7 +36,16 @@ def _made(*found: Mapping[str, Any]) -> str:
     """What made the table, and on what."""
     commands = ", ".join(f"`{result['command']}`" for result in found)
     where = dict.fromkeys(result.get("machine") or result["what"] for result in found)
-    return f"Made by {commands}.\n\nWhere: {'; '.join(where)}.\n\n"
+    tools = {f"{name} {version}" for result in found for name, version in result.get("tools", {}).items()}
+    with_tools = f" With {', '.join(sorted(tools))}." if tools else ""
+    return f"Made by {commands}.\n\nWhere: {'; '.join(where)}.{with_tools}\n\n"
+
+
+def _rows_of(script: str) -> str:
+    """What a benchmark's docstring says of its rows, as a list."""
+    source = (BENCHMARKS / script).read_text(encoding="utf-8")
+    rows = re.findall(r"^    (\S.*?)   +(\S.*)$", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE)
+    return "".join(f"- **{name}**: {meaning}\n" for name, meaning in rows) + "\n"
 
 
 def cost_of_pruning() -> str:
@@ -81,11 +93,12 @@ def gain_of_pruning() -> str:
     return (
         _made(result)
         + f"Model: {result['model']}.\n\n"
+        + _rows_of("answers.py")
         + markdown_table(heads, rows)
         + "\nWhere photo and question arrive at once, the unpruned model answers after both its image and its first "
         f"token; where the image was prefilled before, keep {result['keep']} answers "
         f"{result['twins_full_ttft_over_pruned_ttft']['median']:.1f} times sooner than that.\n"
-        f"\nThe KV cache takes {caches['pruned']:,} instead of {caches['twin']:,} bytes. The file holds "
+        f"\nThe KV cache of these layers takes {caches['pruned']:,} instead of {caches['twin']:,} bytes. The file holds "
         f"{files['pruned'] / result['weight_bytes']:.3f} times the bytes of the weights.\n"
     )
 
