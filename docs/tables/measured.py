@@ -98,8 +98,8 @@ def gain_of_pruning() -> str:
         + "\nWhere photo and question arrive at once, the unpruned model answers after both its image and its first "
         f"token; where the image was prefilled before, keep {result['keep']} answers "
         f"{result['twins_full_ttft_over_pruned_ttft']['median']:.1f} times sooner than that.\n"
-        f"\nThe KV cache of these layers takes {caches['pruned']:,} instead of {caches['twin']:,} bytes. The file holds "
-        f"{files['pruned'] / result['weight_bytes']:.3f} times the bytes of the weights.\n"
+        f"\nThe KV cache of these layers takes {caches['pruned']:,} instead of {caches['twin']:,} bytes. The file "
+        f"holds {files['pruned'] / result['weight_bytes']:.3f} times the bytes of the weights.\n"
     )
 
 
