@@ -280,5 +280,5 @@ def test_the_picture_is_of_this_house(root: Path) -> None:
 def test_files_that_pages_name_are_there(pages: dict[str, str], root: Path) -> None:
     rooms = "export|pruning|runtime|pruneport|benchmarks|docs|tests|\\.ci"
     for name, text in pages.items():
-        for path in re.findall(rf"`((?:{rooms})/[\w./-]*)`", text):
+        for path in re.findall(rf"`((?:{rooms})/[\w./-]*)`", filled(text)):
             assert (root / path).exists(), (name, path)

@@ -28,7 +28,11 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "errors": errors.page,
     "names": api.names,
     "reference": api.reference,
-    "interface of a backend": partial(interfaces.reference, "Backend", "Lower", "LoweredGraph"),
+    "interface of a family": partial(interfaces.reference, "export", "Family", missing=interfaces.NO_FAMILY),
+    "interface of a method": partial(
+        interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", missing=interfaces.NO_METHOD
+    ),
+    "interface of a backend": partial(interfaces.reference, "export", "Backend", "Lower", "LoweredGraph"),
     **measured.PARTS,
 }
 

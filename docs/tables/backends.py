@@ -45,7 +45,6 @@ def choices(name: str) -> str:
         ("`--precision`", f"{code(backend.precisions)}; the first is the default"),
         ("`--quant-vision`", code(backend.quant_vision)),
         ("`--quant-text`", code(backend.quant_text) + ("; the first is the default" if backend.quant_text else "")),
-        ("form of the pruner", f"`{backend.pruner_form}`"),
         ("packages that an export needs", code(backend.packages)),
     ]
     if backend.ready_made is not None:
