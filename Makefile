@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Installing into an environment made for other pins would leave a mixture, so the stamp carries a hash of the pins.
-STAMP := $(VENV)/.installed-$(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
+PINS := $(shell $(PYTHON) -c "import hashlib; print(hashlib.sha256(open('pyproject.toml', 'rb').read()).hexdigest()[:16])")
+STAMP := $(VENV)/.installed-$(PINS)
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed-$(PINS)
 DEMO_DIR := bundles/demo
 
 # Float32 sums in another order, as another processor makes them: PyTorch's products on CPUs are MKL's, which takes these.
 ARITHMETIC := MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help venv demo test test-slow test-golden test-arithmetic lint clean
+.PHONY: help venv demo test test-slow test-golden test-arithmetic lint docs clean
 
 help:
 	@echo "make demo         export the pocket model, pruned and unpruned, check both, print the table"
@@ -19,6 +22,7 @@ help:
 	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN, in every engine"
 	@echo "make test-arithmetic  the pruner and the golden vectors in PyTorch, with sums in other orders"
 	@echo "make lint         ruff and mypy --strict"
+	@echo "make docs         the pages of docs/ as a site in build/site, strictly"
 
 venv: $(STAMP)
 
@@ -53,8 +57,19 @@ test-arithmetic: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy pruneport export pruning runtime optimum benchmarks tests
+	$(BIN)/mypy pruneport export pruning runtime optimum benchmarks docs tests
 	$(BIN)/mypy --follow-imports=silent -c "$$(cat export.py)"
 
+# An environment of its own: the pages are made from the code without torch.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "build/site/index.html"
+
+$(DOCS_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,215 @@
+"""The tables of measurements, each from its file in benchmarks/results and with the command that wrote that."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from docs.tables.markdown import table as markdown_table
+
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+# The one file whose table stands in its page, where benchmarks/precision.py writes it.
+ELSEWHERE = ("precision.json",)
+
+
+def results(pattern: str) -> list[dict[str, Any]]:
+    """Returns the result files of a pattern, in the order of their names. FileNotFoundError where there is none."""
+    found = sorted(RESULTS.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"no file in {RESULTS} is called {pattern}")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def bundles() -> dict[str, dict[str, Any]]:
+    """Returns what was measured of whole bundles, by their names in benchmarks/bundles.py."""
+    (result,) = results("bundles.json")
+    return {bundle["bundle"]: bundle for bundle in result["bundles"]}
+
+
+def _made(*found: Mapping[str, Any]) -> str:
+    """What made the table, and on what."""
+    commands = ", ".join(f"`{result['command']}`" for result in found)
+    where = dict.fromkeys(result.get("machine") or result["what"] for result in found)
+    tools = {f"{name} {version}" for result in found for name, version in result.get("tools", {}).items()}
+    with_tools = f" With {', '.join(sorted(tools))}." if tools else ""
+    return f"Made by {commands}.\n\nWhere: {'; '.join(where)}.{with_tools}\n\n"
+
+
+def _rows_of(script: str) -> str:
+    """What a benchmark's docstring says of its rows, as a list."""
+    source = (BENCHMARKS / script).read_text(encoding="utf-8")
+    rows = re.findall(r"^    (\S.*?)   +(\S.*)$", ast.get_docstring(ast.parse(source)) or "", re.MULTILINE)
+    return "".join(f"- **{name}**: {meaning}\n" for name, meaning in rows) + "\n"
+
+
+def cost_of_pruning() -> str:
+    """Returns the pruner's time beside the tower's, inside one graph."""
+    found = results("pruner_overhead-*.json")
+    rows = [
+        (
+            result["graph"].removeprefix("llava-1.5-7b vision_encoder, "),
+            f"{result['median_ms']['tower']:.1f}",
+            f"{result['median_ms']['pruner']:.2f}",
+            f"{result['overhead_percent_of_tower']['median']:.2f}%",
+            f"{result['overhead_percent_of_tower']['least']:.2f} to {result['overhead_percent_of_tower']['most']:.2f}%",
+            str(result["overhead_percent_of_tower"]["runs"]),
+        )
+        for result in found
+    ]
+    heads = ("vision graph of llava-1.5-7b, keep 64", "tower, ms", "pruner, ms", "share", "least and most", "runs")
+    return _made(*found) + markdown_table(heads, rows)
+
+
+def gain_of_pruning() -> str:
+    """Returns whole answers, pruned and not, in one run."""
+    (result,) = results("answers-*.json")
+    ms, faster, fewer = result["median_ms"], result["speedup"], result["flop_ratio"]
+    rows = [
+        (
+            what,
+            f"{ms['twin'][what]:.1f}",
+            f"{ms['pruned'][what]:.1f}",
+            f"{faster[what]['median']:.2f}",
+            f"{faster[what]['least']:.2f} to {faster[what]['most']:.2f}",
+            f"{fewer[what]:.2f}" if what in fewer else "",
+        )
+        for what in ms["twin"]
+    ]
+    heads = (
+        "",
+        "unpruned, ms",
+        f"keep {result['keep']}, ms",
+        "times faster",
+        "least and most",
+        "times fewer operations",
+    )
+    caches, files = result["kv_cache_bytes"], result["file_bytes"]
+    return (
+        _made(result)
+        + f"Model: {result['model']}.\n\n"
+        + _rows_of("answers.py")
+        + markdown_table(heads, rows)
+        + "\nWhere photo and question arrive at once, the unpruned model answers after both its image and its first "
+        f"token; where the image was prefilled before, keep {result['keep']} answers "
+        f"{result['twins_full_ttft_over_pruned_ttft']['median']:.1f} times sooner than that.\n"
+        f"\nThe KV cache of these layers takes {caches['pruned']:,} instead of {caches['twin']:,} bytes. The file "
+        f"holds {files['pruned'] / result['weight_bytes']:.3f} times the bytes of the weights.\n"
+    )
+
+
+def memory_of_an_export() -> str:
+    """Returns what exports of the vision graph at full width took."""
+    found = results("export_memory-llava-1.5-7b-*.json")
+    rows = [
+        (
+            result["command"].split()[-1],
+            f"{int(result['graph'].split()[-2]) / 1e9:.2f}",
+            f"{result['peak_rss_kib'] / 2**20:.2f}",
+            f"{result['engine_median_s']:.1f}",
+            f"{result['parity']['worst_rel']:g}",
+            f"{result['parity']['kept_overlap']:.0%}",
+        )
+        for result in found
+    ]
+    heads = (
+        "`--precision`",
+        "graph file, GB",
+        "peak memory of the export, GiB",
+        "a run on a busy desktop CPU, s",
+        "largest relative error",
+        "kept tokens in common",
+    )
+    return _made(*found) + markdown_table(heads, rows)
+
+
+def npu_graphs() -> str:
+    """Returns which nodes the emulated NPU took, graph by graph."""
+    (result,) = results("bundles.json")
+    bundle = bundles()["qnn-fp16"]
+    rows = [
+        (graph["graph"], str(graph["operators"]), str(graph["outside"]), f"{graph['worst_rel']:g}")
+        for graph in bundle["graphs"]
+    ]
+    return (
+        _made(result)
+        + f"Bundle: `{bundle['command']}`.\n\n"
+        + markdown_table(("graph", "nodes on the NPU", "nodes outside", "largest relative error"), rows)
+    )
+
+
+def _bundles(prefix: str) -> str:
+    (result,) = results("bundles.json")
+    rows = [
+        (
+            f"`{bundle['command'].removeprefix('pruneport export ')}`",
+            "passed" if bundle["passed"] else "failed",
+            str(sum(graph["operators"] for graph in bundle["graphs"])),
+            str(sum(graph["outside"] for graph in bundle["graphs"])),
+            f"{bundle['file_bytes'] / 1e6:.1f}",
+            f"{max(graph['worst_rel'] for graph in bundle['graphs']):g}",
+            f"{bundle['kept_overlap']:.1%}",
+            "" if bundle["answer_tokens"] is None else f"{bundle['answer_tokens_same']} of {bundle['answer_tokens']}",
+        )
+        for name, bundle in bundles().items()
+        if name.startswith(prefix)
+    ]
+    heads = (
+        "bundle",
+        "verdict",
+        "operators",
+        "outside",
+        "files, MB",
+        "largest relative error",
+        "kept tokens in common",
+        "tokens of the answer as on the desktop",
+    )
+    return _made(result) + markdown_table(heads, rows)
+
+
+def selections() -> str:
+    """Returns how many golden choices the emulated NPU makes, the pruner by itself."""
+    (result,) = results("qnn-emulated.json")
+    measured: dict[tuple[str, str], list[float]] = {}
+    for row in result["selections"]:
+        measured.setdefault((row["scheme"], row["case"].rpartition("-keep")[2]), []).append(row["overlap"])
+    rows = [
+        (scheme, keep, str(len(shares)), str(sum(share == 1 for share in shares)), f"{min(shares):.1%}")
+        for (scheme, keep), shares in measured.items()
+    ]
+    heads = ("layers before it", "keep", "cases", "of them equal", "least share of the kept tokens in common")
+    return _made(result) + markdown_table(heads, rows)
+
+
+def answers_by_delegate() -> str:
+    """Returns what each delegate does to answers about ten photos."""
+    (result,) = results("delegates-keep*.json")
+    rows = [
+        (
+            row["delegate"],
+            "evaluated" if not row["executed"] else "emulated" if row["emulated"] else "ran",
+            f"{row['mean_kept']:.1%}",
+            f"{row['mean_same']:g}",
+            f"{sum(photo['same'] == 64 for photo in row['photos'])} of {len(row['photos'])}",
+        )
+        for row in result["delegates"]
+    ]
+    heads = ("delegate", "here", "kept tokens in common", "equal tokens of 64", "equal answers")
+    return _made(result) + markdown_table(heads, rows)
+
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "cost of pruning": cost_of_pruning,
+    "gain of pruning": gain_of_pruning,
+    "memory of an export": memory_of_an_export,
+    "graphs on the NPU": npu_graphs,
+    "bundles for the NPU": partial(_bundles, "qnn"),
+    "bundles for Core ML": partial(_bundles, "coreml"),
+    "selections on the NPU": selections,
+    "answers by delegate": answers_by_delegate,
+}
