@@ -219,6 +219,7 @@ def _lower(layers: int, keep: int | None, scheme: str, folder: Path) -> None:
             name=name,
             file=lowered[name].file,
             engine="executorch",
+            arithmetic=("fp32",),
             inputs=graph.input_infos(),
             outputs=graph.output_infos(),
             coverage=lowered[name].coverage,

@@ -202,6 +202,7 @@ def measure(name: str, way: str, folder: Path) -> None:
         name="vision_encoder",
         file=f"{way}.pte",
         engine="executorch",
+        arithmetic=("fp32",),
         inputs=encoder.input_infos(),
         outputs=outputs_of(encoder, way),
     )

@@ -21,7 +21,7 @@ from runtime.names import readable
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
-    from runtime.harness import Verdict
+    from runtime.check.verdict import Verdict
 
 PASSED = 0
 FAILED = 1  # the engine ran and did not compute what the desktop model computes

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         RangesInfo,
         TextInfo,
     )
-    from runtime.harness import Verdict
+    from runtime.check.verdict import Verdict
 
 GOLDEN_FILE = "golden.safetensors"
 # How many default photos, beside the photo of the check, show how large the numbers inside a float16 graph become.
@@ -135,7 +135,7 @@ class _Making:
     def write(self, bundle: BundlePlan, writer: BundleWriter) -> Manifest:
         """Writes golden tensors, graph and manifest of one bundle into its partial folder."""
         from export.models.llava import image_info, prompt_info
-        from runtime.bundle import GoldenInfo, Manifest, TargetInfo
+        from runtime.bundle import OWN_LAYOUT, FrameInfo, GoldenInfo, Manifest, TargetInfo
         from runtime.image import preprocess
 
         plan, checkpoint = self.plan, self.checkpoint
@@ -150,6 +150,7 @@ class _Making:
         ready = plan.layout
         islands = text_half.islands if text_half else ()
         graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
+        prompt = prompt_info(checkpoint, plan.entry)
         with self.progress.stage(_label("write the bundle", bundle)):
             self._carry(writer.path)
             return writer.write_manifest(
@@ -171,7 +172,12 @@ class _Making:
                     prune=_prune_info(plan, bundle),
                     graphs=graphs,
                     image=image,
-                    prompt=prompt_info(checkpoint, plan.entry),
+                    prompt=prompt,
+                    frame=FrameInfo(
+                        before=len(prompt.prefix_ids),
+                        image=plan.entry.geometry.image_tokens,
+                        first_text=len(prompt.prefix_ids) + plan.entry.geometry.image_tokens,
+                    ),
                     golden=GoldenInfo(
                         file=GOLDEN_FILE,
                         device=device,
@@ -180,7 +186,7 @@ class _Making:
                     ),
                     tools={"pruneport": self.version, **_tool_versions()},
                     text=None if ready else self._text_info(),
-                    ready_for=ready.runtime if ready else None,
+                    layout=ready.runtime if ready else OWN_LAYOUT,
                     ranges=self._half.info if self._half else None,
                     text_ranges=text_half,
                     calibration=_calibration_info(plan),
@@ -258,15 +264,12 @@ class _Making:
         if self.plan.text_tokens is None:
             return None
         from export.graphs.decoder import PROMPT_CHUNK
-        from export.models.llava import prompt_info
         from export.models.prompt import end_ids
         from runtime.bundle import TextInfo
 
-        prompt = prompt_info(self.checkpoint, self.plan.entry)
         return TextInfo(
             tokens=self.plan.text_tokens,
             chunk=PROMPT_CHUNK,
-            first_position=len(prompt.prefix_ids) + self.plan.entry.geometry.image_tokens,
             end_ids=end_ids(self.checkpoint),
         )
 
@@ -306,6 +309,7 @@ class _Making:
                 file=lowered[name].file,
                 extra_files=lowered[name].extra_files,
                 engine=plan.backend.engine,
+                arithmetic=plan.arithmetic(name),
                 inputs=lowered[name].inputs or graph.input_infos(),
                 outputs=lowered[name].outputs or graph.output_infos(),
                 states=lowered[name].states,
@@ -329,6 +333,7 @@ class _Making:
                 folder,
                 quant_text=plan.text.scheme,
                 text_tokens=plan.text_tokens,
+                arithmetic=plan.arithmetic,
             )
             for graph in graphs:
                 self._check_taken(graph.name, graph.coverage, stage)

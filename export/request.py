@@ -154,6 +154,15 @@ class Plan:
             return self.backend.recipe(self.precision, None)
         return self.text
 
+    def arithmetic(self, graph: str) -> tuple[str, ...]:
+        """What a graph's numbers pass through: decoder layers below the cut are made as the text graphs' are."""
+        from runtime.generation import VISION_ENCODER
+
+        named = [self.recipe(graph).arithmetic]
+        if graph == VISION_ENCODER and self.cut and self.text is not None and self.text.module_scheme:
+            named.append(self.text.arithmetic)
+        return tuple(dict.fromkeys(named))
+
     @property
     def states(self) -> bool:
         """Whether the engine keeps the KV cache: its states are float16."""

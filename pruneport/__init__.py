@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pruneport.runtime.ask import open_bundle as open_bundle
     from pruneport.runtime.bundle import Bundle as Bundle
     from pruneport.runtime.bundle import read_bundle as read_bundle
+    from pruneport.runtime.check.verdict import Verdict as Verdict
     from pruneport.runtime.errors import BundleError as BundleError
     from pruneport.runtime.errors import CheckpointError as CheckpointError
     from pruneport.runtime.errors import EngineError as EngineError
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from pruneport.runtime.explain import Explanation as Explanation
     from pruneport.runtime.explain import explain as explain
     from pruneport.runtime.generation import Prefill as Prefill
-    from pruneport.runtime.harness import Verdict as Verdict
     from pruneport.runtime.harness import verify as verify
     from pruneport.runtime.image import load_photo as load_photo
     from pruneport.runtime.image import preprocess as preprocess
@@ -72,7 +72,8 @@ _HOMES = {
     ),
     "runtime.explain": ("Explanation", "explain"),
     "runtime.generation": ("Prefill",),
-    "runtime.harness": ("Verdict", "verify"),
+    "runtime.check.verdict": ("Verdict",),
+    "runtime.harness": ("verify",),
     "runtime.image": ("load_photo", "preprocess"),
 }
 

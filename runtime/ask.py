@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import OWN_LAYOUT, Bundle, read_bundle
 from runtime.errors import BundleError, OutputError, RequestError
 from runtime.generation import (
     VISION_ENCODER,
@@ -233,9 +233,9 @@ def open_bundle(path: str | os.PathLike[str], *, threads: int | None = None) -> 
 def _askable(path: Path) -> Bundle:
     """Reads a bundle and refuses one that cannot be asked here."""
     bundle = read_bundle(path)
-    if bundle.manifest.ready_for is not None:
+    if bundle.manifest.layout != OWN_LAYOUT:
         raise BundleError(
-            f"{path} is made for {bundle.manifest.ready_for}: ask it there, as the README shows; "
+            f"{path} is made for {bundle.manifest.layout}: ask it there, as the documentation shows; "
             "for `pruneport ask` export without --layout"
         )
     if bundle.manifest.text is None:

@@ -20,10 +20,12 @@ from runtime.errors import BundleError, CheckpointError, OutputError, PruneportE
 from runtime.leftovers import make_locked
 from runtime.names import LONGEST_NAME, is_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 # The largest number of float16.
 FLOAT16_LARGEST = 65504.0
+# The layout that this runtime runs; others are runtimes of other people.
+OWN_LAYOUT = "pruneport"
 REPORT_FILES = ("parity.json", "latency.json", "report.md", "report.html")
 # What the harness and the phones agree to exchange; bfloat16 is absent because numpy has no such type.
 DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -140,11 +142,14 @@ class GraphInfo(_Record, frozen=True):
 
     For Core ML `file` is a package, which is a folder: `extra_files` are the files in it. `states` are buffers that the
     engine keeps between runs and that the graph writes; graphs of one file have those of one name in common.
+    `arithmetic` names what its numbers pass through, precisions and quantisation schemes: the coarsest of them decides
+    how near its outputs must come to the desktop's.
     """
 
     name: Name
     file: str
     engine: Literal["coreml", "executorch", "onnxruntime"]
+    arithmetic: Annotated[tuple[Name, ...], msgspec.Meta(min_length=1)]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     extra_files: tuple[str, ...] = ()
@@ -316,15 +321,25 @@ class PromptInfo(_Record, frozen=True):
     template: ChatTemplate | None = None
 
 
+class FrameInfo(_Record, frozen=True):
+    """The constant part of every prompt: `before` tokens, `image` tokens as many as there are before pruning.
+
+    The first token of a text stands at the position `first_text`, whatever was dropped.
+    """
+
+    before: Count
+    image: PositiveCount
+    first_text: PositiveCount
+
+
 class TextInfo(_Record, frozen=True):
     """How text goes through the text graphs: `chunk` tokens at a time or one, with room for `tokens` in the KV cache.
 
-    The first of them stands at `first_position`, behind the unpruned image; `end_ids` end an answer.
+    `end_ids` end an answer.
     """
 
     tokens: PositiveCount
     chunk: PositiveCount
-    first_position: PositiveCount
     end_ids: tuple[TokenId, ...] = ()
 
 
@@ -409,7 +424,7 @@ class FileInfo(_Record, frozen=True):
 class Manifest(_Record, frozen=True):
     """manifest.json. `files` covers every file of the bundle but the manifest itself.
 
-    `ready_for` names a runtime of other people for which the files lie as it expects them; `text` is None then.
+    `layout` names the runtime for which the files lie as it expects them; where that is not our own, `text` is None.
     `ranges` is None where the vision graph does not compute in float16, and so is `text_ranges` for the text graphs.
     """
 
@@ -423,10 +438,11 @@ class Manifest(_Record, frozen=True):
     graphs: tuple[GraphInfo, ...]
     image: ImageInfo
     prompt: PromptInfo
+    frame: FrameInfo
     golden: GoldenInfo
     tools: dict[str, str]
     text: TextInfo | None = None
-    ready_for: Name | None = None
+    layout: Name = OWN_LAYOUT
     ranges: RangesInfo | None = None
     text_ranges: RangesInfo | None = None
     calibration: CalibrationInfo | None = None
@@ -445,6 +461,12 @@ class Manifest(_Record, frozen=True):
             raise ValueError("graphs is empty; a bundle holds at least one graph")
         if len(set(names)) != len(names):
             raise ValueError(f"two graphs are named alike: {names}")
+        for what, count, stated in (
+            ("prompt.prefix_ids", len(self.prompt.prefix_ids), self.frame.before),
+            ("prune.image_tokens", self.prune.image_tokens, self.frame.image),
+        ):
+            if count != stated:
+                raise ValueError(f"frame says {stated} tokens where {what} has {count}")
         for file in self.files:
             _safe_relative(file)
         if MANIFEST in self.files:
@@ -577,6 +599,11 @@ def _decode(raw: bytes, where: Path) -> Manifest:
             raise BundleError(
                 f"{where} has schema_version {version}, this pruneport reads {SCHEMA_VERSION}; "
                 "install a newer pruneport (pip install --upgrade pruneport)"
+            )
+        if version < SCHEMA_VERSION:
+            raise BundleError(
+                f"{where} has schema_version {version}, of an earlier pruneport; this one reads {SCHEMA_VERSION}: "
+                "export again"
             )
         return msgspec.json.decode(raw, type=Manifest)
     except msgspec.ValidationError as err:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.engines.loaded import Placement
+    from runtime.placement import Placement
 
 
 class PruneportError(Exception):

@@ -169,7 +169,7 @@ def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers
             f"{bundle.manifest.name} has no text graphs and cannot answer; export it without --layout and "
             "without --only"
         )
-    answers = Answers(graphs, bundle=bundle.identity, first_text=text.first_position, end_ids=text.end_ids)
+    answers = Answers(graphs, bundle=bundle.identity, first_text=bundle.manifest.frame.first_text, end_ids=text.end_ids)
     if (answers.room, answers.chunk) != (text.tokens, text.chunk):
         raise BundleError(
             f"the manifest of {bundle.manifest.name} says {text.tokens} text tokens in chunks of {text.chunk}, its "

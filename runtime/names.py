@@ -40,3 +40,8 @@ def _spelling(surrogate: str) -> str:
 
 def _is_control(letter: str) -> bool:
     return ord(letter) < 0x20 or 0x7F <= ord(letter) < 0xA0 or letter in "\u2028\u2029"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

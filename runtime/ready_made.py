@@ -26,11 +26,9 @@ def greedy_tokens(
 
     pixel_values (1, 3, H, W) float32. Positions are contiguous: the kept image tokens count, the dropped ones do not.
     """
-    start = {TRANSFORMERS_JS: _merged, MULTIMODAL_RUNNER: _cached}.get(bundle.manifest.ready_for or "")
+    start = {TRANSFORMERS_JS: _merged, MULTIMODAL_RUNNER: _cached}.get(bundle.manifest.layout)
     if start is None:
-        raise BundleError(
-            f"how {bundle.manifest.ready_for!r} calls graphs is not known here; install a newer pruneport"
-        )
+        raise BundleError(f"how {bundle.manifest.layout!r} calls graphs is not known here; install a newer pruneport")
     embed, decode = start(graphs)
     decode(embed(bundle.manifest.prompt.prefix_ids))
     decode(graphs[VISION_ENCODER].run({"pixel_values": pixel_values})["image_features"])

@@ -12,24 +12,32 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from runtime.bundle import OWN_LAYOUT, SCHEMA_VERSION
+from runtime.check.parity import AnswerParity, GraphParity
+from runtime.check.verdict import GraphPlacement, Step, Verdict
+from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
 from runtime.engines.onnxruntime import NNAPI
-from runtime.errors import BundleError, EngineError
+from runtime.errors import BundleError, EngineError, OutputError
 from runtime.explain import lints, rewrite_for
 from runtime.generation import VISION_ENCODER
 from runtime.image import view
+from runtime.names import plural
 from runtime.session import default_threads
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from runtime.bundle import Bundle, DelegateCoverage, TensorInfo, TextInfo
-    from runtime.harness import Verdict
+    from runtime.check.parity import Bound, KeptParity, TextParity
     from runtime.latency import AnswerLatency
-    from runtime.parity import Bound, GraphParity, KeptParity, TextParity
 
 _TEMPLATES = Path(__file__).parent / "templates"
 NEURAL_ENGINE = "Neural Engine, likely"
 _PHOTO_EDGE = 672  # pixels of the longer edge in the report: sharp on dense screens, some 100 kB as JPEG
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What parity.json and latency.json are made of."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,70 @@ class Table:
         yield from zip(self.marks or ("",) * len(self.rows), self.rows, strict=True)
 
 
+class ParityFile(_Record, frozen=True):
+    """parity.json."""
+
+    schema_version: int
+    bundle: str
+    device: str
+    golden_device: str
+    steps: tuple[Step, ...]
+    graphs: tuple[GraphParity, ...]
+    answer: AnswerParity | None
+    placements: tuple[GraphPlacement, ...]
+
+
+class LatencyFile(_Record, frozen=True):
+    """latency.json."""
+
+    schema_version: int
+    bundle: str
+    device: str
+    graphs: tuple[GraphLatency, ...]
+    answers: TimedAnswers | None
+    twin: Twin | None
+
+
 def write_reports(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
-    """Writes report.md and report.html for what `runtime.harness` found."""
+    """Writes parity.json, latency.json, report.md and report.html; OutputError where they cannot be written."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(out_dir / "parity.json", _parity_file(bundle, verdict))
+        _write_json(out_dir / "latency.json", _latency_file(verdict))
+        _write_pages(bundle, verdict, out_dir)
+    except OSError as err:
+        raise OutputError(f"the reports cannot be written to {out_dir}: {err.strerror or err}") from err
+
+
+def _parity_file(bundle: Bundle, verdict: Verdict) -> ParityFile:
+    return ParityFile(
+        schema_version=SCHEMA_VERSION,
+        bundle=verdict.bundle,
+        device=verdict.device,
+        golden_device=bundle.manifest.golden.device,
+        steps=verdict.steps,
+        graphs=verdict.graphs,
+        answer=verdict.answer,
+        placements=verdict.placements,
+    )
+
+
+def _latency_file(verdict: Verdict) -> LatencyFile:
+    return LatencyFile(
+        schema_version=SCHEMA_VERSION,
+        bundle=verdict.bundle,
+        device=verdict.device,
+        graphs=verdict.latency,
+        answers=verdict.answers,
+        twin=verdict.twin,
+    )
+
+
+def _write_json(path: Path, record: msgspec.Struct) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+
+
+def _write_pages(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
     import jinja2
 
     environment = jinja2.Environment(
@@ -546,8 +616,8 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
         ("desktop outputs", f"made on {golden.device} with torch {golden.torch} from {golden.photo}"),
         ("pruner", pruner if prune.pruned else f"none; {prune.image_tokens} image tokens pass through"),
         ("prompt", f"{len(manifest.prompt.prefix_ids)} tokens before the image"),
-        *([("text", _text_words(manifest.text))] if manifest.text is not None else []),
-        *([("ready for", manifest.ready_for)] if manifest.ready_for is not None else []),
+        *([("text", _text_words(manifest.text, manifest.frame.first_text))] if manifest.text is not None else []),
+        *([("layout", manifest.layout)] if manifest.layout != OWN_LAYOUT else []),
         *([("fp16 range", str(manifest.ranges))] if manifest.ranges is not None else []),
         *([("fp16 range of the text graphs", str(manifest.text_ranges))] if manifest.text_ranges is not None else []),
         ("checked on", f"{verdict.device}, {plural(default_threads(), 'thread')} by default"),
@@ -557,8 +627,8 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
     return Table(columns=("", ""), rows=tuple(rows))
 
 
-def _text_words(text: TextInfo) -> str:
-    return f"room for {text.tokens} tokens from position {text.first_position} on, in chunks of {text.chunk} or singly"
+def _text_words(text: TextInfo, first: int) -> str:
+    return f"room for {text.tokens} tokens from position {first} on, in chunks of {text.chunk} or singly"
 
 
 @dataclass(frozen=True)
@@ -621,11 +691,6 @@ def _cells(indices: set[int], columns: int) -> str:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} x {count}" for name, count in counts.items()) or "none"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _number(value: float | None, form: str) -> str:

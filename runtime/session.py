@@ -12,8 +12,9 @@ from typing import Self
 import numpy as np
 
 from runtime.bundle import Bundle, GraphInfo
-from runtime.engines import ENGINES, LoadedGraph, Placement
+from runtime.engines import ENGINES, LoadedGraph
 from runtime.errors import EngineError
+from runtime.placement import Placement
 
 _MAX_DEFAULT_THREADS = 4
 

@@ -64,6 +64,7 @@ def opened(
         file=written.file,
         extra_files=written.extra_files,
         engine=engine,
+        arithmetic=("fp32",),
         inputs=written.inputs or graph.input_infos(),
         outputs=written.outputs or graph.output_infos(),
         states=written.states,

@@ -17,6 +17,7 @@ from runtime.bundle import (
     BundleWriter,
     DelegateCoverage,
     FileInfo,
+    FrameInfo,
     GoldenInfo,
     GraphInfo,
     ImageInfo,
@@ -116,6 +117,7 @@ def fill(folder: Path, name: str, sample: Sample, photo: np.ndarray) -> Manifest
                 name=VISION,
                 file=file,
                 engine=sample.engine,
+                arithmetic=("fp32",),
                 inputs=(_info("pixel_values", golden[f"{VISION}.in.pixel_values"]),),
                 outputs=tuple(_info(key, array) for key, array in outputs.items()),
                 coverage=coverage,
@@ -123,6 +125,7 @@ def fill(folder: Path, name: str, sample: Sample, photo: np.ndarray) -> Manifest
         ),
         image=sample.image,
         prompt=PromptInfo(prefix_ids=tuple(range(PREFIX)), prefix_text="USER: ", special_ids={"image": 32000}),
+        frame=FrameInfo(before=PREFIX, image=sample.tokens, first_text=PREFIX + sample.tokens),
         golden=GoldenInfo(file="golden.safetensors", device="CPU (numpy)", torch="none", photo="noise.png"),
         tools={"numpy": np.__version__},
     )

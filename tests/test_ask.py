@@ -499,10 +499,10 @@ def test_bundle_that_is_none(refused: Callable[..., str], photo: Path, tmp_path:
 
 def test_bundle_for_another_runtime(refused: Callable[..., str], bundle: Bundle, photo: Path, tmp_path: Path) -> None:
     changed = variant(bundle.path, tmp_path / "theirs")
-    edit_manifest(changed, ready_for="transformers.js 4.3.1", text=None)
+    edit_manifest(changed, layout="transformers.js", text=None)
     message = refused(changed, photo, OTHER)
     assert message.endswith(
-        "is made for transformers.js 4.3.1: ask it there, as the README shows; for `pruneport ask` export without "
+        "is made for transformers.js: ask it there, as the documentation shows; for `pruneport ask` export without "
         "--layout"
     )
 
@@ -569,7 +569,7 @@ def pair(bundle: Bundle, tmp_path: Path) -> tuple[Path, Path]:
     ours = variant(bundle.path, tmp_path / "bundles" / "ours")
     twin = other_model(bundle.path, tmp_path / "bundles" / "twin")
     edit_manifest(twin, name="the-twin")
-    edit_record(twin, "prune", pruned=False, keep=576)
+    edit_record(twin, "prune", pruned=False, method=None, keep=576)
     return ours, twin
 
 
@@ -602,7 +602,7 @@ def test_compare_asks_both(ask: Ask, pair: tuple[Path, Path], photo: Path, golde
         ("weights", {"sha256": "0" * 64}),
         ("target", {"precision": "fp16"}),
         ("text", {"tokens": 513}),
-        ("prune", {"pruned": True, "keep": 64}),
+        ("prune", {"pruned": True, "method": "vlm-pruner", "keep": 64}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -337,7 +337,7 @@ def missing_manifest(bundle: Path) -> None:
 
 
 def newer_schema(bundle: Path) -> None:
-    edit_manifest(bundle, lambda manifest: manifest.update(schema_version=2))
+    edit_manifest(bundle, lambda manifest: manifest.update(schema_version=3))
 
 
 def climbing_path(bundle: Path) -> None:

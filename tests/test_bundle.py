@@ -190,8 +190,13 @@ def test_folder_and_fifo_in_place_of_a_file(bundle: Path) -> None:
 
 
 def test_newer_schema(bundle: Path) -> None:
-    edit_manifest(bundle, schema_version=2, something_new={"a": 1})
-    _refused(bundle, "schema_version 2", "reads 1", "install a newer pruneport")
+    edit_manifest(bundle, schema_version=3, something_new={"a": 1})
+    _refused(bundle, "schema_version 3", "reads 2", "install a newer pruneport")
+
+
+def test_earlier_schema(bundle: Path) -> None:
+    edit_manifest(bundle, schema_version=1, ready_for=None)
+    _refused(bundle, "schema_version 1", "of an earlier pruneport; this one reads 2: export again")
 
 
 @pytest.mark.parametrize(
@@ -202,8 +207,8 @@ def test_newer_schema(bundle: Path) -> None:
         ("not json", "is not JSON"),
         ("[]", "does not follow the bundle schema"),
         ('{"schema_version": "1"}', "does not follow the bundle schema"),
-        ('{"schema_version": 1}', "missing required field"),
-        ('{"schema_version": 1' + "0" * 400 + "}", "schema"),
+        ('{"schema_version": 2}', "missing required field"),
+        ('{"schema_version": 2' + "0" * 400 + "}", "schema"),
         ('{"schema_version": NaN}', "is not JSON"),
         ("[" * 100_000, ""),
     ],
@@ -215,7 +220,7 @@ def test_manifest_that_is_no_manifest(bundle: Path, text: str, says: str) -> Non
 
 
 def test_manifest_with_broken_utf8(bundle: Path) -> None:
-    (bundle / MANIFEST).write_bytes(b'{"schema_version": 1, "name": "\xff\xfe"}')
+    (bundle / MANIFEST).write_bytes(b'{"schema_version": 2, "name": "\xff\xfe"}')
     _refused(bundle, MANIFEST)
 
 
@@ -537,15 +542,16 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "created_utc",
         "family",
         "files",
+        "frame",
         "golden",
         "graphs",
         "image",
+        "layout",
         "model",
         "name",
         "prompt",
         "prune",
         "ranges",
-        "ready_for",
         "schema_version",
         "target",
         "text",

@@ -259,6 +259,33 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
     assert precision(model="pocket") == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("words", "graph", "expected"),
+    [
+        ({"quant_text": "none"}, "vision_encoder", ("fp32",)),
+        ({"quant_text": "none", "precision": "fp16"}, "text_decoder", ("fp16",)),
+        ({"quant_text": "none", "quant_vision": "8da8w"}, "vision_encoder", ("8da8w",)),
+        ({"quant_text": "none", "precision": "fp16", "quant_vision": "8da8w"}, "text_prefill", ("fp16",)),
+        ({"quant_text": "8da4w-g32", "precision": "fp16"}, "image_prefill", ("8da4w-g32",)),
+        ({"quant_text": "8da4w", "precision": "fp16"}, "token_embedding", ("fp16",)),
+        # The decoder layers below the cut are in the vision graph, quantised as the text graphs.
+        ({"quant_text": "8da4w", "precision": "fp16"}, "vision_encoder", ("fp16", "8da4w")),
+        ({"quant_text": "8da4w", "quant_vision": "8da8w"}, "vision_encoder", ("8da8w", "8da4w")),
+        ({"quant_text": "8da4w", "precision": "fp16", "cut": "0"}, "vision_encoder", ("fp16",)),
+        ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "embed_tokens", ("fp32",)),
+        ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "decoder_model_merged", ("int4",)),
+        # Core ML's packages share nothing: each graph is compressed by its own scheme.
+        ({"target": "ios", "quant_text": "int4"}, "vision_encoder", ("fp16",)),
+        ({"target": "ios", "quant_text": "int4", "quant_vision": "pal4"}, "vision_encoder", ("pal4",)),
+    ],
+)
+def test_a_plan_says_what_each_graph_computes_in(
+    words: dict[str, str], graph: str, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    planned = plan(request(tmp_path, model="llava-1.5-7b", weights="random", **words))
+    assert planned.arithmetic(graph) == expected
+
+
 @pytest.mark.parametrize("cut", ["2", "0"])
 def test_text_is_quantised_by_default_on_xnnpack_alone(tmp_path: Path, cut: str) -> None:
     def quant_text(**changes: str) -> str | None:

@@ -71,6 +71,7 @@ def opened(lowered: LoweredGraph, folder: Path, name: str) -> engine.LoadedPacka
         file=lowered.file,
         extra_files=lowered.extra_files,
         engine="coreml",
+        arithmetic=("fp32",),
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         states=lowered.states,
@@ -470,6 +471,7 @@ def save(folder: Path, more: More = lambda mb, x: x) -> tuple[GraphInfo, Path]:
         file="g.mlpackage",
         extra_files=("g.mlpackage/Manifest.json",),
         engine="coreml",
+        arithmetic=("fp32",),
         inputs=infos[:1],
         outputs=infos[1:],
     )
@@ -550,7 +552,7 @@ def test_coremltools_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_package_without_files_is_no_graph() -> None:
     info = (TensorInfo(name="x", shape=(1,), dtype="float32"),)
     with pytest.raises(ValueError, match=r"lists no file of its package g\.mlpackage"):
-        GraphInfo(name="g", file="g.mlpackage", engine="coreml", inputs=info, outputs=info)
+        GraphInfo(name="g", file="g.mlpackage", engine="coreml", arithmetic=("fp32",), inputs=info, outputs=info)
 
 
 def test_slices_and_divisions_follow_the_reference() -> None:

@@ -261,6 +261,7 @@ def _lowered(modules: Mapping[str, Graph], engine: Engine, folder: Path) -> dict
             file=written.file,
             extra_files=written.extra_files,
             engine=engine,
+            arithmetic=("fp32",),
             inputs=modules[name].input_infos(),
             outputs=modules[name].output_infos(),
         )

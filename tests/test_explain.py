@@ -15,10 +15,10 @@ import pytest
 
 from export import cli
 from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, OutsideOp, read_bundle
+from runtime.check.verdict import Verdict
 from runtime.engines.coreml import Operator
 from runtime.errors import BundleError, EngineError
 from runtime.explain import NO_REWRITE, RULES_FILE, Rules, explain, in_short, lint, rewrite_for, rules
-from runtime.harness import Verdict
 from runtime.report import write_reports
 from tests.sample_bundle import VISION, Sample, edit_manifest, fill, make_bundle, noise_photo, rehash
 

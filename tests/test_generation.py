@@ -43,7 +43,12 @@ class InTorch:
 
     def __init__(self, name: str, module: Graph) -> None:
         self.graph = GraphInfo(
-            name=name, file="x", engine="executorch", inputs=module.input_infos(), outputs=module.output_infos()
+            name=name,
+            file="x",
+            engine="executorch",
+            arithmetic=("fp32",),
+            inputs=module.input_infos(),
+            outputs=module.output_infos(),
         )
         self.module = module
         self.runs = 0

@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import save
 
 from runtime.bundle import REPORT_FILES, BundleWriter, read_bundle
+from runtime.check.verdict import Step, Verdict
 from runtime.errors import BundleError, OutputError
-from runtime.harness import LatencyFile, ParityFile, Step, Verdict, check_bundle, verify
+from runtime.harness import check_bundle, verify
+from runtime.report import LatencyFile, ParityFile
 from tests.sample_bundle import (
     VISION,
     Engine,
@@ -198,7 +200,7 @@ def test_manifest_that_promises_other_partitions(program: Path, tmp_path: Path) 
 
 def test_program_no_delegate_took_anything_of(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from runtime.engines.executorch import LoadedProgram
-    from runtime.engines.loaded import Placement
+    from runtime.placement import Placement
 
     placement = Placement(outside={"aten::bmm.out": 9}, source="x")
     monkeypatch.setattr(LoadedProgram, "placement", lambda self: placement)

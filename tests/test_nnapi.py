@@ -16,11 +16,12 @@ from export.backends.nnapi import CONFIG_FILE, LEFT, lower
 from export.graphs.graph import Graph
 from export.request import Request, plan
 from runtime.bundle import BundleWriter, DelegateCoverage, GraphInfo, TensorInfo, read_bundle
+from runtime.check.verdict import Step, Verdict
 from runtime.engines import ENGINES
 from runtime.engines.onnxruntime import NNAPI
 from runtime.errors import RequestError
 from runtime.explain import NO_REWRITE, rewrite_for
-from runtime.harness import Step, Verdict, check_bundle
+from runtime.harness import check_bundle
 from tests.conftest import CommandLine
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
 
@@ -83,6 +84,7 @@ def test_ort_files_run_and_what_the_list_leaves_is_named(tmp_path: Path) -> None
         name="part",
         file="part.ort",
         engine="onnxruntime",
+        arithmetic=("fp32",),
         inputs=graph.input_infos(),
         outputs=graph.output_infos(),
         coverage=(part,),

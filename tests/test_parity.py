@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.bundle import GraphInfo, Manifest, PruneInfo, TargetInfo
-from runtime.errors import BundleError
-from runtime.parity import (
+from runtime.bundle import GraphInfo, Manifest, PruneInfo
+from runtime.check.parity import (
     BOUNDS,
     Divergence,
     GraphParity,
@@ -24,6 +23,7 @@ from runtime.parity import (
     graph_parity,
     text_parity,
 )
+from runtime.errors import BundleError
 from tests.sample_bundle import PREFIX, VISION, Arrays, Sample, fill, make_golden, noise_photo
 
 FP32, FP16, INT8 = BOUNDS["fp32"], BOUNDS["fp16"], BOUNDS["8da8w"]
@@ -162,61 +162,32 @@ def test_every_bound_gives_its_reason_and_judges_something() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "vision", "text", "graph", "cut", "expected"),
+    ("arithmetic", "bits", "expected"),
     [
-        ("fp32", None, None, "vision_encoder", 2, "fp32"),
-        ("fp16", None, None, "text_decoder", 2, "fp16"),
-        ("fp32", "8da8w", None, "vision_encoder", 2, "8da8w"),
-        ("fp16", "8da8w", None, "text_prefill", 2, "fp16"),
-        ("fp16", None, "8da4w-g32", "image_prefill", 2, "8da4w"),
-        ("fp32", None, "int4-g128", "text_decoder", 2, "int4"),
-        ("fp32", None, "int8", "vision_encoder", 0, "fp32"),
-        ("fp16", None, "8da4w", "token_embedding", 2, "fp16"),
-        ("fp16", None, "8da4w", "embed_tokens", 0, "fp16"),
-        # The decoder layers before the cut are in the vision graph, quantised as the text graphs.
-        ("fp16", None, "8da4w", "vision_encoder", 2, "8da4w"),
-        ("fp32", "8da8w", "8da4w-g64", "vision_encoder", 2, "8da4w"),
-        ("fp32", "8da8w", "8da4w", "vision_encoder", 0, "8da8w"),
-        ("fp16", None, "8da4w", "vision_encoder", 0, "fp16"),
+        (("fp32",), 32, "fp32"),
+        (("fp16",), 32, "fp16"),
+        (("8da4w-g32",), 32, "8da4w"),
+        (("int4-g128",), 32, "int4"),
+        (("fp16", "8da4w"), 32, "8da4w"),
+        (("8da4w", "8da8w"), 32, "8da4w"),
+        (("fp16",), 16, "fp16-sums16"),
+        # Nothing is computed in float16 there, whatever the processor could.
+        (("fp32",), 16, "fp32"),
+        (("8da8w",), 16, "8da8w"),
     ],
 )
 def test_the_coarsest_arithmetic_decides(
-    manifest: Manifest,
-    precision: Literal["fp32", "fp16"],
-    vision: str | None,
-    text: str | None,
-    graph: str,
-    cut: int,
-    expected: str,
+    manifest: Manifest, arithmetic: tuple[str, ...], bits: int, expected: str
 ) -> None:
-    target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision, quant_text=text)
-    prune = msgspec.structs.replace(manifest.prune, cut=cut)
-    assert bound_for(msgspec.structs.replace(manifest, target=target, prune=prune), graph).precision == expected
-
-
-@pytest.mark.parametrize(
-    ("precision", "vision", "bits", "expected"),
-    [
-        ("fp16", None, 32, "fp16"),
-        ("fp16", None, 16, "fp16-sums16"),
-        # Nothing is computed in float16 there, whatever the processor could.
-        ("fp32", None, 16, "fp32"),
-        ("fp32", "8da8w", 16, "8da8w"),
-    ],
-)
-def test_the_accumulator_decides_for_fp16_alone(
-    manifest: Manifest, precision: Literal["fp32", "fp16"], vision: str | None, bits: int, expected: str
-) -> None:
-    target = TargetInfo(name="android", backend="x", precision=precision, quant_vision=vision)
-    found = bound_for(msgspec.structs.replace(manifest, target=target), "vision_encoder", accumulator_bits=bits)
+    graph = msgspec.structs.replace(manifest.graphs[0], arithmetic=arithmetic)
+    found = bound_for(graph, accumulator_bits=bits)
     assert found.precision == expected
-    assert found.accumulator_bits == (bits if precision == "fp16" else None)
+    assert found.accumulator_bits == (bits if arithmetic == ("fp16",) else None)
 
 
-def test_a_scheme_without_a_bound_is_refused(manifest: Manifest) -> None:
-    target = TargetInfo(name="android", backend="x", precision="fp32", quant_vision="2da2w")
+def test_an_arithmetic_without_a_bound_is_refused(manifest: Manifest) -> None:
     with pytest.raises(BundleError, match="no parity bound is stated for '2da2w'"):
-        bound_for(msgspec.structs.replace(manifest, target=target), "vision_encoder")
+        bound_for(msgspec.structs.replace(manifest.graphs[0], arithmetic=("fp32", "2da2w")))
 
 
 # Kept tokens
@@ -290,9 +261,9 @@ def _outputs(golden: Arrays) -> Arrays:
 
 
 def _with(manifest: Manifest, *, precision: Literal["fp32", "fp16"]) -> Manifest:
-    target = msgspec.structs.replace(manifest.target, precision=precision)
     # 16 tokens of which 4 are kept: one changed choice would break any bound on the overlap.
-    return msgspec.structs.replace(manifest, target=target)
+    graphs = tuple(msgspec.structs.replace(graph, arithmetic=(precision,)) for graph in manifest.graphs)
+    return msgspec.structs.replace(manifest, graphs=graphs)
 
 
 def _judge(manifest: Manifest, golden: Arrays, got: Arrays) -> GraphParity:

@@ -33,8 +33,8 @@ from export.progress import Progress
 from export.request import Request, plan
 from export.targets import TARGETS
 from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
+from runtime.check.verdict import Step, Verdict
 from runtime.errors import ExportError, OutputError
-from runtime.harness import Step, Verdict
 from tests.test_converters import TwirlingGraph
 
 WORDS = ["--model", "pocket", "--keep", "64", "--target", "android"]

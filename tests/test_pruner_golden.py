@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from pruning import PruneSpec, TokenPruner, reference
 from pruning.vlm_pruner.settings import Settings
-from runtime.recovery import Recovery
+from runtime.check.recovery import Recovery
 from tests.pruner_graph import Engine, PrunerGraph, lowered
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("one_thread")]

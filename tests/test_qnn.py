@@ -33,9 +33,10 @@ from pruning import ComparingPruner, PruneSpec, SpecError, reference
 from pruning.vlm_pruner.comparing import _Pair
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
+from runtime.check.verdict import Step, Verdict
 from runtime.engines import LoadedGraph, qnn
 from runtime.errors import EngineError, ExportError, ImageError, RequestError
-from runtime.harness import Step, Verdict, check_bundle, verify
+from runtime.harness import check_bundle, verify
 from runtime.image import preprocess
 from runtime.session import open_session
 from tests.conftest import CommandLine

@@ -23,12 +23,12 @@ from export.ranges import LARGEST, Island, make_islands, measure
 from pruning import PruneSpec, SpecError
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import FLOAT16_LARGEST, Manifest, RangesInfo, read_bundle
+from runtime.check.parity import BOUNDS, SUMS_IN_16_BITS
 from runtime.engines.coreml import MAIN, read_package
 from runtime.engines.executorch import accumulator_bits
 from runtime.errors import ExportError
 from runtime.generation import TEXT_DECODER
 from runtime.image import preprocess
-from runtime.parity import BOUNDS, SUMS_IN_16_BITS
 from tests.pruner_graph import Engine, opened
 from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny

@@ -27,7 +27,7 @@ from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
 from runtime.prompt import QUESTION, Tokenizer
-from tests.tiny_llava import CONFIG, TINY, write_tiny
+from tests.tiny_llava import CONFIG, TINY, in_fp32, write_tiny
 
 TOKENS = 16  # of an answer
 TEXT_TOKENS = 96  # room behind the image
@@ -152,7 +152,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tokenizer_file = _write_checkpoint(case.entry, folder)
     checkpoint = FolderCheckpoint(folder, case.entry)
     vision = build_vision_encoder(checkpoint, case.entry, case.spec, cut=0, framed=False)
-    graphs = write_for_runner(checkpoint, case.entry, vision, out_dir, quant_text=case.quant, text_tokens=TEXT_TOKENS)
+    graphs = write_for_runner(
+        checkpoint,
+        case.entry,
+        vision,
+        out_dir,
+        quant_text=case.quant,
+        text_tokens=TEXT_TOKENS,
+        arithmetic=in_fp32,
+    )
     (file,) = {out_dir / graph.file for graph in graphs}
     return Exported(
         case=case,
@@ -410,7 +418,7 @@ def test_vision_graph_with_the_prompt_in_it_is_refused(tmp_path: Path) -> None:
     checkpoint = RandomCheckpoint(TINY, seed=2)
     vision = build_vision_encoder(checkpoint, TINY, None)
     with pytest.raises(ExportError, match="take --cut 0"):
-        write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8)
+        write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8, arithmetic=in_fp32)
     assert not list(tmp_path.iterdir())
 
 
@@ -420,4 +428,4 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     checkpoint = FolderCheckpoint(folder, TINY)
     vision = build_vision_encoder(checkpoint, TINY, None, cut=0, framed=False, prefix_ids=[1])
     with pytest.raises(CheckpointError, match="512 tokens, but the model 64 logits"):
-        write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8)
+        write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8, arithmetic=in_fp32)

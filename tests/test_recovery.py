@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pruning import PruneSpec, Trace, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo, Manifest, TensorInfo
-from runtime.parity import BOUNDS, GraphParity, NearTie, graph_parity
-from runtime.recovery import Moved, Recovery
+from runtime.check.parity import BOUNDS, GraphParity, NearTie, graph_parity
+from runtime.check.recovery import Moved, Recovery
 from tests.sample_bundle import PREFIX, VISION, Arrays, Sample, fill, noise_photo
 
 SPEC = PruneSpec(grid=(6, 6), keep=8, settings=Settings(token_batch=4))
@@ -104,11 +104,11 @@ class Judged:
         infos = tuple(
             TensorInfo(name=name, shape=array.shape, dtype=str(array.dtype)) for name, array in self.expected.items()
         )
-        self.graph: GraphInfo = msgspec.structs.replace(manifest.graphs[0], outputs=infos)
+        self.graph: GraphInfo = msgspec.structs.replace(manifest.graphs[0], outputs=infos, arithmetic=("fp16",))
         self.manifest = msgspec.structs.replace(
             manifest,
-            target=msgspec.structs.replace(manifest.target, precision="fp16"),
             prune=msgspec.structs.replace(manifest.prune, image_tokens=SPEC.tokens, keep=SPEC.keep, grid=SPEC.grid),
+            frame=msgspec.structs.replace(manifest.frame, image=SPEC.tokens),
         )
 
     def got(self, slot: np.ndarray, *, noise: float = 0.0) -> Arrays:

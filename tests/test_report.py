@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from runtime.bundle import Bundle, DelegateCoverage, OutsideOp, read_bundle
+from runtime.check.parity import BOUNDS, GraphParity, compare_kept
+from runtime.check.verdict import Step, Verdict
 from runtime.explain import NO_REWRITE, rewrite_for
-from runtime.harness import Step, Verdict, check_bundle
+from runtime.harness import check_bundle
 from runtime.image import load_photo
-from runtime.parity import BOUNDS, GraphParity, compare_kept
 from runtime.report import terminal_table, write_reports
 from tests.conftest import HEADLESS_CHROMIUM, needs_chromium
 from tests.sample_bundle import VISION, Sample, make_bundle
@@ -322,7 +323,7 @@ def test_terminal_of_the_twin(tmp_path: Path) -> None:
 def test_json_files_are_json(checked: tuple[Bundle, Verdict, Path]) -> None:
     for name in ("parity.json", "latency.json"):
         content = json.loads((checked[2] / name).read_text(), parse_constant=lambda word: pytest.fail(word))
-        assert content["schema_version"] == 1
+        assert content["schema_version"] == 2
     for graph in json.loads((checked[2] / "parity.json").read_text())["graphs"]:
         assert graph["bound"]["precision"] in BOUNDS
 

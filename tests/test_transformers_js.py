@@ -35,7 +35,7 @@ from pruning import PruneSpec
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
 from tests.conftest import HEADLESS_CHROMIUM, needs_chromium, needs_node
-from tests.tiny_llava import TINY, write_tiny
+from tests.tiny_llava import TINY, in_fp32, write_tiny
 
 KEEP = 64
 TOKENS = 15
@@ -112,20 +112,20 @@ def _vision(checkpoint: Checkpoint, *, cut: int = 0, precision: str = "fp32") ->
 def test_pruning_in_the_decoder_gives_no_image_features(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("pocket", weights="random")
     with pytest.raises(ExportError, match="a vision graph of cut 2 with the prompt in it does not give; take --cut 0"):
-        write_transformers_js(checkpoint, POCKET, _vision(checkpoint, cut=2), tmp_path)
+        write_transformers_js(checkpoint, POCKET, _vision(checkpoint, cut=2), tmp_path, arithmetic=in_fp32)
 
 
 def test_only_4_bit_weights_have_a_name(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("pocket", weights="random")
     with pytest.raises(ExportError, match=r"quant_text='int8': transformers\.js has no name for such weights"):
-        write_transformers_js(checkpoint, POCKET, _vision(checkpoint), tmp_path, quant_text="int8")
+        write_transformers_js(checkpoint, POCKET, _vision(checkpoint), tmp_path, quant_text="int8", arithmetic=in_fp32)
     assert not list(tmp_path.iterdir())
 
 
 def test_random_weights_have_no_tokenizer(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("pocket", weights="random")
     with pytest.raises(ExportError, match="random weights have no tokenizer"):
-        write_transformers_js(checkpoint, POCKET, _vision(checkpoint), tmp_path)
+        write_transformers_js(checkpoint, POCKET, _vision(checkpoint), tmp_path, arithmetic=in_fp32)
     assert not list(tmp_path.iterdir())
 
 
@@ -139,7 +139,7 @@ def test_checkpoint_without_tokenizer(tmp_path: Path, missing: Sequence[str]) ->
     checkpoint = FolderCheckpoint(folder, POCKET)
     vision = _vision(open_checkpoint("pocket", weights="random"))
     with pytest.raises(CheckpointError, match=f"has no {' and no '.join(names)}, which transformers.js needs"):
-        write_transformers_js(checkpoint, POCKET, vision, tmp_path / "out")
+        write_transformers_js(checkpoint, POCKET, vision, tmp_path / "out", arithmetic=in_fp32)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -164,7 +164,7 @@ def exported(
     vision = _vision(checkpoint, precision="fp32" if quant else request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers_js, "_INLINE_LIMIT_BYTES", 10 * 2**20)
-        return folder, write_transformers_js(checkpoint, POCKET, vision, folder, quant_text=quant)
+        return folder, write_transformers_js(checkpoint, POCKET, vision, folder, quant_text=quant, arithmetic=in_fp32)
 
 
 @pytest.fixture(scope="module")

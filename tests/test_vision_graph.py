@@ -21,9 +21,9 @@ from export.models.llava import LlavaGeometry, ModelEntry
 from export.models.pocket import POCKET, pocket_folder
 from pruning import Features, PruneSpec
 from pruning.vlm_pruner.settings import Settings
+from runtime.check.parity import BOUNDS, SUMS_IN_16_BITS, compare
 from runtime.engines.executorch import accumulator_bits
 from runtime.errors import CheckpointError, ExportError
-from runtime.parity import BOUNDS, SUMS_IN_16_BITS, compare
 from tests.tiny_llava import CONFIG, TINY
 
 TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_batch=3))

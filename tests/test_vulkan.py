@@ -20,10 +20,11 @@ from export.cli import main
 from export.graphs.graph import Graph
 from export.request import Request, plan
 from runtime.bundle import MANIFEST, BundleWriter, TensorInfo, read_bundle
+from runtime.check.verdict import Step, Verdict
 from runtime.engines.program import read_program
 from runtime.errors import EngineMissingError, NotYetError, RequestError
 from runtime.explain import NO_REWRITE, rewrite_for
-from runtime.harness import Step, Verdict, check_bundle, verify
+from runtime.harness import check_bundle, verify
 from runtime.session import open_session
 from tests.conftest import CommandLine
 from tests.sample_bundle import VISION, Sample, fill, noise_photo

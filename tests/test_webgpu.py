@@ -23,9 +23,10 @@ from export.request import Request, plan
 from pruning import PruneSpec, TokenPruner, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
+from runtime.check.verdict import Step, Verdict
 from runtime.engines import LoadedGraph, webgpu
 from runtime.errors import ExportError, RequestError
-from runtime.harness import Step, Verdict, check_bundle, verify
+from runtime.harness import check_bundle, verify
 from tests.conftest import CHROMIUM, CommandLine, needs_chromium
 from tests.pruner_graph import PrunerGraph, opened
 from tests.sample_bundle import VISION, Sample, fill, noise_photo

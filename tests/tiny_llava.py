@@ -99,3 +99,8 @@ def write_tiny(
         weight_map |= dict.fromkeys(part, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def in_fp32(graph: str) -> tuple[str, ...]:
+    """What a manifest says of a graph that computes in float32 and is not quantised."""
+    return ("fp32",)

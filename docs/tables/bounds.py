@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from docs.tables.markdown import table as markdown_table
-from runtime.parity import BOUNDS
+from runtime.check.parity import BOUNDS
 
 NOT_JUDGED = "reported only"
 

@@ -26,7 +26,10 @@ class Layout:
 
 
 class WriteLayout(Protocol):
-    """Writes the graphs of cut 0 as somebody else's runtime expects them, with what else it needs."""
+    """Writes the graphs of cut 0 as somebody else's runtime expects them, with what else it needs.
+
+    `arithmetic` says for each graph by its name what the manifest is to say of it.
+    """
 
     def __call__(
         self,
@@ -37,4 +40,5 @@ class WriteLayout(Protocol):
         *,
         quant_text: str | None,
         text_tokens: int,
+        arithmetic: Callable[[str], tuple[str, ...]],
     ) -> tuple[GraphInfo, ...]: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def write_for_runner(
     *,
     quant_text: str | None,
     text_tokens: int,
+    arithmetic: Callable[[str], tuple[str, ...]],
 ) -> tuple[GraphInfo, ...]:
     """Writes one program with the methods `vision_encoder`, `token_embedding` and `text_decoder`, everything that
     XNNPACK takes lowered to it, and the constants that the runner asks for.
@@ -83,6 +85,7 @@ def write_for_runner(
             name=name,
             file=FILE,
             engine="executorch",
+            arithmetic=arithmetic(name),
             inputs=graph.input_infos(),
             outputs=graph.output_infos(),
             coverage=(coverage[name],),

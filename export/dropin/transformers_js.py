@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def write_transformers_js(
     *,
     quant_text: str | None = None,
     text_tokens: int | None = None,
+    arithmetic: Callable[[str], tuple[str, ...]],
 ) -> tuple[GraphInfo, ...]:
     """Writes graphs, configs and tokenizer into `folder`, which exists; returns the graphs, files relative to it.
 
@@ -107,10 +108,12 @@ def write_transformers_js(
         (folder / name).write_text(text + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_text(tokenizer.content, encoding="utf-8")
     longest = checkpoint.geometry.text.max_positions
-    return tuple(_info(name, file, folder, longest=longest) for name, file in files.items())
+    return tuple(
+        _info(name, file, folder, arithmetic=arithmetic(name), longest=longest) for name, file in files.items()
+    )
 
 
-def _info(name: str, file: Path, folder: Path, *, longest: int) -> GraphInfo:
+def _info(name: str, file: Path, folder: Path, *, arithmetic: tuple[str, ...], longest: int) -> GraphInfo:
     """What the written graph says of itself; an open dimension is at most as long as the positions that are known."""
     import onnxruntime
 
@@ -136,6 +139,7 @@ def _info(name: str, file: Path, folder: Path, *, longest: int) -> GraphInfo:
         file=file.relative_to(folder).as_posix(),
         extra_files=(data.relative_to(folder).as_posix(),) if data.exists() else (),
         engine="onnxruntime",
+        arithmetic=arithmetic,
         inputs=infos(session.get_inputs()),
         outputs=infos(session.get_outputs()),
         coverage=(coverage_of(file),),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime.bundle import GraphInfo
 from runtime.engines import coreml, executorch, onnxruntime
-from runtime.engines.loaded import LoadedGraph, Placement
+from runtime.engines.loaded import LoadedGraph
 
 # (the graph, its file, the files beside it, threads) -> the graph inside the engine; raises EngineError.
 LoadGraph = Callable[[GraphInfo, Path, tuple[Path, ...], int], LoadedGraph]
@@ -18,4 +18,4 @@ ENGINES: dict[str, LoadGraph] = {
     "onnxruntime": onnxruntime.load,
 }
 
-__all__ = ["ENGINES", "LoadGraph", "LoadedGraph", "Placement"]
+__all__ = ["ENGINES", "LoadGraph", "LoadedGraph"]

@@ -21,9 +21,10 @@ import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
 from runtime.engines.coreml import CARRIED_AS, Function, LoadedPackage, Operator, read_package
-from runtime.engines.loaded import Placement, check_by_place
+from runtime.engines.loaded import check_by_place
 from runtime.engines.program import Method
 from runtime.errors import EngineError, EngineMissingError
+from runtime.placement import Placement
 
 NAME = "CoreMLBackend"
 _MODEL = "lowered_module"

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
-from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
+from runtime.placement import Placement
 
 WRITE_STATE = "write_state"
 DEQUANTIZE = "constexpr_affine_dequantize"

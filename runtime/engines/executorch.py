@@ -18,9 +18,10 @@ import numpy as np
 
 from runtime.bundle import GraphInfo
 from runtime.engines import core_ml_delegate
-from runtime.engines.loaded import LoadedGraph, Placement, check_by_place
+from runtime.engines.loaded import LoadedGraph, check_by_place
 from runtime.engines.program import Method, read_program
 from runtime.errors import EngineError, EngineMissingError
+from runtime.placement import Placement
 
 # ExecuTorch's ScalarType numbers of the dtypes a manifest may name.
 _DTYPE_BY_SCALAR_TYPE = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 11: "bool"}

@@ -10,8 +10,8 @@ import numpy as np
 
 from runtime.bundle import GraphInfo, TensorInfo
 from runtime.engines import qnn, webgpu
-from runtime.engines.loaded import Placement
 from runtime.errors import EngineError, EngineMissingError
+from runtime.placement import Placement
 
 CPU = "CPUExecutionProvider"
 NNAPI = "NnapiExecutionProvider"

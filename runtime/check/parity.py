@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import GraphInfo, Manifest
+from runtime.check.recovery import Moved, Recovery
 from runtime.errors import BundleError
-from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
-from runtime.ready_made import EMBED_TOKENS
-from runtime.recovery import Moved, Recovery
+from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING
+from runtime.golden import KEPT_ALTERNATIVES, KEPT_INDICES, KEPT_MARGIN, KEPT_ORDER, graph_output, input_key
 
 # Below this norm a tensor counts as zero, so that relative errors stay finite numbers that JSON can hold.
 _TINY = 1e-12
@@ -150,30 +150,20 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
-def bound_for(manifest: Manifest, graph: str, *, accumulator_bits: int = 32) -> Bound:
-    """The bound of the coarsest arithmetic in a graph; BundleError for a scheme that has none.
+def bound_for(graph: GraphInfo, *, accumulator_bits: int = 32) -> Bound:
+    """The bound of the coarsest arithmetic in a graph; BundleError for one that has none.
 
     `accumulator_bits` is what the engine at hand was measured to add float16 products up in; only fp16 depends on it.
     """
-    target = manifest.target
-    schemes = [target.quant_text]
-    if graph in (TOKEN_EMBEDDING, EMBED_TOKENS):
-        schemes = []
-    elif graph == VISION_ENCODER:
-        schemes = [target.quant_vision]
-        if manifest.prune.cut and target.backend != "coreml":
-            # Decoder layers before the cut are in this graph, quantised as the text graphs that share them; Core ML's
-            # packages share nothing.
-            schemes.append(target.quant_text)
     known = list(BOUNDS)  # from fine to coarse
     # 8da4w-g32 is 8da4w in smaller groups.
-    precisions = [(scheme or target.precision).partition("-")[0] for scheme in schemes or [None]]
+    names = [name.partition("-")[0] for name in graph.arithmetic]
     if accumulator_bits == 16:
-        precisions = [SUMS_IN_16_BITS if precision == "fp16" else precision for precision in precisions]
-    for precision in precisions:
-        if precision not in BOUNDS:
-            raise BundleError(f"no parity bound is stated for {precision!r}; there are bounds for {', '.join(BOUNDS)}")
-    return BOUNDS[max(precisions, key=known.index)]
+        names = [SUMS_IN_16_BITS if name == "fp16" else name for name in names]
+    for name in names:
+        if name not in BOUNDS:
+            raise BundleError(f"no parity bound is stated for {name!r}; there are bounds for {', '.join(BOUNDS)}")
+    return BOUNDS[max(names, key=known.index)]
 
 
 class NearTie(_Record, frozen=True):
@@ -416,25 +406,25 @@ def graph_parity(
     engine's own choice of tokens and, where near ties fell the other way, for its own decisions; see `_compare_rows`.
     Raises BundleError when the golden lacks an output, or contradicts itself.
     """
-    bound = bound_for(manifest, graph.name, accumulator_bits=accumulator_bits)
-    expected = {info.name: _golden_output(golden, graph, info.name, info.shape) for info in graph.outputs}
+    bound = bound_for(graph, accumulator_bits=accumulator_bits)
+    expected = {info.name: graph_output(graph, info, golden) for info in graph.outputs}
     ids_name = next((name for name in ("positions", "kept_indices") if name in got), None)
-    prefix = len(manifest.prompt.prefix_ids) if ids_name == "positions" else 0
-    read = golden.get(f"{TOKEN_EMBEDDING}.in.ids") if graph.name == TEXT_PREFILL else None
+    prefix = manifest.frame.before if ids_name == "positions" else 0
+    read = golden.get(input_key(TOKEN_EMBEDDING, "ids")) if graph.name == TEXT_PREFILL else None
     kept = None
     kept_indices: np.ndarray | None = None
     if ids_name is not None:
         kept_indices = _ids(got[ids_name])[prefix:] - prefix
         wanted = _ids(expected[ids_name])[prefix:] - prefix
-        if "kept_indices" in golden and not np.array_equal(wanted, golden["kept_indices"].reshape(-1)):
+        if KEPT_INDICES in golden and not np.array_equal(wanted, golden[KEPT_INDICES].reshape(-1)):
             raise BundleError(f"the golden contradicts itself: {ids_name} is not kept_indices; export again")
         kept = compare_kept(
             wanted,
             kept_indices,
             least_overlap=bound.least_overlap,
-            order=golden.get("kept_order"),
-            margin=golden.get("kept_margin"),
-            alternatives=golden.get("kept_alternatives"),
+            order=golden.get(KEPT_ORDER),
+            margin=golden.get(KEPT_MARGIN),
+            alternatives=golden.get(KEPT_ALTERNATIVES),
         )
     tensors = []
     for info in graph.outputs:
@@ -466,15 +456,6 @@ def _ids(array: np.ndarray) -> np.ndarray:
         return flat.astype(np.int64)
     whole: np.ndarray = np.rint(np.where(np.isfinite(flat), flat, -1))
     return whole.astype(np.int64)
-
-
-def _golden_output(golden: dict[str, np.ndarray], graph: GraphInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    key = f"{graph.name}.out.{name}"
-    if key not in golden:
-        raise BundleError(f"the golden lacks {key}, an output of the graph; export again")
-    if golden[key].shape != shape:
-        raise BundleError(f"the golden's {key} is {list(golden[key].shape)}, the manifest says {list(shape)}")
-    return golden[key]
 
 
 def _compare_ids(name: str, want: np.ndarray, have: np.ndarray, *, prefix: int, kept: KeptParity) -> TensorParity:

@@ -1,0 +1,1 @@
+"""Devices that run bundles and tell what came of it; one file each."""

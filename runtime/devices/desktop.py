@@ -1,0 +1,239 @@
+"""This machine as a device: each graph is opened once in its engine, run on the golden's inputs, and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import islice
+
+import numpy as np
+
+from runtime.bundle import OWN_LAYOUT, Bundle, GraphInfo
+from runtime.devices.findings import (
+    AnswerFinding,
+    Findings,
+    GraphFinding,
+    GraphLatency,
+    Job,
+    TimedAnswers,
+    Timing,
+    Trouble,
+    Twin,
+)
+from runtime.errors import EngineError, EngineMissingError, ImageError
+from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, Answers, open_graphs, start_answers
+from runtime.golden import ANSWER, ANSWER_MARGIN, PHOTO, PIXELS, QUESTION, graph_inputs, input_key
+from runtime.image import preprocess
+from runtime.latency import AnswerTimer, device_name, measure, measure_answers, measure_pair
+from runtime.placement import Placement
+from runtime.ready_made import greedy_tokens
+from runtime.session import Session, open_session
+
+_TIMED_TOKENS = 16
+
+
+class Desktop:
+    """This machine; `progress` is told what is being done."""
+
+    def __init__(self, progress: Callable[[str], None] | None = None) -> None:
+        self._say = progress or (lambda message: None)
+
+    @property
+    def name(self) -> str:
+        """The processor's name."""
+        return device_name()
+
+    def run(self, bundle: Bundle, job: Job) -> Findings:
+        """Runs a job here; see `runtime.devices.device.Device`."""
+        self._say("hashing the files")
+        bundle.check_files()
+        return _Run(bundle, job, self._say).findings(self.name)
+
+
+class _Run:
+    """One walk over a bundle."""
+
+    def __init__(self, bundle: Bundle, job: Job, say: Callable[[str], None]) -> None:
+        self._bundle, self._job, self._say = bundle, job, say
+        self._golden = bundle.golden()
+        # None from the first graph on whose times would say nothing.
+        self._timing: Timing | None = job.timing
+        self._twin_timed = False
+        self._executed = True
+
+    def findings(self, device: str) -> Findings:
+        pixels, refused = self._pixels()
+        graphs = tuple(self._graph(graph) for graph in self._bundle.manifest.graphs)
+        manifest = self._bundle.manifest
+        asks = manifest.text is not None or manifest.layout != OWN_LAYOUT
+        return Findings(
+            device=device,
+            pixel_values=pixels,
+            photo_refused=refused,
+            graphs=graphs,
+            answer=self._answer() if asks else None,
+            twin=_twin(self._job.timing.twin) if self._twin_timed and self._job.timing else None,
+        )
+
+    def _pixels(self) -> tuple[np.ndarray | None, str]:
+        if PHOTO not in self._golden:
+            return None, ""
+        try:
+            return preprocess(self._golden[PHOTO], self._bundle.manifest.image), ""
+        except ImageError as err:
+            return None, str(err)
+
+    def _graph(self, graph: GraphInfo) -> GraphFinding:
+        # A graph that takes any number of tokens has no golden of its own: the answer will tell.
+        is_open = any(info.dynamic for info in graph.inputs)
+        found = GraphFinding(graph=graph.name)
+        try:
+            inputs = {} if is_open else graph_inputs(graph, self._golden)
+        except KeyError:
+            return found
+        self._say(f"checking {graph.name} in {graph.engine}")
+        outputs: dict[str, np.ndarray] | None = None
+        states: dict[str, np.ndarray] = {}
+        placement: Placement | None = None
+        latency: GraphLatency | None = None
+        engine = ""
+        trouble: Trouble | None = None
+        twin_trouble: Trouble | None = None
+        try:
+            with open_session(self._bundle, graph.name, threads=self._job.threads) as session:
+                engine = session.engine
+                if not is_open:
+                    outputs = session.run(inputs)
+                    states = {info.name: inputs[info.name].copy() for info in graph.states}
+                placement = session.placement()
+                self._executed = self._executed and placement.executed
+                if placement.emulated or placement.stand_in or not placement.executed:
+                    self._timing = None
+                if self._timing is not None and not is_open:
+                    latency, twin_trouble = self._timed(session, inputs, self._timing)
+        except EngineMissingError as err:
+            trouble, placement = Trouble(message=str(err), missing=True), err.placement
+        except EngineError as err:
+            trouble = Trouble(message=str(err))
+        return GraphFinding(
+            graph=graph.name,
+            engine=engine,
+            outputs=outputs,
+            states=states,
+            placement=placement,
+            latency=latency,
+            trouble=trouble,
+            twin_trouble=twin_trouble,
+        )
+
+    def _timed(
+        self, session: Session, inputs: dict[str, np.ndarray], timing: Timing
+    ) -> tuple[GraphLatency, Trouble | None]:
+        """The graph's times, and why its twin was not timed."""
+        graph, twin = session.graph.name, timing.twin
+        self._say(f"timing {graph}: {timing.runs} runs" + (" in turns with its twin" if twin else ""))
+
+        def alone() -> GraphLatency:
+            return GraphLatency(graph=graph, bundle=measure(session, inputs, warmup=timing.warmup, runs=timing.runs))
+
+        if twin is None:
+            return alone(), None
+        if reason := _why_no_twin(self._bundle, twin, graph):
+            return alone(), Trouble(message=reason, missing=True)
+        # Each on its own inputs: behind the cut the twin's are longer.
+        try:
+            with open_session(twin, graph, threads=session.threads) as other:
+                theirs = graph_inputs(other.graph, twin.golden())
+                pair = measure_pair(session, inputs, other, theirs, warmup=timing.warmup, runs=timing.runs)
+        except EngineError as err:
+            return alone(), Trouble(message=str(err))
+        self._twin_timed = True
+        return GraphLatency(graph=graph, bundle=pair.bundle, twin=pair.twin, ratio=pair.ratio), None
+
+    def _answer(self) -> AnswerFinding:
+        """The sample question end to end, as a phone asks it; and how long that takes."""
+        golden = self._golden
+        pixels = golden.get(input_key(VISION_ENCODER, PIXELS))
+        if pixels is None:
+            return AnswerFinding()
+        self._say("answering the sample question")
+        ids, cache_bytes, times = None, None, None
+        trouble = None
+        try:
+            with ExitStack() as stack:
+                graphs = stack.enter_context(open_graphs(self._bundle, threads=self._job.threads))
+                answers = None if self._bundle.manifest.text is None else start_answers(self._bundle, graphs)
+                cache_bytes = None if answers is None else answers.cache_bytes
+                if all(key in golden for key in (QUESTION, ANSWER, ANSWER_MARGIN)):
+                    ids = self._ids(graphs, answers, pixels, golden[QUESTION].tolist(), len(golden[ANSWER]))
+                if answers is not None and self._timing is not None and self._executed:
+                    question = golden.get(QUESTION, golden[input_key(TOKEN_EMBEDDING, "ids")][0, :16]).tolist()
+                    times = self._time_answers(stack, graphs, answers, pixels, question, self._timing)
+        except EngineMissingError as err:
+            trouble = Trouble(message=str(err), missing=True)
+        except EngineError as err:
+            trouble = Trouble(message=str(err))
+        return AnswerFinding(ids=ids, cache_bytes=cache_bytes, times=times, trouble=trouble)
+
+    def _ids(
+        self, graphs: dict[str, Session], answers: Answers | None, pixels: np.ndarray, question: list[int], count: int
+    ) -> np.ndarray:
+        if answers is None:
+            return np.asarray([*islice(greedy_tokens(self._bundle, graphs, pixels, question), count)])
+        tokens = answers.answer(answers.see(pixels), question, max_new_tokens=count, past_end=True)
+        return np.asarray([token.id for token in tokens])
+
+    def _time_answers(
+        self,
+        stack: ExitStack,
+        graphs: dict[str, Session],
+        answers: Answers,
+        pixels: np.ndarray,
+        question: list[int],
+        timing: Timing,
+    ) -> TimedAnswers:
+        twin = timing.twin
+        if twin is not None and _why_no_twin(self._bundle, twin, TEXT_DECODER):
+            twin = None
+        self._say("timing answers" + (" in turns with the twin" if twin else ""))
+        timers = [AnswerTimer(answers, pixels, question, new_tokens=_TIMED_TOKENS)]
+        if twin is not None:
+            other = stack.enter_context(open_graphs(twin, threads=self._job.threads))
+            timers.append(AnswerTimer(start_answers(twin, other), pixels, question, new_tokens=_TIMED_TOKENS))
+        measure_answers(timers, runs=min(timing.runs, 5))
+        shown = next(iter(graphs.values()))
+        ours, *theirs = [timer.latency(threads=shown.threads, engine=shown.engine) for timer in timers]
+        return TimedAnswers(
+            bundle=ours, twin=theirs[0] if theirs else None, ratio=timers[0].ratio(timers[1]) if theirs else None
+        )
+
+
+def _twin(twin: Bundle | None) -> Twin | None:
+    if twin is None:
+        return None
+    handed_on = next((graph for graph in twin.manifest.graphs if graph.name == VISION_ENCODER), None)
+    return Twin(
+        name=twin.manifest.name,
+        image_tokens=twin.manifest.prune.keep,
+        size_bytes=twin.size_bytes,
+        handed_on_bytes=sum(info.size_bytes for info in handed_on.outputs) if handed_on else 0,
+    )
+
+
+def _why_no_twin(bundle: Bundle, twin: Bundle, graph: str) -> str:
+    """Why a bundle cannot serve as the twin, or nothing."""
+    ours, theirs = bundle.manifest, twin.manifest
+    if theirs.prune.pruned:
+        return f"{theirs.name} is pruned itself"
+    for what, a, b in (
+        ("model", ours.model, theirs.model),
+        ("weights", ours.weights, theirs.weights),
+        ("target", ours.target, theirs.target),
+        ("cut", ours.prune.cut, theirs.prune.cut),
+        ("layout", ours.layout, theirs.layout),
+    ):
+        if a != b:
+            return f"{theirs.name} differs in its {what}"
+    if graph not in {info.name for info in theirs.graphs}:
+        return f"{theirs.name} has no graph {graph}"
+    return ""
