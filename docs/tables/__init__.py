@@ -32,7 +32,9 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "interface of a method": partial(
         interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", missing=interfaces.NO_METHOD
     ),
-    "interface of a backend": partial(interfaces.reference, "export", "Backend", "Lower", "LoweredGraph"),
+    "interface of a backend": partial(
+        interfaces.reference, "export", "Backend", "Recipe", "Variants", "Lower", "LoweredGraph"
+    ),
     **measured.PARTS,
 }
 
