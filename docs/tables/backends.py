@@ -9,7 +9,7 @@ from docs.tables.markdown import table as markdown_table
 from export.backends.backend import Backend
 from export.targets import LAYOUTS, TARGETS
 
-# The extra that brings the engine for `pruneport verify`, by the module that the backend needs for it.
+# What their makers call them.
 ENGINES = {"executorch": "ExecuTorch", "onnxruntime": "ONNX Runtime", "coreml": "Core ML"}
 
 BACKENDS: dict[str, tuple[str, Backend]] = {
