@@ -29,7 +29,17 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "errors": errors.page,
     "names": api.names,
     "reference": api.reference,
-    "interface of a family": partial(interfaces.reference, "export", "Family", missing=interfaces.NO_FAMILY),
+    "interface of a family": partial(
+        interfaces.reference,
+        "export",
+        "Family",
+        "Geometry",
+        "TensorEntry",
+        "Seen",
+        "Frame",
+        "Desktop",
+        missing=interfaces.NO_FAMILY,
+    ),
     "interface of a method": partial(
         interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", "Recovery", "Cuts"
     ),
