@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ from export.backends.qnn import socs
 from export.cli import build_parser, parse
 from export.models import MODELS
 from export.request import Request, plan
+from pruning import METHODS
 from runtime.bundle import Manifest, read_bundle
 from runtime.errors import PruneportError
 from runtime.image import load_photo
@@ -152,6 +154,23 @@ def test_every_chip_is_listed(pages: dict[str, str]) -> None:
 
 def test_every_model_is_listed(pages: dict[str, str]) -> None:
     assert first_cells(filled(pages["flags.md"]), "Models") == [f"`{name}`" for name in MODELS]
+
+
+def test_every_method_is_listed(pages: dict[str, str]) -> None:
+    assert first_cells(filled(pages["flags.md"]), "Methods") == [f"`{name}`" for name in METHODS]
+
+
+def test_every_tensor_of_the_golden_file_is_told(pages: dict[str, str], root: Path) -> None:
+    listed = set(re.findall(r"`([\w.]+)`", pages["bundle.md"].split("\n## The golden file\n")[1]))
+    of_one_kind = re.compile(r"(?:kept|recovery|answer)[_.]\w+")
+    constants = {
+        node.value
+        for node in ast.walk(ast.parse((root / "export/golden.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    written = {text for text in constants if of_one_kind.fullmatch(text)}
+    assert written == {name for name in listed if of_one_kind.fullmatch(name)}
+    assert "marks" in listed & constants
 
 
 def test_every_scheme_is_explained(pages: dict[str, str]) -> None:

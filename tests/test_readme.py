@@ -35,8 +35,9 @@ def test_links_lead_somewhere(readme: str, root: Path) -> None:
     found = links(readme)
     assert found
     for path, anchor in found:
-        assert (root / path).is_file(), path
-        assert not anchor or anchor in anchors((root / path).read_text(encoding="utf-8")), (path, anchor)
+        target = root / (path or "README.md")
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), (path, anchor)
 
 
 def test_pages_and_how_to_pages_are_linked(readme: str, root: Path) -> None:

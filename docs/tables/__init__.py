@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from docs.tables import api, backends, bounds, errors, flags, interfaces, measured, rules, schema
+from docs.tables import api, backends, bounds, errors, flags, interfaces, measured, methods, rules, schema
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "flags of export": partial(flags.table, "export"),
     "flags of ask": partial(flags.table, "ask"),
     "verbs": flags.verbs,
     "models": flags.models,
+    "methods": methods.table,
     "chips": flags.chips,
     "exit codes": flags.exit_codes,
     "backends": backends.table,
@@ -28,11 +29,23 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "errors": errors.page,
     "names": api.names,
     "reference": api.reference,
-    "interface of a family": partial(interfaces.reference, "export", "Family", missing=interfaces.NO_FAMILY),
-    "interface of a method": partial(
-        interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", missing=interfaces.NO_METHOD
+    "interface of a family": partial(
+        interfaces.reference,
+        "export",
+        "Family",
+        "Geometry",
+        "TensorEntry",
+        "Seen",
+        "Frame",
+        "Desktop",
+        missing=interfaces.NO_FAMILY,
     ),
-    "interface of a backend": partial(interfaces.reference, "export", "Backend", "Lower", "LoweredGraph"),
+    "interface of a method": partial(
+        interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", "Recovery", "Cuts"
+    ),
+    "interface of a backend": partial(
+        interfaces.reference, "export", "Backend", "Recipe", "Variants", "Lower", "LoweredGraph"
+    ),
     **measured.PARTS,
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from docs.tables.markdown import code
 from docs.tables.markdown import table as markdown_table
-from export.targets import TARGETS, Backend
+from export.backends.backend import Backend
+from export.targets import LAYOUTS, TARGETS
 
-# The extra that brings the engine for `pruneport verify`, by the module that the backend needs for it.
+# What their makers call them.
 ENGINES = {"executorch": "ExecuTorch", "onnxruntime": "ONNX Runtime", "coreml": "Core ML"}
 
 BACKENDS: dict[str, tuple[str, Backend]] = {
@@ -42,20 +45,26 @@ def choices(name: str) -> str:
     rows = [
         ("chosen with", f"`--target {target} --backend {name}`"),
         ("engine", ENGINES[backend.engine]),
-        ("`--precision`", f"{code(backend.precisions)}; the first is the default"),
+        ("`--precision`", _first_is_default(backend.precisions)),
         ("`--quant-vision`", code(backend.quant_vision)),
-        ("`--quant-text`", code(backend.quant_text) + ("; the first is the default" if backend.quant_text else "")),
+        ("`--quant-text`", _first_is_default(backend.quant_text)),
         ("packages that an export needs", code(backend.packages)),
     ]
-    if backend.ready_made is not None:
+    if backend.variants is not None:
+        flag = backend.variants.flag.replace("_", "-")
+        default = backend.variants.default
         rows.append(
-            (
-                "ready-made runtime",
-                f"{backend.ready_made.runtime}; `--quant-text` {code(backend.ready_made.quant_text)}",
-            )
+            (f"`--{flag}`", code(backend.variants.known()) + (f"; `{default}` is the default" if default else ""))
         )
-    if backend.min_ios is not None:
-        rows.append(("oldest iOS", str(backend.min_ios)))
+    for layout in LAYOUTS.values():
+        if layout.backend is backend:
+            rows.append(("`--layout`", f"`{layout.runtime}`, with `--quant-text` {code(layout.quant_text)}"))
+    if backend.most_positions is not None:
+        rows.append(("positions at most", str(backend.most_positions)))
     if backend.most_graph_bytes is not None:
         rows.append(("weights of one graph at most", f"{(backend.most_graph_bytes + 1) / 2**30:g} GiB"))
     return markdown_table(("choice", "values"), rows)
+
+
+def _first_is_default(words: Sequence[str]) -> str:
+    return code(words) + ("; the first is the default" if len(words) > 1 else "")
