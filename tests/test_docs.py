@@ -17,10 +17,10 @@ import pytest
 import pruneport
 import runtime.bundle
 from docs.tables import PARTS, api, backends, errors, filled, measured, named, schema
+from export.backends.qnn import socs
 from export.cli import build_parser, parse
 from export.models import MODELS
 from export.request import Request, plan
-from export.targets import socs
 from runtime.bundle import Manifest, read_bundle
 from runtime.errors import PruneportError
 from runtime.image import load_photo
