@@ -30,7 +30,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "reference": api.reference,
     "interface of a family": partial(interfaces.reference, "export", "Family", missing=interfaces.NO_FAMILY),
     "interface of a method": partial(
-        interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", missing=interfaces.NO_METHOD
+        interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", "Recovery"
     ),
     "interface of a backend": partial(interfaces.reference, "export", "Backend", "Lower", "LoweredGraph"),
     **measured.PARTS,

@@ -6,10 +6,6 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NO_METHOD = """\
-There is no class for this yet. The oracle is `pruning/reference.py`; the static forms are `pruning/static.py`, for
-float32, and `pruning/comparing.py`, for engines that compute in float16. `FORMS` in `pruning/__init__.py` lists them.
-"""
 NO_FAMILY = """\
 There is no class for this yet. What is LLaVA's lies in `export/models/` (config, tensors, photo, prompt), in
 `export/graphs/clip.py` and `export/graphs/llama.py` (the modules) and in `export/golden.py` (the desktop side).
