@@ -85,6 +85,31 @@ def test_runtime_knows_no_torch(root: Path) -> None:
             assert not found, f"{file.relative_to(root)} imports {found}"
 
 
+# Words that only one room may know: a method's in `pruning`, a converter's, an engine's or a family's outside it.
+METHOD_WORDS = ("vlm", "uniform", "pivot", "threshold")
+FOREIGN_TO_PRUNING = (
+    "xnnpack",
+    "onnx",
+    "vulkan",
+    "nnapi",
+    "qnn",
+    "coreml",
+    "executorch",
+    "llava",
+    "clip_",
+    "snapdragon",
+)
+
+
+@pytest.mark.parametrize(("room", "words"), [("runtime", METHOD_WORDS), ("pruning", FOREIGN_TO_PRUNING)])
+def test_rooms_do_not_name_what_is_not_theirs(root: Path, room: str, words: tuple[str, ...]) -> None:
+    files = [file for file in (root / room).rglob("*") if file.suffix in (".py", ".j2")]
+    assert files
+    for file in files:
+        text = file.read_text(encoding="utf-8").lower()
+        assert not [word for word in words if word in text], file.relative_to(root)
+
+
 def test_import_walk_sees_what_it_should() -> None:
     source = """
 import a.b

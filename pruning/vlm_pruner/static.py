@@ -115,8 +115,8 @@ class TokenPruner(nn.Module):
             "threshold": levels[None, :, None] * UNIT,
         }
         for name, value in constants.items():
-            # Where nothing follows the pivots there are no steps, and of one batch or block no ends. ExecuTorch writes
-            # no tensor without elements.
+            # Where nothing follows the pivots there are no steps, and of one batch or block no ends. Not every engine's
+            # file can hold a tensor without elements.
             if value.numel():
                 self.register_buffer(name, value.clone(), persistent=False)
 
