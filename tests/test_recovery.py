@@ -212,9 +212,7 @@ def test_no_bound_moves_where_a_near_tie_fell_otherwise(manifest: Manifest, monk
 
 def test_a_choice_that_float32_cannot_tell_passes_and_no_other(manifest: Manifest) -> None:
     judged = Judged(manifest)
-    judged.manifest = msgspec.structs.replace(
-        judged.manifest, target=msgspec.structs.replace(judged.manifest.target, precision="fp32")
-    )
+    judged.graph = msgspec.structs.replace(judged.graph, arithmetic=("fp32",))
     free = np.setdiff1d(np.arange(SPEC.tokens), judged.kept)
     others = [np.sort(np.append(judged.kept[:-1], token)) for token in free[:2]]
     judged.golden["kept_alternatives"] = np.stack(others[:1])
