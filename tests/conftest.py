@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -31,6 +32,9 @@ HEADLESS_CHROMIUM = (
     "--disable-component-update",
     "--disable-sync",
 )
+# Debian's package of Chromium brings a loader for Vulkan and SwiftShader, a driver that computes on the CPU.
+DRIVERS = Path("/usr/lib") / CHROMIUM.name
+SOFTWARE_GPU = {"VK_ICD_FILENAMES": str(DRIVERS / "vk_swiftshader_icd.json"), "LD_LIBRARY_PATH": str(DRIVERS)}
 needs_chromium = pytest.mark.skipif(
     not CHROMIUM.exists() and "CI" not in os.environ, reason="needs Chromium: apt-get install chromium"
 )
@@ -46,6 +50,20 @@ CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def software_gpu() -> Iterator[None]:
+    """A GPU that computes on the CPU, where Chromium's driver for one is installed."""
+    if not DRIVERS.is_dir():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VK_ICD_FILENAMES", SOFTWARE_GPU["VK_ICD_FILENAMES"])
+        patch.setenv("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
+        # Found again by name when the delegate asks for it; the path of libraries cannot change in a running process.
+        ctypes.CDLL(str(DRIVERS / "libvulkan.so.1"), mode=os.RTLD_GLOBAL)
+        yield
 
 
 @pytest.fixture(scope="module")

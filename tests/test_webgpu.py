@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -27,28 +24,15 @@ from runtime.check.verdict import Step, Verdict
 from runtime.engines import LoadedGraph, webgpu
 from runtime.errors import ExportError, RequestError
 from runtime.harness import check_bundle, verify
-from tests.conftest import CHROMIUM, CommandLine, needs_chromium
+from tests.conftest import SOFTWARE_GPU, CommandLine, needs_chromium
 from tests.pruner_graph import PrunerGraph, opened
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
 from tests.test_pruner_golden import CASES, _assert_golden, _features, _program
 
-pytestmark = [needs_chromium, pytest.mark.usefixtures("one_thread", "_software_gpu")]
+pytestmark = [needs_chromium, pytest.mark.usefixtures("one_thread", "software_gpu")]
 
-# Debian's package of Chromium brings a loader for Vulkan and SwiftShader, a driver that computes on the CPU.
-DRIVERS = Path("/usr/lib") / CHROMIUM.name
-SOFTWARE_GPU = {"VK_ICD_FILENAMES": str(DRIVERS / "vk_swiftshader_icd.json"), "LD_LIBRARY_PATH": str(DRIVERS)}
 SMALL = PruneSpec(grid=(8, 8), keep=16, settings=Settings(token_batch=4, channels=24, steps=8))
 KEY_WIDTH, HIDDEN_WIDTH = 20, 40
-
-
-@pytest.fixture(scope="module")
-def _software_gpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VK_ICD_FILENAMES", SOFTWARE_GPU["VK_ICD_FILENAMES"])
-        patch.setenv("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER", "1")
-        # Found again by name when the delegate asks for it; the path of libraries cannot change in a running process.
-        ctypes.CDLL(str(DRIVERS / "libvulkan.so.1"), mode=os.RTLD_GLOBAL)
-        yield
 
 
 def _request(folder: Path, **words: Any) -> Request:
