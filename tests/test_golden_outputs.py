@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, open_checkpoint
+from export.families import MODELS
+from export.families.family import ModelEntry
+from export.families.llava.config import LlavaGeometry
 from export.golden import golden_device, make_golden
-from export.models import MODELS
-from export.models.llava import ModelEntry, prompt_info
 from export.models.pocket import POCKET, pocket_folder
+from export.models.prompt import read_prompt
 from pruning import PruneSpec, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.errors import ExportError
@@ -31,11 +33,11 @@ def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) 
     entry: ModelEntry = POCKET if model == "pocket" else TINY
     folder = pocket_folder(tmp_path) if model == "pocket" else write_tiny(tmp_path)
     checkpoint = FolderCheckpoint(folder, entry)
-    pixels = _pixels(entry.geometry.vision.image_size)
+    pixels = _pixels(entry.geometry.pixel_values[-1])
     golden = make_golden(checkpoint, entry, None, pixel_values=pixels)
 
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    prefix = prompt_info(checkpoint, entry).prefix_ids
+    prefix = read_prompt(checkpoint.folder, checkpoint.geometry, entry).prefix_ids
     ids = torch.tensor([[*prefix, *[entry.geometry.image_token_id] * entry.geometry.image_tokens]])
     config: Any = whole.config.text_config
     cache: Any = DynamicCache(config=config)
@@ -115,6 +117,6 @@ def test_golden_device_is_one_that_torch_has() -> None:
 
 def test_random_models_of_full_width_stay_sane_for_one_tower_layer() -> None:
     checkpoint = open_checkpoint("llava-1.5-7b", weights="random")
-    tensor = checkpoint.tensor("vision_tower.encoder.layers.0.mlp.fc1.weight").float()
+    tensor = checkpoint.tensor("tower.layers.0.mlp.fc1.weight").float()
     assert abs(float(tensor.std()) * 1024**0.5 - 1.0) < 0.01
-    assert MODELS["llava-1.5-7b"].geometry.tower_layers == 23
+    assert LlavaGeometry.from_config(MODELS["llava-1.5-7b"].config).tower_layers == 23
