@@ -1,4 +1,4 @@
-"""CLIP's vision tower and LLaVA's projector, as one static module."""
+"""CLIP's vision tower with LLaVA's projector behind it, as one static module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from export.blocks.norms import LayerNorm
-from export.blocks.tower_layer import ACTIVATIONS, TowerLayer
+from export.blocks.projector import Projector
+from export.blocks.tower_layer import TowerLayer
 from export.families.family import Seen
 from export.families.llava.config import LlavaGeometry, VisionGeometry
 
@@ -31,22 +32,6 @@ class ClipEmbeddings(nn.Module):
         return tokens + self.position_embedding.weight
 
 
-class Projector(nn.Module):
-    """From the tower's width to the decoder's."""
-
-    def __init__(self, geometry: LlavaGeometry) -> None:
-        super().__init__()
-        width, out, bias = geometry.vision.hidden, geometry.text.hidden, geometry.projector_bias
-        self.linear_1 = nn.Linear(width, out, bias=bias, device="meta")
-        self.activation = ACTIVATIONS[geometry.projector_activation]()
-        self.linear_2 = nn.Linear(out, out, bias=bias, device="meta")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, N, Dv) -> (1, N, D)"""
-        out: Tensor = self.linear_2(self.activation(self.linear_1(x)))
-        return out
-
-
 class ClipTower(nn.Module):
     """The layers of the tower up to the one whose output is projected, and the projector."""
 
@@ -66,7 +51,12 @@ class ClipTower(nn.Module):
             )
             for _ in range(geometry.tower_layers)
         )
-        self.projector = Projector(geometry)
+        self.projector = Projector(
+            width=vision.hidden,
+            out=geometry.text.hidden,
+            activation=geometry.projector_activation,
+            bias=geometry.projector_bias,
+        )
 
     def forward(self, pixel_values: Tensor) -> Seen:
         """(1, 3, H, W) -> features (1, N, D) and keys (1, N, Dv) of the last layer run, both without the class token"""
