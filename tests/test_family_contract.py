@@ -80,14 +80,15 @@ def _frame(entry: ModelEntry) -> Frame:
 
 def _spec(entry: ModelEntry) -> PruneSpec:
     tokens = entry.geometry.image_tokens
-    return PruneSpec(grid=entry.geometry.grid, keep=max(tokens // 9, 4), pivots=3, token_batch=4)
+    return PruneSpec(grid=entry.geometry.grid, keep=max(tokens // 9, 7))
 
 
 def _transformers_model(entry: ModelEntry) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(**dict(entry.config))
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    make: Any = AutoModelForImageTextToText.from_config
+    return make(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @every_family
