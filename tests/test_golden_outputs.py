@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,12 @@ def test_golden_needs_an_image_of_the_towers_size() -> None:
 
 
 def test_golden_never_shares_code_with_the_graphs(root: Path) -> None:
-    assert "export.graphs" not in (root / "export" / "golden.py").read_text().split('"""', 2)[2]
+    files = [root / "export" / "golden.py", *(root / "export" / "families").rglob("desktop.py")]
+    assert len(files) > 2
+    for path in files:
+        imports = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
+        assert imports
+        assert not [line for line in imports if re.search(r"export\.(graphs|blocks|weights)", line)], path
 
 
 def test_golden_device_is_one_that_torch_has() -> None:

@@ -5,7 +5,7 @@ What transformers.js 4.3.1 needs beyond a checkpoint's own files:
 config.json
     `text_config`: its model type and number of layers, by which the decoder's caches are counted; published files leave
     the number out. `image_token_index`: image features replace the embeddings of this id. `image_seq_length`: the
-    image's length as Python's LlavaConfig defines it; transformers.js does not read it. `transformers.js_config`:
+    image's length as transformers' config defines it; transformers.js does not read it. `transformers.js_config`:
     `dtype`, the precisions that the graphs' file names end in, which browsers take for 8-bit otherwise, and
     `use_external_data_format`, the graphs whose weights lie in a file of their own: browsers fetch only what is named.
 generation_config.json
