@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     import numpy as np
 
+    from export.blocks.geometry import TextGeometry
+    from export.families.family import ModelEntry
     from export.graphs.decoder import Context
-    from export.models.llava import ModelEntry, TextGeometry
     from runtime.session import Session
 
 QUESTION_TOKENS = 40
@@ -129,12 +130,13 @@ def _spread(ratios: list[float]) -> dict[str, float]:
 
 def _entry(layers: int) -> ModelEntry:
     """The 7B model with fewer decoder layers."""
-    from export.models import MODELS
-    from export.models.llava import ModelEntry
+    from export.families import MODELS
+    from export.families.family import ModelEntry
 
     whole = MODELS["llava-1.5-7b"]
     return ModelEntry(
         name=f"llava-1.5-7b-{layers}-layers",
+        family=whole.family,
         summary="the 7B model's geometry with fewer decoder layers",
         hub_id=None,
         config={**whole.config, "text_config": {**whole.config["text_config"], "num_hidden_layers": layers}},
@@ -145,7 +147,8 @@ def _entry(layers: int) -> ModelEntry:
 def _context(entry: ModelEntry, keep: int) -> Context:
     from export.graphs.decoder import Context
 
-    return Context(entry.geometry, prefix=entry.prefix_tokens, keep=keep, cut=2, text=TEXT_TOKENS)
+    frame = entry.family.frame(range(entry.prefix_tokens), entry.geometry)
+    return Context(entry.geometry, frame, keep=keep, cut=2, text=TEXT_TOKENS)
 
 
 def _weight_bytes(entry: ModelEntry, scheme: str) -> int:
@@ -154,13 +157,13 @@ def _weight_bytes(entry: ModelEntry, scheme: str) -> int:
 
     from export.quantize import SCHEMES
 
-    known, unused = SCHEMES[scheme], entry.geometry.optional_tensors()
+    known = SCHEMES[scheme]
     total = 0
-    for name, shape in entry.geometry.tensor_shapes().items():
-        numbers = math.prod(shape)
-        if name in unused:
+    for name, tensor in entry.tensors.items():
+        shape, numbers = tensor.shape, math.prod(tensor.shape)
+        if not tensor.needed or tensor.instead:
             continue
-        if len(shape) == 2 and name.startswith(("language_model.layers.", "lm_head.")):
+        if len(shape) == 2 and name.startswith(("layers.", "lm_head.")):
             scales = numbers // known.group if known.group else shape[0]
             total += numbers * known.bits // 8 + scales * 2
         else:

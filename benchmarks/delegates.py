@@ -154,8 +154,9 @@ def _answers(
 
 def _desktop(pixels: np.ndarray, keep: int, question: list[int]) -> dict[str, np.ndarray]:
     from export.checkpoints import open_checkpoint
-    from export.golden import SampleText, make_golden
+    from export.golden import make_golden
     from export.models.pocket import POCKET
+    from export.models.prompt import SampleText
     from pruning import PruneSpec
 
     text = SampleText(ids=tuple(question), question=tuple(question))

@@ -45,8 +45,8 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     import torch
 
+    from export.families.family import ModelEntry
     from export.graphs.vision import VisionEncoder
-    from export.models.llava import ModelEntry
 
 DOCUMENT = ROOT / "docs/precision.md"
 OUTPUTS = ("hidden", "key_0", "value_0", "key_1", "value_1")
@@ -69,7 +69,7 @@ ARM = {"cortex-a76": "emulated Cortex-A76", "cortex-a72": "emulated Cortex-A72"}
 
 def model(name: str) -> tuple[ModelEntry, int]:
     """The entry and the seed of one of MODELS."""
-    from export.models import MODELS as KNOWN
+    from export.families import MODELS as KNOWN
 
     llava = KNOWN["llava-1.5-7b"]
     number = name.rpartition("-")[2]
@@ -110,12 +110,10 @@ def encoder_of(name: str, precision: str) -> VisionEncoder:
 def photos(name: str) -> dict[str, np.ndarray]:
     """pixel_values (1, 3, H, W) float32 of PHOTOS default photos."""
     from export.calibration import default_photos
-    from export.checkpoints import RandomCheckpoint
-    from export.models.llava import image_info
     from runtime.image import preprocess
 
-    entry, seed = model(name)
-    info = image_info(RandomCheckpoint(entry, seed=seed), entry)
+    entry, _ = model(name)
+    info = entry.family.image(None, entry.geometry)
     count = 1 if name == "full-36" else PHOTOS
     return {photo: preprocess(pixels, info) for photo, pixels in default_photos(count).items()}
 
@@ -141,7 +139,6 @@ def make(name: str, way: str, folder: Path) -> None:
         quantize(encoder, "8da8w")
     elif way == "8da8w-tower":
         quantize(encoder.tower, "8da8w")
-        quantize(encoder.projector, "8da8w")
     # Otherwise float32 layers are stored in float16 wherever that loses nothing.
     others: dict[str, Callable[[], AbstractContextManager[None]]] = {"fp32": nullcontext, "8w": eight_bit_weights}
     delegate = replace(DELEGATE, serialising=others[way]) if way in others else DELEGATE
@@ -207,7 +204,6 @@ def measure(name: str, way: str, folder: Path) -> None:
         outputs=outputs_of(encoder, way),
     )
     pixels = {photo: np.fromfile(folder / f"{photo}.in", np.float32) for photo in saved(folder)}
-    side = encoder.geometry.vision.image_size
     import torch  # noqa: F401  the engine imports it
 
     ENGINES["executorch"]  # the loader itself
@@ -216,7 +212,7 @@ def measure(name: str, way: str, folder: Path) -> None:
     seconds = []
     for index, (photo, values) in enumerate([next(iter(pixels.items())), *pixels.items()]):
         start = resource.getrusage(resource.RUSAGE_SELF)
-        outputs = loaded.run([values.reshape(1, 3, side, side)])
+        outputs = loaded.run([values.reshape(encoder.geometry.pixel_values)])
         end = resource.getrusage(resource.RUSAGE_SELF)
         if index:
             seconds.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
@@ -238,12 +234,13 @@ def shape_of(name: str) -> VisionEncoder:
     """The graph without its weights."""
     from export.checkpoints import RandomCheckpoint
     from export.graphs.vision import VisionEncoder
-    from export.models.llava import prompt_info
+    from export.models.prompt import read_prompt
 
     entry, seed = model(name)
     checkpoint = RandomCheckpoint(entry, seed=seed)
-    prefix = prompt_info(checkpoint, entry).prefix_ids
-    return VisionEncoder(entry.geometry, None, cut=2, framed=True, prefix_length=len(prefix))
+    prefix = read_prompt(checkpoint.folder, checkpoint.geometry, entry).prefix_ids
+    frame = entry.family.frame(prefix, entry.geometry)
+    return VisionEncoder(entry.family, entry.geometry, frame, None, cut=2, framed=True)
 
 
 def outputs_of(encoder: VisionEncoder, way: str) -> tuple[Any, ...]:

@@ -42,8 +42,8 @@ def main() -> None:
     from export.backends.executorch import FILE
     from export.backends.xnnpack import lower
     from export.checkpoints import open_checkpoint
+    from export.families import MODELS
     from export.graphs.vision import build_vision_encoder
-    from export.models import MODELS
     from export.quantize import quantize
     from pruning import PruneSpec
     from runtime.latency import device_name

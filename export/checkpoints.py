@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from export.models import MODELS
-from export.models.llava import LlavaGeometry, ModelEntry, check_same_model
-from export.models.settings import read_object, shown, without_nulls
+from export.families import MODELS
+from export.families.family import Checkpoint, Family, Geometry, ModelEntry, TensorEntry
+from export.settings import read_object, shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
 from runtime.names import stored_name
 
@@ -52,10 +52,6 @@ _MERGE = (
     "load it over its base model with peft, call merge_and_unload() and save_pretrained(), and give the new folder; "
     "if it is merged already, move its files away"
 )
-# What LLaVA's authors put in place of the image token; it is no row of the vocabulary.
-_AUTHORS_IMAGE_INDEX = -200
-_IMAGE_TOKEN = "<image>"
-
 # Tensors by the marks that peft, GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints leave in their names.
 _ADAPTER_TENSOR = re.compile(
     r"(^|\.)(base_model|base_layer|modules_to_save|original_module"
@@ -74,65 +70,6 @@ _CONSTANTS = (
     ".rotary_emb.cos_cached",
     ".rotary_emb.sin_cached",
 )
-# The keys of config.json that announce biases, by the canonical names of these.
-_BIAS_KEYS: Mapping[str, str] = {
-    r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj\.bias": "text_config.attention_bias",
-    r"language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj\.bias": "text_config.mlp_bias",
-    r"multi_modal_projector\.linear_[12]\.bias": "multimodal_projector_bias",
-}
-# Beginnings of the names of all parts that graphs are built from, and of what other layouts call them.
-_BUILT_PARTS = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "language_model.",
-    "lm_head.",
-    "layers.",
-    "embed_tokens.",
-    "mm_projector.",
-    "vision_model.",
-    "image_newline",
-)
-
-
-class Checkpoint(Protocol):
-    """A LLaVA model's weights under canonical names, whatever layout they are stored in.
-
-    Canonical names start with `vision_tower.`, `multi_modal_projector.`, `language_model.` or `lm_head.`; see
-    `canonical_name`.
-    """
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The Hugging Face config.json."""
-
-    @property
-    def geometry(self) -> LlavaGeometry:
-        """The sizes that config describes."""
-
-    @property
-    def folder(self) -> Path | None:
-        """Where tokenizer and preprocessor settings lie; None for random weights."""
-
-    def names(self) -> tuple[str, ...]:
-        """Canonical names of all tensors, in order of definition."""
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor of that canonical name exists."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, without reading it."""
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Reads one tensor, in the dtype it is stored in; CheckpointError when it holds NaN or infinity."""
-
-    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
-        """A few rows of a matrix, without reading the rest: `(len(indices), columns)`."""
-
-    def unread(self) -> tuple[str, ...]:
-        """Names of stored tensors that belong to none of the model's parts, and are left alone."""
-
-    def identity(self) -> WeightsInfo:
-        """Where the weights came from, with a hash over all of them."""
 
 
 def open_checkpoint(
@@ -282,27 +219,6 @@ def _next_step(error: Exception) -> str:
     return "run the same command again to resume, files that arrived whole are kept; or "
 
 
-def canonical_name(stored: str) -> str | None:
-    """One name for a tensor of either published layout; None for tensors that are constants, not weights.
-
-    The newer layout writes `model.language_model.*`, `model.vision_tower.*`, `model.multi_modal_projector.*` and
-    `lm_head.*`; the older one `language_model.model.*`, `language_model.lm_head.*`, `vision_tower.*` and
-    `multi_modal_projector.*`. Either may have `vision_model.` inside the tower's names.
-    """
-    name = stored.removeprefix("model.")
-    for old, new in (
-        ("language_model.model.", "language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.vision_model.", "vision_tower."),
-    ):
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    if name.endswith(_CONSTANTS):
-        return None
-    return name
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies: file, name in that file, shape and safetensors dtype."""
@@ -447,6 +363,7 @@ class FolderCheckpoint:
         """Checks config, files, names, shapes and dtypes; reads no weights. CheckpointError for the first fault."""
         self._folder = folder
         self._label = label or stored_name(Path(os.path.realpath(folder)))
+        self._family = entry.family
         try:
             self._open(folder, entry)
         except OSError as error:
@@ -466,60 +383,62 @@ class FolderCheckpoint:
         if config is None:
             raise CheckpointError(f"{folder} has no config.json; give a folder in Hugging Face's layout")
         try:
-            self._config: Mapping[str, Any] = _with_image_token(folder, without_nulls(config))
-            self._geometry = LlavaGeometry.from_config(self._config)
+            self._config = self._family.whole_config(folder, without_nulls(config))
+            self._geometry: Geometry = self._family.geometry(self._config)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        check_same_model(entry, self._geometry, MODELS, str(folder / "config.json"))
+        _check_same_model(entry, self._geometry, str(folder / "config.json"))
+        self._expected = self._family.tensors(self._geometry)
         self._files, stored = _stored_tensors(folder)
-        self._tensors = _by_canonical_name(folder, stored)
+        self._tensors, self._others = _by_canonical_name(folder, stored, self._expected)
         self._check_tensors(entry)
         self._unread = self._unread_tensors()
 
     def _check_tensors(self, entry: ModelEntry) -> None:
-        expected = self._geometry.tensor_shapes()
-        optional = self._geometry.optional_tensors()
         # Before what is missing: such checkpoints lack tensors because others stand in for them.
         self._refuse_marked()
-        missing = [name for name in expected if name not in self._tensors and name not in optional]
+        expected = self._expected
+        missing = [tensor for name, tensor in expected.items() if tensor.needed and not self.has(name)]
         if missing:
-            hint = "download the checkpoint again"
-            if any("mm_projector" in name for name in self._tensors):
-                hint = "this is the authors' own layout: give the converted one, as under llava-hf on the hub"
-            raise CheckpointError(
-                f"{self._folder} lacks the tensor {missing[0]}{_more(missing)} that {entry.name} needs; {hint}"
-            )
-        for name in expected:
-            stored = self._tensors.get(name)
-            if stored is not None and stored.dtype not in _FLOATS:
+            others = self._family.other_layout([other.stored_name for other in self._others])
+            hint = others or "download the checkpoint again"
+            lacking = f"{missing[0].stored[0]}{_more(missing)}"
+            raise CheckpointError(f"{self._folder} lacks the tensor {lacking} that {entry.name} needs; {hint}")
+        found = [(tensor, self._tensors[name]) for name, tensor in expected.items() if name in self._tensors]
+        for tensor, stored in found:
+            if stored.dtype not in _FLOATS:
                 raise CheckpointError(
-                    f"{stored.path}: {name} has dtype {stored.dtype}; supported: {', '.join(_FLOATS)}; "
+                    f"{stored.path}: {tensor.stored[0]} has dtype {stored.dtype}; supported: {', '.join(_FLOATS)}; "
                     "give weights that are not quantised"
                 )
-        wrong = [name for name, shape in expected.items() if name in self._tensors and self.shape(name) != shape]
+        wrong = [(tensor, stored) for tensor, stored in found if stored.shape != tensor.shape]
         if wrong:
-            name = wrong[0]
+            tensor, stored = wrong[0]
             more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
-            others = [
-                other.name
-                for other in MODELS.values()
-                if all(self.has(n) and self.shape(n) == s for n, s in other.geometry.tensor_shapes().items())
-            ]
-            hint = f"these are the weights of {others[0]}" if others else "they belong to another model"
+            fitting = [other.name for other in MODELS.values() if self._holds(other)]
+            hint = f"these are the weights of {fitting[0]}" if fitting else "they belong to another model"
             raise CheckpointError(
-                f"{self._tensors[name].path}: {name} has shape {shown(list(self.shape(name)))}, but config.json and "
-                f"{entry.name} want {list(expected[name])}{more}; {hint}"
+                f"{stored.path}: {tensor.stored[0]} has shape {shown(list(stored.shape))}, but config.json and "
+                f"{entry.name} want {list(tensor.shape)}{more}; {hint}"
             )
+
+    def _holds(self, other: ModelEntry) -> bool:
+        """Whether the tensors could be those of another model."""
+        shapes = {stored.stored_name: stored.shape for stored in (*self._tensors.values(), *self._others)}
+        return all(
+            any(shapes.get(spelling) == tensor.shape for spelling in tensor.stored) for tensor in other.tensors.values()
+        )
 
     def _refuse_marked(self) -> None:
         """Refuses tensors of adapters and of quantised weights, by their names."""
-        adapter = [stored for stored in self._tensors.values() if _ADAPTER_TENSOR.search(stored.stored_name)]
+        every = (*self._tensors.values(), *self._others)
+        adapter = [stored for stored in every if _ADAPTER_TENSOR.search(stored.stored_name)]
         if adapter:
             raise CheckpointError(
                 f"{adapter[0].path} holds tensors of an adapter that is not merged into the weights "
                 f"({shown(adapter[0].stored_name)}{_more(adapter)}); {_MERGE}"
             )
-        quantised = [stored for stored in self._tensors.values() if _QUANTISED_TENSOR.search(stored.stored_name)]
+        quantised = [stored for stored in every if _QUANTISED_TENSOR.search(stored.stored_name)]
         if quantised:
             raise CheckpointError(
                 f"{quantised[0].path} holds weights that are already quantised "
@@ -529,20 +448,20 @@ class FolderCheckpoint:
 
     def _unread_tensors(self) -> tuple[str, ...]:
         """Names of tensors that nobody reads; CheckpointError for one that lies inside a part of the model."""
-        expected = self._geometry.tensor_shapes()
-        unread = {name: stored for name, stored in self._tensors.items() if name not in expected}
-        meant = [name for name in unread if name.startswith(_BUILT_PARTS)]
+        meant = [stored for stored in self._others if self._family.stray(stored.stored_name)]
         if meant:
-            stored = unread[meant[0]]
-            hint = "the weights belong to another model, or config.json does"
-            for part, key in _BIAS_KEYS.items():
-                if re.fullmatch(part, meant[0]):
-                    hint = f"set {key} to true in config.json if the model was trained with it"
+            stored = meant[0]
             raise CheckpointError(
                 f"{stored.path} holds {shown(stored.stored_name)}{_more(meant)}, which would change the answers, "
-                f"but a model as config.json describes it has no such tensor; {hint}"
+                "but a model as config.json describes it has no such tensor; "
+                f"{self._family.stray(stored.stored_name)}"
             )
-        return tuple(stored.stored_name for stored in unread.values())
+        return tuple(stored.stored_name for stored in self._others)
+
+    @property
+    def family(self) -> Family[Any]:
+        """The architecture that the weights are for."""
+        return self._family
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -550,7 +469,7 @@ class FolderCheckpoint:
         return self._config
 
     @property
-    def geometry(self) -> LlavaGeometry:
+    def geometry(self) -> Geometry:
         """The sizes that config describes."""
         return self._geometry
 
@@ -561,7 +480,7 @@ class FolderCheckpoint:
 
     def names(self) -> tuple[str, ...]:
         """Canonical names of the model's tensors that are there."""
-        return tuple(name for name in self._geometry.tensor_shapes() if self.has(name))
+        return tuple(name for name in self._expected if self.has(name))
 
     def has(self, name: str) -> bool:
         """Whether the tensor is there, under whatever spelling; a tied output matrix is there as the embedding."""
@@ -607,9 +526,10 @@ class FolderCheckpoint:
         return hashlib.sha256(listing.encode()).hexdigest()
 
     def _alias(self, name: str) -> str:
-        if name == "lm_head.weight" and self._geometry.tied_embeddings and name not in self._tensors:
-            return "language_model.embed_tokens.weight"
-        return name
+        expected = self._expected.get(name)
+        if name in self._tensors or expected is None or expected.instead is None:
+            return name
+        return expected.instead
 
     def _find(self, name: str) -> StoredTensor:
         found = self._tensors.get(self._alias(name))
@@ -627,28 +547,6 @@ def _refuse_adapter(folder: Path) -> None:
     found = [name for name in _ADAPTER_FILES if (folder / name).exists()]
     if found:
         raise CheckpointError(f"{folder} holds an adapter that is not merged into weights ({found[0]}); {_MERGE}")
-
-
-def _with_image_token(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the image token's id, asked of the tokenizer where config.json does not say it.
-
-    Nothing is changed where the tokenizer does not know either: Hugging Face's default counts then.
-    """
-    keys = [key for key in ("image_token_id", "image_token_index") if key in config]  # the first one counts
-    if keys and config[keys[0]] != _AUTHORS_IMAGE_INDEX:
-        return config
-    added = (read_object(folder / "tokenizer.json") or {}).get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    ids = {token.get("id") for token in tokens if token.get("content") == _IMAGE_TOKEN}
-    if len(ids) == 1:
-        rest = {key: value for key, value in config.items() if key not in keys}
-        return {**rest, "image_token_index": ids.pop()}
-    if keys:
-        raise CheckpointError(
-            f"config.json: {keys[0]}={_AUTHORS_IMAGE_INDEX} is the mark of LLaVA's authors and no id, and "
-            f"tokenizer.json has no token {_IMAGE_TOKEN!r}; set {keys[0]} to the id that the image has in the prompt"
-        )
-    return config
 
 
 def _stored_tensors(folder: Path) -> tuple[tuple[Path, ...], list[StoredTensor]]:
@@ -698,19 +596,37 @@ def _is_plain_name(name: str) -> bool:
     return plain and name not in (".", "..") and name.isprintable() and len(name) <= _LONGEST_FILE_NAME
 
 
-def _by_canonical_name(folder: Path, stored: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
+def _by_canonical_name(
+    folder: Path, stored: Sequence[StoredTensor], expected: Mapping[str, TensorEntry]
+) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
+    """The model's tensors by canonical name, and what else is stored but constants."""
+    canonical = {spelling: name for name, entry in expected.items() for spelling in entry.stored}
     tensors: dict[str, StoredTensor] = {}
+    others = []
     for tensor in stored:
-        name = canonical_name(tensor.stored_name)
+        name = canonical.get(tensor.stored_name)
         if name is None:
+            if not tensor.stored_name.endswith(_CONSTANTS):
+                others.append(tensor)
             continue
         if name in tensors:
             raise CheckpointError(
-                f"{folder} holds {name} twice, as {tensors[name].stored_name} and {tensor.stored_name}; "
-                "files of two checkpoints are mixed: download it again"
+                f"{folder} holds {expected[name].stored[0]} twice, as {tensors[name].stored_name} and "
+                f"{tensor.stored_name}; files of two checkpoints are mixed: download it again"
             )
         tensors[name] = tensor
-    return tensors
+    return tensors, others
+
+
+def _check_same_model(entry: ModelEntry, geometry: Geometry, where: str) -> None:
+    """Raises CheckpointError when `geometry`, read from `where`, is not the geometry of `entry`."""
+    expected, got = entry.geometry.numbers(), geometry.numbers()
+    if expected == got:
+        return
+    differing = [f"{name} {got[name]} instead of {expected[name]}" for name in expected if expected[name] != got[name]]
+    match = [name for name, other in MODELS.items() if other.family is entry.family and other.geometry.numbers() == got]
+    hint = f"these are the weights of {match[0]}: say --model {match[0]}" if match else f"give weights of {entry.name}"
+    raise CheckpointError(f"{where} is not {entry.name}: {', '.join(differing)}; {hint}")
 
 
 def _read(stored: StoredTensor, read: Callable[[Any], torch.Tensor]) -> torch.Tensor:
@@ -750,7 +666,8 @@ def _file_sha256(path: Path) -> str:
 class RandomCheckpoint:
     """Weights of the true geometry drawn from a seed, tensor by tensor: for latency and memory, not for answers.
 
-    Each block of a tensor depends on (seed, name, block number) alone, so any part can be made without the rest.
+    Each block of a tensor depends on (seed, published name, block number) alone, so any part can be made without the
+    rest.
     The spreads keep activations near 1 through the residual stream, which real checkpoints do too.
     """
 
@@ -764,8 +681,12 @@ class RandomCheckpoint:
             raise RequestError(f"--seed {seed} must lie in 0..{2**63 - 1}")
         self._entry = entry
         self._seed = seed
-        self._geometry = entry.geometry
-        self._shapes = self._geometry.tensor_shapes()
+        self._tensors = entry.tensors
+
+    @property
+    def family(self) -> Family[Any]:
+        """The architecture that the weights are for."""
+        return self._entry.family
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -773,9 +694,9 @@ class RandomCheckpoint:
         return self._entry.config
 
     @property
-    def geometry(self) -> LlavaGeometry:
+    def geometry(self) -> Geometry:
         """The sizes that config describes."""
-        return self._geometry
+        return self._entry.geometry
 
     @property
     def folder(self) -> Path | None:
@@ -784,16 +705,16 @@ class RandomCheckpoint:
 
     def names(self) -> tuple[str, ...]:
         """Canonical names of all tensors."""
-        return tuple(self._shapes)
+        return tuple(self._tensors)
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor of that name."""
-        return name in self._shapes
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape."""
         try:
-            return self._shapes[name]
+            return self._tensors[name].shape
         except KeyError:
             raise CheckpointError(f"{self._entry.name} has no tensor {name}") from None
 
@@ -836,7 +757,8 @@ class RandomCheckpoint:
         """Marked as random; the hash stands for the recipe, the seed and the shapes, which decide every number."""
         from runtime.bundle import WeightsInfo
 
-        recipe = json.dumps([self._RECIPE, self._seed, list(self._shapes.items())])
+        shapes = [(entry.stored[0], entry.shape) for entry in self._tensors.values()]
+        recipe = json.dumps([self._RECIPE, self._seed, shapes])
         return WeightsInfo(
             source="random",
             id=f"{self._entry.name} with random weights",
@@ -847,13 +769,14 @@ class RandomCheckpoint:
     def _block(self, name: str, number: int) -> torch.Tensor:
         import torch
 
-        digest = hashlib.sha256(f"{self._RECIPE}/{self._seed}/{name}/{number}".encode()).digest()
+        drawn_by = self._tensors[name].stored[0]
+        digest = hashlib.sha256(f"{self._RECIPE}/{self._seed}/{drawn_by}/{number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        size = min(self._BLOCK, math.prod(self._shapes[name]) - number * self._BLOCK)
+        size = min(self._BLOCK, math.prod(self.shape(name)) - number * self._BLOCK)
         return torch.empty(size).normal_(0.0, self._spread(name), generator=generator)
 
     def _spread(self, name: str) -> float:
-        shape = self._shapes[name]
+        shape = self.shape(name)
         if name.endswith(".bias"):
             return 0.02
         if "embed" in name and "patch" not in name:

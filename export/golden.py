@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.models.llava import ModelEntry, decisive_part, prompt_info
-from runtime.errors import CheckpointError, ExportError
+from export.models.prompt import read_prompt
+from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from export.checkpoints import Checkpoint
+    from export.families.family import Checkpoint, Desktop, Frame, ModelEntry
+    from export.models.prompt import SampleText
     from pruning import Features, Method, PruneSpec
 
 _GRAPH = "vision_encoder"
@@ -29,14 +29,6 @@ _GRAPH = "vision_encoder"
 ANSWER_TOKENS = 64
 # How often features are moved by how much, relative, to find the choices that float32 cannot tell from the desktop's.
 _DRAWS, _MOVED_BY = 6, 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleText:
-    """What the text graphs are checked on behind the image: a fixed text, its last id decoded alone; and a question."""
-
-    ids: tuple[int, ...]
-    question: tuple[int, ...]
 
 
 def golden_device() -> str:
@@ -60,7 +52,7 @@ def make_golden(
 ) -> dict[str, NDArray[Any]]:
     """Inputs and outputs of the graphs in float32, by the names the bundle stores them under.
 
-    `vision_encoder.in.pixel_values` (1, 3, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
+    `vision_encoder.in.pixel_values` (1, C, H, W), `vision_encoder.out.<name>` for each output, and with a spec that
     prunes `kept_indices` (keep,) ascending, `kept_order` (keep,) in the order of selection, `kept_margin` (keep,) how
     near each choice was to going the other way, `kept_alternatives` (A, keep) what is kept where choices too near for
     float32 go the other way, `marks` (M,) that the method's picture should show, and where it mixes dropped tokens into
@@ -74,25 +66,24 @@ def make_golden(
     """
     import torch
 
-    side = checkpoint.geometry.vision.image_size
-    if pixel_values.shape != (1, checkpoint.geometry.vision.channels, side, side):
-        raise ExportError(f"pixel_values must have shape (1, 3, {side}, {side}), got {pixel_values.shape}")
+    geometry = checkpoint.geometry
+    if pixel_values.shape != geometry.pixel_values:
+        raise ExportError(f"pixel_values must have shape {geometry.pixel_values}, got {pixel_values.shape}")
     with torch.no_grad(), _exact_float32():
         pixels = torch.from_numpy(np.array(pixel_values, dtype=np.float32)).to(device)
-        config = _eager_config(checkpoint)
-        features, tower_keys = _run_tower(config.vision_config, checkpoint, pixels)
-        image = _run_projector(config, checkpoint, features)
+        desktop = entry.family.desktop(checkpoint, device)
+        image, tower_keys = desktop.see(pixels)
         golden = {f"{_GRAPH}.in.pixel_values": pixels}
-        decoder = _Decoder(config.text_config, checkpoint, cut, image.device, watch or (lambda name, module: None))
-        prefix_ids = prompt_info(checkpoint, entry).prefix_ids
+        decoder = _Decoder(desktop, checkpoint, cut, image.device, watch or (lambda name, module: None))
+        frame = entry.family.frame(read_prompt(checkpoint.folder, geometry, entry).prefix_ids, geometry)
         if framed:
-            outputs, kept = decoder.see(prefix_ids, image, tower_keys, spec)
+            outputs, kept = decoder.see(frame, image, tower_keys, spec)
             if text is not None:
                 golden |= decoder.read(outputs, text)
         else:
             outputs, kept = _unframed(tower_keys, image, spec)
             if text is not None:
-                golden |= decoder.answer_behind(prefix_ids, outputs["image_features"], text)
+                golden |= decoder.answer_behind(frame, outputs["image_features"], text)
     if kept:
         outputs["filled"] = torch.zeros(1, 1)  # the paper's loop runs until it has enough: nothing to fill up
     golden |= {f"{_GRAPH}.out.{name}": tensor for name, tensor in outputs.items()}
@@ -113,59 +104,6 @@ def _exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def _eager_config(checkpoint: Checkpoint) -> Any:
-    """transformers' own reading of what counts in config.json, with the plain attention that defines the arithmetic."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlavaConfig
-
-    try:
-        config: Any = LlavaConfig.from_dict(decisive_part(checkpoint.config))
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"config.json: transformers does not take it ({reason}); correct it or download the file again"
-        ) from error
-    config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
-    return config
-
-
-def _filled(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device) -> nn.Module:
-    """`module` with the checkpoint's tensors in float32, on `device`; it may have been built on the meta device."""
-    state = {name: checkpoint.tensor(f"{prefix}.{name}").float() for name, _ in module.named_parameters()}
-    module.load_state_dict(state, assign=True)
-    return module.to(device).eval()
-
-
-def _run_tower(config: Any, checkpoint: Checkpoint, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, 3, H, W) -> features (1, N, D), keys (1, N, D) of the last layer run; the class token dropped from both."""
-    import torch
-    from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
-
-    embeddings = _filled(CLIPVisionEmbeddings(config), checkpoint, "vision_tower.embeddings", pixels.device)
-    norm = torch.nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, device="meta")
-    hidden = _filled(norm, checkpoint, "vision_tower.pre_layrnorm", pixels.device)(embeddings(pixels))
-    keys: list[Tensor] = []
-    for index in range(checkpoint.geometry.tower_layers):
-        with torch.device("meta"):
-            layer = CLIPEncoderLayer(config)
-        _filled(layer, checkpoint, f"vision_tower.encoder.layers.{index}", pixels.device)
-        layer.self_attn.k_proj.register_forward_hook(lambda _module, _inputs, output: keys.append(output))
-        hidden = layer(hidden, None)
-        del keys[:-1]
-    return hidden[:, 1:], keys[0][:, 1:]
-
-
-def _run_projector(config: Any, checkpoint: Checkpoint, features: Tensor) -> Tensor:
-    """(1, N, Dv) -> (1, N, D)"""
-    import torch
-    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-
-    with torch.device("meta"):
-        projector = LlavaMultiModalProjector(config)
-    image: Tensor = _filled(projector, checkpoint, "multi_modal_projector", features.device)(features)
-    return image
-
-
 def _unframed(keys: Tensor, image: Tensor, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     tokens, indices, kept = _pruned(keys, image, spec)
     return {"image_features": tokens, "kept_indices": indices}, kept
@@ -176,23 +114,21 @@ class _Decoder:
 
     def __init__(
         self,
-        config: Any,
+        desktop: Desktop,
         checkpoint: Checkpoint,
         cut: int,
         device: torch.device,
         watch: Callable[[str, nn.Module], None],
     ) -> None:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        self._config, self._checkpoint, self._cut, self._device = config, checkpoint, cut, device
+        self._desktop, self._checkpoint, self._cut, self._device = desktop, checkpoint, cut, device
         self._watch = watch
-        self._rotary = LlamaRotaryEmbedding(config).to(device)
+        self._layers = range(checkpoint.geometry.text.layers)
         self._held: dict[int, nn.Module] | None = None
         self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
-        self._length = 0
+        self._first_text = 0
 
     def see(
-        self, prefix_ids: Sequence[int], image: Tensor, tower_keys: Tensor, spec: PruneSpec | None
+        self, frame: Frame, image: Tensor, tower_keys: Tensor, spec: PruneSpec | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs prefix and image together through the layers before the cut, as transformers does, then prunes.
 
@@ -200,16 +136,16 @@ class _Decoder:
         """
         import torch
 
-        hidden = torch.cat([self._embedded(prefix_ids), image], dim=1)
-        first, self._length = len(prefix_ids), hidden.shape[1]
-        positions = torch.arange(self._length, device=self._device)[None]
+        hidden = torch.cat([self._embedded(frame.prefix_ids), image], dim=1)
+        first, self._first_text = len(frame.prefix_ids), frame.first_text
+        positions = torch.tensor(frame.positions, device=self._device)
         outputs = {}
         for index in range(self._cut):
             hidden = self._run(index, hidden, positions)
             outputs[f"key_{index}"], outputs[f"value_{index}"] = self._past[index]
         keys = tower_keys
         if self._cut:
-            keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, self._length - first, -1)
+            keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, image.shape[1], -1)
         tokens, indices, kept = _pruned(keys, hidden[:, first:], spec)
         states = {
             "hidden": torch.cat([hidden[:, :first], tokens], dim=1),
@@ -225,13 +161,13 @@ class _Decoder:
         embedded = self._embedded(text.ids)
         golden["token_embedding.out.inputs_embeds"] = embedded[:, :-1]
         golden["text_decoder.in.inputs_embeds"] = embedded[:, -1:]
-        positions = torch.arange(self._length, self._length + len(text.ids), device=self._device)[None]
+        positions = torch.arange(self._first_text, self._first_text + len(text.ids), device=self._device)[None]
         golden["text_prefill.in.positions"] = positions[:, :-1]
         golden["text_decoder.in.positions"] = positions[:, -1:]
         if self._fits():
             self._held = {}
         seen, hidden = image["hidden"], embedded
-        for index in range(self._config.num_hidden_layers):
+        for index in self._layers:
             if index >= self._cut:
                 seen = self._run(index, seen, image["positions"])
                 golden[f"image_prefill.out.key_{index}"], golden[f"image_prefill.out.value_{index}"] = self._past[index]
@@ -246,17 +182,17 @@ class _Decoder:
         golden["text_prefill.out.logits"], golden["text_decoder.out.logits"] = logits[:, :-1], logits[:, -1:]
         return golden | (self._answer(text.question) if self._held is not None else {})
 
-    def answer_behind(self, prefix_ids: Sequence[int], image: Tensor, text: SampleText) -> dict[str, Tensor]:
+    def answer_behind(self, frame: Frame, image: Tensor, text: SampleText) -> dict[str, Tensor]:
         """The answer to the question behind image features (1, keep, D), at contiguous positions."""
         import torch
 
         if not self._fits():
             return {}
         self._held = {}
-        hidden = torch.cat([self._embedded(prefix_ids), image], dim=1)
-        self._length = hidden.shape[1]
-        positions = torch.arange(self._length, device=self._device)[None]
-        for index in range(self._config.num_hidden_layers):
+        hidden = torch.cat([self._embedded(frame.prefix_ids), image], dim=1)
+        self._first_text = hidden.shape[1]
+        positions = torch.arange(self._first_text, device=self._device)[None]
+        for index in self._layers:
             hidden = self._run(index, hidden, positions)
         return self._answer(text.question)
 
@@ -265,11 +201,11 @@ class _Decoder:
 
         ids: list[int] = []
         margins: list[float] = []
-        start, tokens = self._length, list(question)
+        start, tokens = self._first_text, list(question)
         while len(ids) < ANSWER_TOKENS:
             hidden = self._embedded(tokens)
             positions = torch.arange(start, start + len(tokens), device=self._device)[None]
-            for index in range(self._config.num_hidden_layers):
+            for index in self._layers:
                 hidden = self._run(index, hidden, positions, behind=self._past[index])
             (first, second), (token, _) = (x.tolist() for x in self._logits(hidden[:, -1:])[0, 0].topk(2))
             ids.append(token)
@@ -285,22 +221,20 @@ class _Decoder:
         """Whether all layers may stay in memory together, beside the graph that is lowered afterwards."""
         import psutil
 
-        shapes = self._checkpoint.geometry.tensor_shapes()
-        size = sum(4 * math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.layers."))
+        names = [name for name in self._checkpoint.names() if name.startswith("layers.")]
+        size = sum(4 * math.prod(self._checkpoint.shape(name)) for name in names)
         return bool(size < 0.3 * psutil.virtual_memory().available)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         """(1, T, D)"""
-        return self._checkpoint.rows("language_model.embed_tokens.weight", ids).float().to(self._device)[None]
+        return self._checkpoint.rows("embed_tokens.weight", ids).float().to(self._device)[None]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(1, T, D) -> (1, T, V)"""
         import torch
-        from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-        norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        norm = self._desktop.norm()
         head = self._checkpoint.tensor("lm_head.weight").float().to(self._device)
-        _filled(norm, self._checkpoint, "language_model.norm", self._device)
         self._watch("norm", norm)
         normed = norm(hidden)
         return torch.nn.functional.linear(normed, head)
@@ -320,21 +254,16 @@ class _Decoder:
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            position_embeddings=self._rotary(hidden, position_ids=positions),
+            position_embeddings=self._desktop.rotary(hidden, positions),
         )
         assert cache.entries is not None
         self._past[index] = cache.entries
         return out
 
     def _layer(self, index: int) -> nn.Module:
-        import torch
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
         if self._held is not None and index in self._held:
             return self._held[index]
-        with torch.device("meta"):
-            layer = LlamaDecoderLayer(self._config, index)
-        _filled(layer, self._checkpoint, f"language_model.layers.{index}", self._device)
+        layer = self._desktop.layer(index)
         self._watch(f"layers.{index}", layer)
         if self._held is not None:
             self._held[index] = layer

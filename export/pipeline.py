@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from export.checkpoints import Checkpoint
-    from export.golden import SampleText
+    from export.families.family import Checkpoint
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
+    from export.models.prompt import SampleText
     from export.progress import Progress, Stage
     from export.ranges import Ranges
     from export.request import BundlePlan, Plan
@@ -134,12 +134,12 @@ class _Making:
 
     def write(self, bundle: BundlePlan, writer: BundleWriter) -> Manifest:
         """Writes golden tensors, graph and manifest of one bundle into its partial folder."""
-        from export.models.llava import image_info, prompt_info
+        from export.models.prompt import read_prompt
         from runtime.bundle import OWN_LAYOUT, FrameInfo, GoldenInfo, Manifest, TargetInfo
         from runtime.image import preprocess
 
         plan, checkpoint = self.plan, self.checkpoint
-        image = image_info(checkpoint, plan.entry)
+        image = plan.entry.family.image(checkpoint.folder, checkpoint.geometry)
         # Streamed layer by layer, and before the graph's own weights are in memory: lowering alone sets the peak.
         with self.progress.stage(_label("desktop outputs", bundle)) as stage:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
@@ -150,14 +150,15 @@ class _Making:
         ready = plan.layout
         islands = text_half.islands if text_half else ()
         graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
-        prompt = prompt_info(checkpoint, plan.entry)
+        prompt = read_prompt(checkpoint.folder, checkpoint.geometry, plan.entry)
+        frame = plan.entry.family.frame(prompt.prefix_ids, checkpoint.geometry)
         with self.progress.stage(_label("write the bundle", bundle)):
             self._carry(writer.path)
             return writer.write_manifest(
                 Manifest(
                     name=bundle.path.name,
                     model=plan.entry.name,
-                    family=plan.entry.family,
+                    family=plan.entry.family.name,
                     created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                     weights=checkpoint.identity(),
                     target=TargetInfo(
@@ -174,9 +175,9 @@ class _Making:
                     image=image,
                     prompt=prompt,
                     frame=FrameInfo(
-                        before=len(prompt.prefix_ids),
-                        image=plan.entry.geometry.image_tokens,
-                        first_text=len(prompt.prefix_ids) + plan.entry.geometry.image_tokens,
+                        before=len(frame.prefix_ids),
+                        image=len(frame.slots),
+                        first_text=frame.first_text,
                     ),
                     golden=GoldenInfo(
                         file=GOLDEN_FILE,
@@ -250,15 +251,8 @@ class _Making:
 
         Not by `runtime.image`, which the phones follow: the check compares the two.
         """
-        import numpy as np
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        from export.models.preprocessor import read_preprocessor
-
-        settings = read_preprocessor(self.checkpoint.folder, self.plan.entry.geometry.vision.image_size)
-        processor = CLIPImageProcessorPil(**settings)
-        prepared = processor(self.plan.photo, input_data_format="channels_last", return_tensors="np")
-        return np.asarray(prepared["pixel_values"], dtype=np.float32)
+        desktop = self.plan.entry.family.desktop(self.checkpoint, "cpu")
+        return desktop.pixels(self.plan.photo)
 
     def _text_info(self) -> TextInfo | None:
         if self.plan.text_tokens is None:
@@ -286,7 +280,6 @@ class _Making:
 
         `islands` are the modules of the text graphs that compute in float32.
         """
-        from export.models.llava import image_info
         from runtime.bundle import GraphInfo
         from runtime.image import preprocess
 
@@ -298,7 +291,7 @@ class _Making:
                 if scheme := plan.recipe(name).backend_scheme:
                     graph.compression = scheme
             if plan.calibration is not None:
-                image = image_info(self.checkpoint, plan.entry)
+                image = plan.entry.family.image(self.checkpoint.folder, self.checkpoint.geometry)
                 graphs[VISION_ENCODER].calibration = [(preprocess(p, image),) for p in plan.calibration.values()]
             lowered = plan.backend.lower(graphs, folder)
             for name in graphs:
@@ -355,6 +348,7 @@ class _Making:
     def _build(self, bundle: BundlePlan, stage: Stage, islands: tuple[str, ...]) -> dict[str, Graph]:
         """The vision graph and, where they are wanted, the text graphs, in the order in which a phone runs them."""
         from export.graphs.decoder import Context, build_text_graphs, precise_modules
+        from export.graphs.stateful import build_stateful_text_graphs
         from export.ranges import make_islands
 
         plan = self.plan
@@ -364,7 +358,7 @@ class _Making:
         geometry = self.checkpoint.geometry
         context = Context(
             geometry,
-            prefix=encoder.prefix_length,
+            encoder.frame,
             keep=encoder.keep,
             cut=plan.cut,
             text=plan.text_tokens,
@@ -383,12 +377,11 @@ class _Making:
                 f"{context.positions}, but {plan.entry.name} knows {geometry.text.max_positions}; "
                 "give fewer --text-tokens"
             )
-        text = build_text_graphs(
-            self.checkpoint,
-            context,
-            precision=plan.recipe(TOKEN_EMBEDDING).traced,
-            quant=plan.text.module_scheme,
-            states=plan.states,
+        quant = plan.text.module_scheme
+        text = (
+            build_stateful_text_graphs(self.checkpoint, context, quant=quant)
+            if plan.states
+            else build_text_graphs(self.checkpoint, context, precision=plan.recipe(TOKEN_EMBEDDING).traced, quant=quant)
         )
         if islands:  # the text graphs share their layers
             make_islands(text[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
@@ -409,7 +402,6 @@ class _Making:
 
         from export.calibration import default_photos
         from export.graphs.vision import build_vision_encoder
-        from export.models.llava import image_info
         from export.ranges import measure
         from runtime.image import preprocess
 
@@ -418,7 +410,7 @@ class _Making:
         precise = build_vision_encoder(checkpoint, plan.entry, None, cut=cut, framed=cut > 0)
         # Spread over the whole set: photos first, then scenes from night to glare.
         photos = default_photos(RANGE_PHOTOS) | {plan.photo_name: plan.photo}
-        image = image_info(checkpoint, plan.entry)
+        image = plan.entry.family.image(checkpoint.folder, checkpoint.geometry)
         pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
         info = self._ranges_info(measure(precise, pixels), tuple(photos))
         return _Half(info, {name: precise.get_submodule(name) for name in info.islands})

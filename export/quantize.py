@@ -69,7 +69,7 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
 
     check_widths(scheme, {name: int(layer.in_features) for name, layer in module.named_modules() if plain(layer)})
     if known.form == "nbits":
-        from export.graphs.nbits import NBitsLinear
+        from export.blocks.nbits import NBitsLinear
 
         assert known.group is not None
         for owner in list(module.modules()):

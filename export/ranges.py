@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from export.graphs.norms import LayerNorm, Norm
+from export.blocks.norms import LayerNorm, Norm
 from export.graphs.vision import VisionEncoder
 from runtime.bundle import FLOAT16_LARGEST
 from runtime.errors import ExportError
@@ -120,7 +120,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 @torch.no_grad()
 def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor]) -> Ranges:
-    """Runs the float32 `encoder` on each of `pixel_values` (1, 3, H, W) and finds what float16 could not hold.
+    """Runs the float32 `encoder` on each of `pixel_values` (1, C, H, W) and finds what float16 could not hold.
 
     Raises ExportError for numbers that float32 does not hold either, and for a LayerNorm that would be left with what
     float16 rounded.
@@ -209,11 +209,9 @@ def _island_of(name: str, ranges: Ranges) -> str:
     parts, largest = name.split("."), ranges.largest[name]
     if largest <= LARGEST:
         return name  # a norm, whose input alone is large
-    for kind in ("mlp", "self_attn"):
+    for kind in ("mlp", "self_attn", "projector"):
         if kind in parts:
             return ".".join(parts[: parts.index(kind) + 1])
-    if parts[0] == "projector":
-        return "projector"
     raise ExportError(
         f"{name} of the {ranges.graph} reaches {largest:.3g}, float16 holds {FLOAT16_LARGEST:.0f} (with a safety "
         f"factor of {SAFETY:g}), and what it hands on stays as large: no float32 island helps; give --precision fp32"

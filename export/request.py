@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from export.backends.backend import Backend, Precision, Recipe
     from export.dropin.layout import Layout
-    from export.models.llava import ModelEntry
+    from export.families.family import ModelEntry
     from export.targets import Target
     from pruning import PruneSpec
 
@@ -189,7 +189,7 @@ def plan(request: Request) -> Plan:
         ImageError: the photo cannot be read.
         ExportError: the packages that make graphs are not installed.
     """
-    from export.models import MODELS
+    from export.families import MODELS
     from export.targets import TARGETS
 
     entry = MODELS[_known("model", request.model, MODELS)]
@@ -540,9 +540,9 @@ def _check_size(backend: Backend, entry: ModelEntry, cut: int, precision: Precis
     if backend.most_graph_bytes is None:
         return
     size = 2 if precision == "fp16" else 4
-    weights = {"vision_encoder": entry.geometry.vision_parameter_count(cut) * size}
+    weights = {"vision_encoder": entry.vision_parameter_count(cut) * size}
     if text:
-        weights["text_prefill"] = entry.geometry.text_parameter_count() * size
+        weights["text_prefill"] = entry.text_parameter_count() * size
     for graph, size_bytes in weights.items():
         if size_bytes > backend.most_graph_bytes:
             raise RequestError(
@@ -619,10 +619,10 @@ def _needs(
     from export.memory import available_bytes
 
     size = 2 if precision == "fp16" else 4
-    graph_bytes = entry.geometry.vision_parameter_count(cut) * size
+    graph_bytes = entry.vision_parameter_count(cut) * size
     text_ram_bytes, text_bytes = 0.0, 0
     if text:
-        weights = entry.geometry.text_parameter_count()
+        weights = entry.text_parameter_count()
         text_bytes = text_copies * (weights if quant_text else weights * size)
         text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(

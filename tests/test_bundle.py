@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from export.models.preprocessor import clip_preprocessor
+from export.families.llava.preprocessor import clip_preprocessor
 from runtime.bundle import (
     MANIFEST,
     BundleWriter,

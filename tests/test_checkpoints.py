@@ -21,13 +21,15 @@ from transformers import LlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from export.checkpoints import FolderCheckpoint, RandomCheckpoint, canonical_name, open_checkpoint, read_header
-from export.golden import _eager_config
-from export.graphs.llama import _inverse_frequencies
-from export.models import MODELS, llava
-from export.models.llava import LlavaGeometry, image_info
-from export.models.preprocessor import clip_preprocessor, read_preprocessor
-from export.models.settings import without_non_finite
+from export.blocks.rope import _inverse_frequencies
+from export.checkpoints import FolderCheckpoint, RandomCheckpoint, open_checkpoint, read_header
+from export.families import MODELS
+from export.families.family import ModelEntry
+from export.families.llava import config as llava_config
+from export.families.llava.config import LlavaGeometry
+from export.families.llava.desktop import eager_config
+from export.families.llava.preprocessor import clip_preprocessor, read_preprocessor
+from export.settings import without_non_finite
 from runtime.bundle import ImageInfo
 from runtime.errors import CheckpointError, RequestError
 from runtime.image import preprocess
@@ -61,7 +63,7 @@ def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_both_layouts_and_shards_give_the_same_tensors(tmp_path: Path, shards: int, older_layout: bool) -> None:
     checkpoint = FolderCheckpoint(write_tiny(tmp_path, shards=shards, older_layout=older_layout), TINY)
     assert checkpoint.geometry == TINY.geometry
-    assert checkpoint.names() == tuple(TINY.geometry.tensor_shapes())
+    assert checkpoint.names() == tuple(TINY.tensors)
     source = RandomCheckpoint(TINY, seed=1)
     for name in checkpoint.names():
         assert torch.equal(checkpoint.tensor(name), source.tensor(name).float()), name
@@ -71,25 +73,26 @@ def test_both_layouts_and_shards_give_the_same_tensors(tmp_path: Path, shards: i
 @pytest.mark.parametrize(
     ("stored", "canonical"),
     [
-        ("model.language_model.layers.3.mlp.up_proj.weight", "language_model.layers.3.mlp.up_proj.weight"),
-        ("language_model.model.layers.3.mlp.up_proj.weight", "language_model.layers.3.mlp.up_proj.weight"),
-        ("model.language_model.embed_tokens.weight", "language_model.embed_tokens.weight"),
+        ("model.language_model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight"),
+        ("language_model.model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight"),
+        ("model.language_model.embed_tokens.weight", "embed_tokens.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("language_model.lm_head.weight", "lm_head.weight"),
-        ("model.vision_tower.vision_model.pre_layrnorm.bias", "vision_tower.pre_layrnorm.bias"),
-        ("vision_tower.pre_layrnorm.bias", "vision_tower.pre_layrnorm.bias"),
-        ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_1.bias"),
+        ("model.vision_tower.vision_model.pre_layrnorm.bias", "tower.pre_layrnorm.bias"),
+        ("vision_tower.pre_layrnorm.bias", "tower.pre_layrnorm.bias"),
+        ("model.multi_modal_projector.linear_1.bias", "tower.projector.linear_1.bias"),
         ("vision_tower.vision_model.embeddings.position_ids", None),
         ("language_model.model.layers.0.self_attn.rotary_emb.inv_freq", None),
     ],
 )
 def test_canonical_names(stored: str, canonical: str | None) -> None:
-    assert canonical_name(stored) == canonical
+    spelled = {spelling: name for name, entry in MODELS["llava-1.5-7b"].tensors.items() for spelling in entry.stored}
+    assert spelled.get(stored) == canonical
 
 
 def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     checkpoint = FolderCheckpoint(write_tiny(tmp_path), TINY)
-    name = "language_model.embed_tokens.weight"
+    name = "embed_tokens.weight"
     assert torch.equal(checkpoint.rows(name, [5, 0, 63, 5]), checkpoint.tensor(name)[[5, 0, 63, 5]])
 
 
@@ -111,7 +114,7 @@ def test_a_tied_output_matrix_is_the_embedding(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     write_tiny(tmp_path, tensors=tensors, config={**CONFIG, "tie_word_embeddings": True})
     checkpoint = FolderCheckpoint(tmp_path, TINY)
-    assert torch.equal(checkpoint.tensor("lm_head.weight"), checkpoint.tensor("language_model.embed_tokens.weight"))
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), checkpoint.tensor("embed_tokens.weight"))
 
 
 def test_what_no_graph_reads_may_be_absent(tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_what_no_graph_reads_may_be_absent(tmp_path: Path) -> None:
     kept = {name: tensor for name, tensor in tiny_tensors().items() if not name.startswith(unread)}
     assert len(kept) < len(tiny_tensors())
     checkpoint = FolderCheckpoint(write_tiny(tmp_path, tensors=kept), TINY)
-    assert not checkpoint.has("vision_tower.post_layernorm.weight")
+    assert not checkpoint.has("tower.post_layernorm.weight")
 
 
 def test_opening_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +300,7 @@ def test_a_header_of_any_length(tmp_path: Path, start: bytes) -> None:
     length = int.from_bytes(data[:8], "little")
     padded = int.from_bytes(start.ljust(2, b"\0") + b"\x01", "little")  # 65536 and more
     path.write_bytes(padded.to_bytes(8, "little") + data[8 : 8 + length].ljust(padded) + data[8 + length :])
-    assert FolderCheckpoint(tmp_path, TINY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert FolderCheckpoint(tmp_path, TINY).names() == tuple(TINY.tensors)
     path.write_bytes(path.read_bytes()[:-4])
     assert "truncated" in refusal(tmp_path)
     path.write_bytes(path.read_bytes()[:300])
@@ -360,7 +363,7 @@ def test_values_beyond_float32(tmp_path: Path) -> None:
     tensors[name] = tensors[name].double() + 1e300
     checkpoint = FolderCheckpoint(write_tiny(tmp_path, tensors=tensors), TINY)
     with pytest.raises(CheckpointError, match="values that no float32 can"):
-        checkpoint.tensor("multi_modal_projector.linear_1.weight")
+        checkpoint.tensor("tower.projector.linear_1.weight")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -370,10 +373,10 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     tensors["model.language_model.embed_tokens.weight"][9, 0] = value
     checkpoint = FolderCheckpoint(write_tiny(tmp_path, tensors=tensors), TINY)
     with pytest.raises(CheckpointError, match=r"linear_1\.weight holds NaN or infinite values"):
-        checkpoint.tensor("multi_modal_projector.linear_1.weight")
+        checkpoint.tensor("tower.projector.linear_1.weight")
     with pytest.raises(CheckpointError, match="NaN or infinite"):
-        checkpoint.rows("language_model.embed_tokens.weight", [9])
-    assert checkpoint.rows("language_model.embed_tokens.weight", [8]).shape == (1, 48)
+        checkpoint.rows("embed_tokens.weight", [9])
+    assert checkpoint.rows("embed_tokens.weight", [8]).shape == (1, 48)
 
 
 def test_missing_tensor(tmp_path: Path) -> None:
@@ -526,7 +529,7 @@ def test_index_that_leads_elsewhere(tmp_path: Path, shard: object, complaint: st
 def test_a_shard_holds_more_than_the_index_says(tmp_path: Path) -> None:
     write_tiny(tmp_path, shards=2)
     changed(tmp_path / INDEX, lambda index: index["weight_map"].pop(NORM))
-    assert FolderCheckpoint(tmp_path, TINY).has("language_model.norm.weight")
+    assert FolderCheckpoint(tmp_path, TINY).has("norm.weight")
 
 
 def test_a_single_file_beside_an_index_counts_as_in_transformers(tmp_path: Path) -> None:
@@ -623,10 +626,12 @@ def test_wrong_configs(tmp_path: Path, config: Mapping[str, Any], complaint: str
 
 def _nulled() -> list[tuple[str | None, str]]:
     """Every key that is read, by section."""
-    keys: list[tuple[str | None, str]] = [(None, key) for key in llava._LLAVA_DEFAULTS if key != "model_type"]
+    keys: list[tuple[str | None, str]] = [(None, key) for key in llava_config._LLAVA_DEFAULTS if key != "model_type"]
     keys += [(None, "image_token_id"), (None, "image_seq_length"), (None, "quantization_config")]
-    keys += [("vision_config", key) for key in llava._VISION_DEFAULTS]
-    keys += [("text_config", key) for key in (*llava._TEXT_DEFAULTS, "rope_parameters", "rope_scaling", "rope_theta")]
+    keys += [("vision_config", key) for key in llava_config._VISION_DEFAULTS]
+    keys += [
+        ("text_config", key) for key in (*llava_config._TEXT_DEFAULTS, "rope_parameters", "rope_scaling", "rope_theta")
+    ]
     return keys
 
 
@@ -714,7 +719,7 @@ def test_keys_that_decide_nothing_may_hold_anything(tmp_path: Path) -> None:
     config = _config("text_config", initializer_range="wide", use_cache=None)
     config |= {"num_labels": 10**18, "dtype": [], "auto_map": 3, "temperature": float("nan")}
     checkpoint = FolderCheckpoint(write_tiny(tmp_path, config=config), TINY)
-    assert _eager_config(checkpoint).to_dict() == _eager_config(RandomCheckpoint(TINY, seed=0)).to_dict()
+    assert eager_config(checkpoint.config).to_dict() == eager_config(CONFIG).to_dict()
 
 
 def test_what_only_transformers_refuses_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -725,7 +730,7 @@ def test_what_only_transformers_refuses_is_one_error(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         CheckpointError, match=r"transformers does not take it \(a rule of a later version in two lines\)"
     ):
-        _eager_config(RandomCheckpoint(TINY, seed=0))
+        eager_config(CONFIG)
 
 
 def test_another_models_config(tmp_path: Path) -> None:
@@ -738,18 +743,18 @@ def test_another_models_config(tmp_path: Path) -> None:
 
 
 def test_another_models_weights_under_the_right_config(tmp_path: Path) -> None:
-    write_header_only(tmp_path / "model.safetensors", MODELS["llava-1.5-13b"].geometry)
+    write_header_only(tmp_path / "model.safetensors", MODELS["llava-1.5-13b"])
     (tmp_path / "config.json").write_text(json.dumps(MODELS["llava-1.5-7b"].config))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint("llava-1.5-7b", weights=str(tmp_path))
     assert "these are the weights of llava-1.5-13b" in str(caught.value)
 
 
-def write_header_only(path: Path, geometry: LlavaGeometry) -> None:
+def write_header_only(path: Path, entry: ModelEntry) -> None:
     """A file of the full size in which nothing is stored but the header: the rest is a hole."""
     header, position = {}, 0
-    for name, shape in geometry.tensor_shapes().items():
-        size = 2 * torch.Size(shape).numel()
+    for name, tensor in entry.tensors.items():
+        shape, size = tensor.shape, 2 * torch.Size(tensor.shape).numel()
         spelled = stored_name(name, older_layout=False)
         header[spelled] = {"dtype": "F16", "shape": shape, "data_offsets": [position, position + size]}
         position += size
@@ -760,11 +765,11 @@ def write_header_only(path: Path, geometry: LlavaGeometry) -> None:
 
 
 def test_full_size_headers_are_accepted_without_reading_weights(tmp_path: Path) -> None:
-    write_header_only(tmp_path / "model.safetensors", MODELS["llava-1.5-7b"].geometry)
+    write_header_only(tmp_path / "model.safetensors", MODELS["llava-1.5-7b"])
     (tmp_path / "config.json").write_text(json.dumps(MODELS["llava-1.5-7b"].config))
     checkpoint = open_checkpoint("llava-1.5-7b", weights=str(tmp_path))
     assert checkpoint.geometry.image_tokens == 576
-    assert checkpoint.rows("language_model.embed_tokens.weight", [31999]).shape == (1, 4096)
+    assert checkpoint.rows("embed_tokens.weight", [31999]).shape == (1, 4096)
 
 
 # --- image settings -----------------------------------------------------------------------------------------------
@@ -867,7 +872,7 @@ def test_image_settings_that_cannot_be_used(tmp_path: Path, change: dict[str, An
     (tmp_path / name).write_text(json.dumps({"image_processor": settings} if nested else settings))
     checkpoint = FolderCheckpoint(write_tiny(tmp_path), TINY)
     with pytest.raises(CheckpointError) as caught:
-        image_info(checkpoint, TINY)
+        TINY.family.image(checkpoint.folder, checkpoint.geometry)
     assert str(tmp_path) in str(caught.value)
     assert says in str(caught.value)
 
@@ -906,7 +911,7 @@ def test_the_local_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    write_header_only(snapshot / "model.safetensors", MODELS["llava-1.5-7b"].geometry)
+    write_header_only(snapshot / "model.safetensors", MODELS["llava-1.5-7b"])
     (snapshot / "config.json").write_text(json.dumps(MODELS["llava-1.5-7b"].config))
     checkpoint = open_checkpoint("llava-1.5-7b")
     assert checkpoint.folder is not None
@@ -921,7 +926,7 @@ def test_the_local_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:
     first, again, other = (RandomCheckpoint(TINY, seed=seed) for seed in (3, 3, 4))
-    name, sibling = (f"language_model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    name, sibling = (f"layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
     again.tensor(sibling)
     assert torch.equal(first.tensor(name), again.tensor(name))
     assert not torch.equal(first.tensor(name), other.tensor(name))
@@ -930,7 +935,7 @@ def test_random_weights_depend_on_seed_and_name_alone() -> None:
 
 def test_random_rows_across_blocks() -> None:
     checkpoint = RandomCheckpoint(MODELS["llava-1.5-7b"], seed=0)
-    name = "vision_tower.encoder.layers.0.mlp.fc1.weight"  # four blocks
+    name = "tower.layers.0.mlp.fc1.weight"  # four blocks
     rows = [0, 1023, 1024, 4095]
     assert torch.equal(checkpoint.rows(name, rows), checkpoint.tensor(name)[rows])
 
@@ -939,7 +944,9 @@ def test_random_rows_across_blocks() -> None:
 def test_random_weights_have_the_true_geometry(model: str) -> None:
     checkpoint = open_checkpoint(model, weights="random", seed=5)
     assert checkpoint.folder is None
-    assert {name: checkpoint.shape(name) for name in checkpoint.names()} == MODELS[model].geometry.tensor_shapes()
+    assert {name: checkpoint.shape(name) for name in checkpoint.names()} == {
+        name: entry.shape for name, entry in MODELS[model].tensors.items()
+    }
     identity = checkpoint.identity()
     assert (identity.source, identity.seed) == ("random", 5)
     assert identity.sha256 != open_checkpoint(model, weights="random", seed=6).identity().sha256

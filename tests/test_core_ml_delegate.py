@@ -14,8 +14,8 @@ from torch import Tensor
 
 from export.backends.coreml_delegate import lower
 from export.backends.executorch import FILE
+from export.blocks.norms import RmsNorm
 from export.graphs.graph import Graph
-from export.graphs.norms import RmsNorm
 from export.request import Request, plan
 from runtime.bundle import MANIFEST, TensorInfo, read_bundle
 from runtime.engines import core_ml_delegate

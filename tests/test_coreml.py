@@ -20,11 +20,12 @@ import torch
 from export import cli
 from export.backends import coreml as backend
 from export.backends.backend import LoweredGraph
+from export.blocks.attention import Part, attention
 from export.checkpoints import FolderCheckpoint
-from export.graphs.attention import Part, attention
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
-from export.models.llava import prompt_info
+from export.graphs.stateful import build_stateful_text_graphs
+from export.models.prompt import read_prompt
 from export.request import Request, describe, plan
 from pruning import TokenPruner, reference
 from runtime.bundle import GraphInfo, TensorInfo, read_bundle
@@ -89,9 +90,11 @@ def specification_version(package: Path) -> int:
 
 def text_graphs(folder: Path, precision: str, *, states: bool = False) -> dict[str, Graph]:
     checkpoint = FolderCheckpoint(write_tiny(folder), TINY)
-    prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
-    context = Context(TINY.geometry, prefix=prefix, keep=6, cut=2, text=24)
-    return build_text_graphs(checkpoint, context, chunk=4, precision=precision, states=states)
+    prefix_ids = read_prompt(checkpoint.folder, checkpoint.geometry, TINY).prefix_ids
+    context = Context(TINY.geometry, TINY.family.frame(prefix_ids, TINY.geometry), keep=6, cut=2, text=24)
+    if states:
+        return build_stateful_text_graphs(checkpoint, context, chunk=4)
+    return build_text_graphs(checkpoint, context, chunk=4, precision=precision)
 
 
 def cosines(graph: Graph, loaded: engine.LoadedPackage, made: LoweredGraph) -> list[float]:
@@ -298,7 +301,7 @@ def test_plans_for_versions(tmp_path: Path) -> None:
     assert new.bundle.name == "llava-1.5-7b-keep64-ios-coreml-text-int8-random"
     assert new.states
     assert ", for iOS 18 and later" in describe(new)
-    weights = new.entry.geometry.text_parameter_count()
+    weights = new.entry.text_parameter_count()
     vision = plan(asked(tmp_path, target="ios", only="vision")).needs.disk_bytes
     assert (new.needs.disk_bytes - vision, old.needs.disk_bytes - vision) == (weights, 3 * weights)
 

@@ -20,13 +20,14 @@ from export.backends.backend import LoweredGraph
 from export.backends.onnx import ONNX
 from export.backends.xnnpack import XNNPACK
 from export.checkpoints import RandomCheckpoint
+from export.families.family import ModelEntry
+from export.families.llava.family import LLAVA
 from export.graphs.decoder import (
     Context,
     build_text_graphs,
 )
 from export.graphs.graph import Graph
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.models.llava import ModelEntry
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo, TensorInfo
 
@@ -78,7 +79,9 @@ def _config() -> dict[str, Any]:
 
 
 CONFIG = _config()
-ENTRY = ModelEntry(name="golden", summary="the vectors' decoder", hub_id=None, config=CONFIG, prefix_tokens=35)
+ENTRY = ModelEntry(
+    name="golden", family=LLAVA, summary="the vectors' decoder", hub_id=None, config=CONFIG, prefix_tokens=35
+)
 
 
 class GoldenCheckpoint(RandomCheckpoint):
@@ -87,13 +90,10 @@ class GoldenCheckpoint(RandomCheckpoint):
     def __init__(self) -> None:
         super().__init__(ENTRY, seed=0)
         stored = load_file(FOLDER / "decoder-weights.safetensors")
-        self._stored = {
-            name if name.startswith("lm_head") else name.replace("model.", "language_model.", 1): tensor
-            for name, tensor in stored.items()
-        }
+        self._stored = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name.startswith(("language_model.", "lm_head.")):
+        if name in self._stored:
             return self._stored[name].float()
         return super().tensor(name)
 
@@ -139,8 +139,8 @@ CASES = _cases()
 
 
 def _context(case: Case) -> Context:
-    prefix = len(case.tensor("prefix_ids"))
-    return Context(ENTRY.geometry, prefix=prefix, keep=case.keep, cut=CUT, text=ROOM)
+    frame = ENTRY.family.frame(case.tensor("prefix_ids").tolist(), ENTRY.geometry)
+    return Context(ENTRY.geometry, frame, keep=case.keep, cut=CUT, text=ROOM)
 
 
 class _FromFeatures(Graph):
@@ -187,7 +187,7 @@ def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], 
             room = np.zeros((1, context.kv_heads, context.text, context.head_dim), np.float32)
             past.append(np.concatenate([part, room], axis=2))
 
-    table = GoldenCheckpoint().tensor("language_model.embed_tokens.weight").numpy()
+    table = GoldenCheckpoint().tensor("embed_tokens.weight").numpy()
     done = 0
 
     def decode(embeds: np.ndarray, chunk: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import runtime.bundle
 from docs.tables import PARTS, api, backends, errors, filled, measured, named, schema
 from export.backends.qnn import socs
 from export.cli import build_parser, parse
-from export.models import MODELS
+from export.families import MODELS
 from export.request import Request, plan
 from pruning import METHODS
 from runtime.bundle import Manifest, read_bundle

@@ -19,8 +19,8 @@ import pytest
 
 from export import cli
 from export.checkpoints import open_checkpoint
-from export.models import MODELS
-from export.models.llava import ModelEntry
+from export.families import MODELS
+from export.families.family import ModelEntry
 from export.models.pocket import pocket_folder
 from runtime.errors import CheckpointError, OutputError
 from tests.tiny_llava import TINY, write_tiny
@@ -144,9 +144,9 @@ def snapshot(tmp_path: Path) -> Path:
 
 
 def test_a_whole_download_is_opened_and_not_repeated(hub: Hub) -> None:
-    assert open_checkpoint(ENTRY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert open_checkpoint(ENTRY).names() == tuple(TINY.tensors)
     hub.status = 500
-    assert open_checkpoint(ENTRY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert open_checkpoint(ENTRY).names() == tuple(TINY.tensors)
     assert set(hub.sent.values()) == {1}
 
 
@@ -163,7 +163,7 @@ def test_the_next_run_takes_up_what_arrived_whole(hub: Hub) -> None:
     arrived = set(hub.sent)
     assert arrived == set(hub.files) - {SHARD}
     hub.cut = ""
-    assert open_checkpoint(ENTRY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert open_checkpoint(ENTRY).names() == tuple(TINY.tensors)
     assert hub.sent == Counter(hub.files.keys())
 
 
@@ -171,7 +171,7 @@ def test_what_a_killed_run_left_behind_does_not_count(hub: Hub, tmp_path: Path) 
     blobs = tmp_path / "cache" / "models--someone--tiny" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / f"{hub.etag(SHARD)}.1234abcd.incomplete").write_bytes(hub.files[SHARD][:100])
-    assert open_checkpoint(ENTRY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert open_checkpoint(ENTRY).names() == tuple(TINY.tensors)
 
 
 def test_a_server_that_falls_silent(hub: Hub) -> None:
@@ -277,14 +277,14 @@ def test_half_a_file_under_its_final_name_is_named_and_replaced(hub: Hub, tmp_pa
     blob.write_bytes(blob.read_bytes()[:keep])
     assert f"delete {blob} from the hub's cache and run the same command" in refusal()
     blob.unlink()
-    assert open_checkpoint(ENTRY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert open_checkpoint(ENTRY).names() == tuple(TINY.tensors)
     assert hub.sent == Counter([*hub.files, name])
 
 
 def test_a_missing_shard_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     open_checkpoint(ENTRY)
     (snapshot(tmp_path) / SHARD).resolve().unlink()
-    assert open_checkpoint(ENTRY).names() == tuple(TINY.geometry.tensor_shapes())
+    assert open_checkpoint(ENTRY).names() == tuple(TINY.tensors)
     assert hub.sent == Counter([*hub.files, SHARD])
 
 

@@ -161,7 +161,7 @@ def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None)
     # A limit that everything is below, and batches of the whole image: few steps, so that lowering takes seconds.
     spec = PruneSpec(keep=64, settings=Settings(threshold=2.0, token_batch=64, steps=4))
     vision = build_vision_encoder(checkpoint, POCKET, spec, quant_layers=scheme)
-    context = Context(checkpoint.geometry, prefix=vision.prefix_length, keep=64, cut=2, text=192)
+    context = Context(checkpoint.geometry, vision.frame, keep=64, cut=2, text=192)
     graphs: dict[str, Graph] = {"vision_encoder": vision, **build_text_graphs(checkpoint, context, quant=scheme)}
     # Not weights: rotary tables, masks, and the prefix's keys and values, each counted where it lies in memory.
     constants = {
@@ -171,9 +171,9 @@ def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None)
     }
     weights_bytes, group = 0, SCHEMES[scheme].group
     assert group
-    for name in set(checkpoint.names()) - checkpoint.geometry.optional_tensors():
+    for name in (name for name, entry in POCKET.tensors.items() if entry.needed):
         tensor = checkpoint.tensor(name)
-        if tensor.dim() == 2 and name.startswith(("language_model.layers.", "lm_head.")):
+        if tensor.dim() == 2 and name.startswith(("layers.", "lm_head.")):
             weights_bytes += tensor.numel() // 2 + tensor.numel() // group * 2  # 4 bits each, 16 for a group's scale
         else:
             weights_bytes += tensor.numel() * 4

@@ -16,7 +16,7 @@ from export.checkpoints import FolderCheckpoint
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.graphs.vision import build_vision_encoder
-from export.models.llava import prompt_info
+from export.models.prompt import read_prompt
 from pruning import PruneSpec, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo
@@ -72,8 +72,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def graphs(folder: Path, spec: PruneSpec | None, *, chunk: int = 4, room: int = ROOM) -> dict[str, InTorch]:
     checkpoint = FolderCheckpoint(folder, TINY)
-    prefix = len(prompt_info(checkpoint, TINY).prefix_ids)
-    context = Context(TINY.geometry, prefix=prefix, keep=spec.keep if spec else 16, cut=2, text=room)
+    frame = TINY.family.frame(read_prompt(folder, TINY.geometry, TINY).prefix_ids, TINY.geometry)
+    context = Context(TINY.geometry, frame, keep=spec.keep if spec else 16, cut=2, text=room)
     modules = {
         VISION_ENCODER: build_vision_encoder(checkpoint, TINY, spec),
         **build_text_graphs(checkpoint, context, chunk=chunk),
@@ -97,7 +97,7 @@ def test_unpruned_answer_is_transformers_own(folder: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
     whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    prefix = prompt_info(FolderCheckpoint(folder, TINY), TINY).prefix_ids
+    prefix = read_prompt(folder, TINY.geometry, TINY).prefix_ids
     prompt = torch.tensor([[*prefix, *[TINY.geometry.image_token_id] * 16, *QUESTION]])
     with torch.no_grad():
         expected = whole.generate(
@@ -117,7 +117,7 @@ def test_pruned_answer_is_that_of_transformers_layers_around_the_papers_loop(fol
 
     whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     decoder: Any = whole.model.language_model
-    prefix = prompt_info(FolderCheckpoint(folder, TINY), TINY).prefix_ids
+    prefix = read_prompt(folder, TINY.geometry, TINY).prefix_ids
     first, last = len(prefix), len(prefix) + 16
 
     def run(layers: Sequence[Any], hidden: torch.Tensor, at: torch.Tensor, cache: Any = None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, open_checkpoint
+from export.families import MODELS
+from export.families.family import ModelEntry
+from export.families.llava.config import LlavaGeometry
 from export.golden import golden_device, make_golden
-from export.models import MODELS
-from export.models.llava import ModelEntry, prompt_info
 from export.models.pocket import POCKET, pocket_folder
+from export.models.prompt import read_prompt
 from pruning import PruneSpec, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.errors import ExportError
@@ -31,11 +34,11 @@ def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) 
     entry: ModelEntry = POCKET if model == "pocket" else TINY
     folder = pocket_folder(tmp_path) if model == "pocket" else write_tiny(tmp_path)
     checkpoint = FolderCheckpoint(folder, entry)
-    pixels = _pixels(entry.geometry.vision.image_size)
+    pixels = _pixels(entry.geometry.pixel_values[-1])
     golden = make_golden(checkpoint, entry, None, pixel_values=pixels)
 
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    prefix = prompt_info(checkpoint, entry).prefix_ids
+    prefix = read_prompt(checkpoint.folder, checkpoint.geometry, entry).prefix_ids
     ids = torch.tensor([[*prefix, *[entry.geometry.image_token_id] * entry.geometry.image_tokens]])
     config: Any = whole.config.text_config
     cache: Any = DynamicCache(config=config)
@@ -106,7 +109,12 @@ def test_golden_needs_an_image_of_the_towers_size() -> None:
 
 
 def test_golden_never_shares_code_with_the_graphs(root: Path) -> None:
-    assert "export.graphs" not in (root / "export" / "golden.py").read_text().split('"""', 2)[2]
+    files = [root / "export" / "golden.py", *(root / "export" / "families").rglob("desktop.py")]
+    assert len(files) > 2
+    for path in files:
+        imports = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
+        assert imports
+        assert not [line for line in imports if re.search(r"export\.(graphs|blocks|weights)", line)], path
 
 
 def test_golden_device_is_one_that_torch_has() -> None:
@@ -115,6 +123,6 @@ def test_golden_device_is_one_that_torch_has() -> None:
 
 def test_random_models_of_full_width_stay_sane_for_one_tower_layer() -> None:
     checkpoint = open_checkpoint("llava-1.5-7b", weights="random")
-    tensor = checkpoint.tensor("vision_tower.encoder.layers.0.mlp.fc1.weight").float()
+    tensor = checkpoint.tensor("tower.layers.0.mlp.fc1.weight").float()
     assert abs(float(tensor.std()) * 1024**0.5 - 1.0) < 0.01
-    assert MODELS["llava-1.5-7b"].geometry.tower_layers == 23
+    assert LlavaGeometry.from_config(MODELS["llava-1.5-7b"].config).tower_layers == 23

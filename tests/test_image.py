@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import runtime.image
-from export.models.preprocessor import clip_preprocessor
+from export.families.llava.preprocessor import clip_preprocessor
 from runtime.bundle import ImageInfo
 from runtime.errors import ImageError
 from runtime.image import MAX_PIXELS, load_photo, preprocess, view

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from export.backends.onnx import WEIGHTS_FILE, lower
+from export.blocks.nbits import MATMUL_NBITS, NBitsLinear
 from export.checkpoints import RandomCheckpoint
+from export.families.family import ModelEntry
+from export.families.llava.family import LLAVA
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
-from export.graphs.nbits import MATMUL_NBITS, NBitsLinear
-from export.models.llava import ModelEntry
 from export.quantize import SCHEMES, quantize
 from runtime.check.parity import BOUNDS
 from runtime.errors import ExportError
@@ -28,6 +29,7 @@ from tests.tiny_llava import CONFIG, TINY
 # TINY, in widths that groups of 32 divide: with biases and fewer key heads than heads.
 SMALL = ModelEntry(
     name="small",
+    family=LLAVA,
     summary="for tests",
     hub_id=None,
     config={**CONFIG, "text_config": {**CONFIG["text_config"], "hidden_size": 96, "intermediate_size": 128}},
@@ -40,7 +42,7 @@ NBITS_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.form == "nbi
 def build(quant: str | None, entry: ModelEntry = SMALL) -> dict[str, Graph]:
     """The text graphs with seeded weights; the same ones at each call, but for `quant`."""
     checkpoint = RandomCheckpoint(entry, seed=1)
-    context = Context(checkpoint.geometry, prefix=7, keep=4, cut=CUT, text=16)
+    context = Context(checkpoint.geometry, SMALL.family.frame(range(7), SMALL.geometry), keep=4, cut=CUT, text=16)
     return build_text_graphs(checkpoint, context, quant=quant, chunk=8)
 
 

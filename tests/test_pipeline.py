@@ -21,12 +21,13 @@ import export.checkpoints
 import export.golden
 import export.graphs.decoder
 import export.graphs.vision
-import export.models.llava
+import export.models.prompt
 import runtime.harness
 from export import cli, pipeline
 from export.backends.backend import LoweredGraph
 from export.backends.onnx import ONNX
 from export.backends.xnnpack import XNNPACK
+from export.families.llava.family import Llava
 from export.models.pocket import POCKET
 from export.pipeline import stage_count
 from export.progress import Progress
@@ -61,6 +62,7 @@ class FakeEncoder:
     keep: int
     prefix_length: int = 35
     index_name: str = "int64"
+    frame = POCKET.family.frame(range(35), POCKET.geometry)
 
     def example_inputs(self) -> tuple[object, ...]:
         return (object(),)
@@ -94,8 +96,8 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces every step that needs a model or an engine by one that takes no time."""
     image = ImageInfo(size=(336, 336), resize_shortest=336, rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     monkeypatch.setattr(export.checkpoints, "open_checkpoint", lambda *a, **k: FakeCheckpoint())
-    monkeypatch.setattr(export.models.llava, "image_info", lambda *a: image)
-    monkeypatch.setattr(export.models.llava, "prompt_info", lambda *a: PromptInfo(prefix_ids=(1,)))
+    monkeypatch.setattr(Llava, "image", lambda *a: image)
+    monkeypatch.setattr(export.models.prompt, "read_prompt", lambda *a: PromptInfo(prefix_ids=(1,)))
     monkeypatch.setattr(export.golden, "golden_device", lambda: "cpu")
     monkeypatch.setattr(export.golden, "make_golden", fake_golden)
     monkeypatch.setattr(pipeline._Making, "_desktop_pixels", lambda self: np.zeros((1, 3, 336, 336), np.float32))
@@ -119,10 +121,10 @@ def stop(*args: object, **kwargs: object) -> NoReturn:
 # Every place where the walk can be interrupted, in order, as (module or class, attribute).
 STEPS: list[tuple[object, str]] = [
     (export.checkpoints, "open_checkpoint"),
-    (export.models.llava, "image_info"),
+    (Llava, "image"),
     (export.golden, "make_golden"),
     (export.graphs.vision, "build_vision_encoder"),
-    (export.models.llava, "prompt_info"),
+    (export.models.prompt, "read_prompt"),
     (BundleWriter, "write_manifest"),
     (runtime.harness, "check_bundle"),
     (BundleWriter, "commit"),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from export.checkpoints import open_checkpoint
+from export.families.llava.config import LlavaGeometry
 from export.golden import make_golden
-from export.models.llava import image_info
 from export.models.pocket import POCKET, pocket_cache, pocket_folder, write_pocket
 from runtime.errors import OutputError
 from runtime.image import load_photo, preprocess
@@ -39,7 +39,7 @@ def test_bytes_never_change(folder: Path, tmp_path: Path) -> None:
 
 
 def test_geometry_is_the_real_one_in_small(folder: Path) -> None:
-    geometry = POCKET.geometry
+    geometry = LlavaGeometry.from_config(POCKET.config)
     assert (geometry.grid, geometry.image_tokens, geometry.vision.patch_size) == ((24, 24), 576, 14)
     assert geometry.tower_layers == geometry.vision.layers - 1
     assert geometry.text.hidden > 256  # or the pruner's choice of channels would never be exercised
@@ -77,7 +77,7 @@ def test_tokenizer_reads_back_what_it_wrote(folder: Path) -> None:
 def _image_tokens(folder: Path, photo: np.ndarray) -> torch.Tensor:
     """(576, 288): the hidden states that the pruner sees."""
     checkpoint = open_checkpoint(POCKET, weights=str(folder))
-    pixels = preprocess(photo, image_info(checkpoint, POCKET))
+    pixels = preprocess(photo, POCKET.family.image(checkpoint.folder, checkpoint.geometry))
     golden = make_golden(checkpoint, POCKET, None, pixel_values=pixels)
     return torch.from_numpy(golden["vision_encoder.out.hidden"][0, 35:])
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from export.checkpoints import RandomCheckpoint, open_checkpoint
-from export.models import MODELS
-from export.models.llava import image_info, prompt_info
+from export.checkpoints import open_checkpoint
+from export.families import MODELS
 from export.models.pocket import POCKET, write_pocket
 from export.models.prompt import end_ids, read_prompt, read_tokenizer_files
 from runtime.bundle import PromptInfo
@@ -158,8 +157,8 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
 @pytest.mark.parametrize("model", ["llava-1.5-7b", "pocket"])
 def test_random_weights_get_a_seeded_stand_in(model: str) -> None:
     checkpoint = open_checkpoint(model, weights="random")
-    prompt = prompt_info(checkpoint, MODELS[model])
-    assert prompt == prompt_info(checkpoint, MODELS[model])
+    prompt = read_prompt(checkpoint.folder, checkpoint.geometry, MODELS[model])
+    assert prompt == read_prompt(checkpoint.folder, checkpoint.geometry, MODELS[model])
     assert len(prompt.prefix_ids) == 35
     assert prompt.prefix_ids[0] == 1
     assert (prompt.prefix_text, prompt.suffix_text) == (None, None)
@@ -171,28 +170,27 @@ def test_image_settings_come_from_the_checkpoint(folder: Path) -> None:
     from export.checkpoints import FolderCheckpoint
 
     checkpoint = FolderCheckpoint(folder, POCKET)
-    assert image_info(checkpoint, POCKET).size == (336, 336)
+    assert POCKET.family.image(checkpoint.folder, checkpoint.geometry).size == (336, 336)
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "image_mean": [0.5, 0.5, 0.5]}))
-    assert image_info(checkpoint, POCKET).mean == (0.5, 0.5, 0.5)
+    assert POCKET.family.image(checkpoint.folder, checkpoint.geometry).mean == (0.5, 0.5, 0.5)
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     path.unlink()
-    assert image_info(checkpoint, POCKET).mean == (0.48145466, 0.4578275, 0.40821073)
+    assert POCKET.family.image(checkpoint.folder, checkpoint.geometry).mean == (0.48145466, 0.4578275, 0.40821073)
 
 
 def test_image_size_must_be_the_towers(folder: Path) -> None:
-    from export.checkpoints import FolderCheckpoint
 
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "crop_size": 224, "size": 224}))
-    with pytest.raises(CheckpointError, match="crops to 224 x 224 pixels, but the tower of pocket takes 336 x 336"):
-        image_info(FolderCheckpoint(folder, POCKET), POCKET)
+    with pytest.raises(CheckpointError, match="crops to 224 x 224 pixels, but the tower takes 336 x 336"):
+        POCKET.family.image(folder, POCKET.geometry)
 
 
 def test_image_settings_without_a_folder_are_clips() -> None:
-    assert image_info(RandomCheckpoint(TINY, seed=0), TINY).size == (58, 58)
+    assert TINY.family.image(None, TINY.geometry).size == (58, 58)
 
 
 def change(path: Path, **fields: object) -> None:

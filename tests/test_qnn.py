@@ -22,12 +22,11 @@ from torch.overrides import TorchFunctionMode
 from export.backends import onnx as onnx_backend
 from export.backends import qdq
 from export.backends.qnn import compile_for, lower, socs
+from export.blocks.norms import RmsNorm
 from export.calibration import default_photos
 from export.checkpoints import RandomCheckpoint
 from export.graphs.graph import Graph
-from export.graphs.norms import RmsNorm
 from export.graphs.vision import build_vision_encoder
-from export.models.llava import image_info
 from export.request import Request, plan
 from pruning import ComparingPruner, PruneSpec, SpecError, reference
 from pruning.vlm_pruner.comparing import _Pair
@@ -557,7 +556,7 @@ def test_quantised_vision_graph_runs_whole(tmp_path: Path) -> None:
     """On a photo that it was not calibrated with; what is 8-bit shows, and what is not does not."""
     checkpoint = RandomCheckpoint(TINY, seed=2)
     encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, arithmetic="float16")
-    image = image_info(checkpoint, TINY)
+    image = TINY.family.image(checkpoint.folder, checkpoint.geometry)
     photo, *rest = (preprocess(photo, image) for photo in default_photos().values())
     loaded = _quantised(encoder, tmp_path, [(one,) for one in rest])
     got = dict(zip(encoder.output_names, loaded.run([photo]), strict=True))

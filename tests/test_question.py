@@ -13,8 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.checkpoints import FolderCheckpoint
-from export.models.llava import prompt_info
 from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import read_prompt
 from runtime.bundle import PromptInfo
@@ -29,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompt(folder: Path) -> PromptInfo:
-    return prompt_info(FolderCheckpoint(folder, POCKET), POCKET)
+    return read_prompt(folder, POCKET.geometry, POCKET)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from export import cli
 from export.backends import coreml, onnx, xnnpack
 from export.backends.backend import Lower
 from export.calibration import rendered_scene
-from export.checkpoints import Checkpoint, open_checkpoint
+from export.checkpoints import open_checkpoint
+from export.families import MODELS
+from export.families.family import Checkpoint
 from export.graphs.decoder import Context, build_text_graphs, precise_modules
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.models import MODELS
-from export.models.llava import image_info
 from export.ranges import LARGEST, Island, make_islands, measure
 from pruning import PruneSpec, SpecError
 from pruning.vlm_pruner.settings import Settings
@@ -70,7 +70,7 @@ def _encoder(checkpoint: Checkpoint, precision: str, *, pruned: bool = True) -> 
 
 
 def _pixels(checkpoint: Checkpoint, count: int) -> list[torch.Tensor]:
-    info = image_info(checkpoint, TINY)
+    info = TINY.family.image(checkpoint.folder, checkpoint.geometry)
     return [torch.from_numpy(preprocess(rendered_scene(4 * number), info)) for number in range(count)]
 
 
@@ -296,7 +296,7 @@ def test_text_graphs_without_hazards(precision: str, tmp_path: Path, monkeypatch
 @torch.no_grad()
 def test_what_the_text_graphs_would_be_without_the_island(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY, weights=str(_text_weights(tmp_path, **OVERFLOWS)), seed=0)
-    context = Context(TINY.geometry, prefix=7, keep=8, cut=2, text=24)
+    context = Context(TINY.geometry, TINY.family.frame(range(7), TINY.geometry), keep=8, cut=2, text=24)
     decoder = build_text_graphs(checkpoint, context, precision="fp16")[TEXT_DECODER]
     chance = torch.Generator().manual_seed(0)
     inputs = [

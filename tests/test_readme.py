@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs.tables import backends, measured
-from export.models import MODELS
+from export.families import MODELS
 from tests.test_docs import anchors, check_commands, check_flags, links
 
 MOST_LINES = 200

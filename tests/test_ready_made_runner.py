@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint
 from export.dropin.multimodal_runner import write_for_runner
+from export.families.family import ModelEntry
+from export.families.llava.family import LLAVA
 from export.golden import make_golden
 from export.graphs.ready_made import build_ready_made_graphs
 from export.graphs.vision import build_vision_encoder
-from export.models.llava import ModelEntry, prompt_info
 from export.models.pocket import POCKET, pocket_folder
+from export.models.prompt import read_prompt
 from export.quantize import SCHEMES, quantize
 from pruning import PruneSpec
 from pruning.vlm_pruner.settings import Settings
@@ -91,7 +93,7 @@ class Exported:
 
     def prompt(self, question: str) -> tuple[list[int], list[int]]:
         """The ids before the image and those behind it."""
-        info = prompt_info(self.checkpoint, self.case.entry)
+        info = read_prompt(self.checkpoint.folder, self.checkpoint.geometry, self.case.entry)
         if info.suffix_text is None:  # tiny has no tokenizer
             return list(info.prefix_ids), [7 + len(question), 40, 31, 22, 13]
         return list(info.prefix_ids), Tokenizer(self.tokenizer_file, info).question_ids(question)
@@ -176,7 +178,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def pixels(exported: Exported) -> torch.Tensor:
     """Something with structure, in the range of a normalised photo: (1, 3, H, W)."""
-    side = exported.case.entry.geometry.vision.image_size
+    side = exported.case.entry.geometry.pixel_values[-1]
     y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
     waves = torch.stack([torch.sin(9 * x * y), torch.cos(5 * x + y), torch.sin(3 * y * y - 7 * x)])
     return (waves + 0.3 * torch.randn(3, side, side, generator=torch.Generator().manual_seed(1)))[None]
@@ -286,7 +288,7 @@ def test_photo_first_question_later(exported: Exported, desktop: Desktop, pixels
 
 @pytest.mark.slow
 def test_text_through_the_runners_own_tokenizer(exported: Exported, desktop: Desktop, pixels: torch.Tensor) -> None:
-    info = prompt_info(exported.checkpoint, exported.case.entry)
+    info = read_prompt(exported.checkpoint.folder, exported.checkpoint.geometry, exported.case.entry)
     if info.prefix_text is None or info.suffix_text is None:
         assert exported.case.entry is TINY  # has no tokenizer
         return
@@ -344,7 +346,7 @@ def test_weights_are_stored_once(exported: Exported) -> None:
     matrices = 0
     for name in exported.checkpoint.names():
         tensor = exported.checkpoint.tensor(name).float()
-        if quant and tensor.dim() == 2 and name.startswith(("language_model.layers.", "lm_head.")):
+        if quant and tensor.dim() == 2 and name.startswith(("layers.", "lm_head.")):
             group = SCHEMES[quant].group
             assert group
             size_bytes += tensor.numel() // 2 + tensor.numel() // group * 2  # 4 bits each, 16 for a group's scale
@@ -380,7 +382,9 @@ def test_graphs_equal_transformers(kv_heads: int) -> None:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     text = {**CONFIG["text_config"], "num_key_value_heads": kv_heads}
-    entry = ModelEntry(name="tiny", summary="for tests", hub_id=None, config={**CONFIG, "text_config": text})
+    entry = ModelEntry(
+        name="tiny", family=LLAVA, summary="for tests", hub_id=None, config={**CONFIG, "text_config": text}
+    )
     checkpoint = RandomCheckpoint(entry, seed=2)
     assert checkpoint.geometry.text.heads == 6
     config: Any = LlavaConfig.from_dict(dict(checkpoint.config))

@@ -21,15 +21,16 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoints import Checkpoint, FolderCheckpoint, open_checkpoint
+from export.blocks.nbits import NBitsLinear
+from export.checkpoints import FolderCheckpoint, open_checkpoint
 from export.dropin import transformers_js
 from export.dropin.transformers_js import write_transformers_js
+from export.families.family import Checkpoint
 from export.golden import make_golden
 from export.graphs.merged_decoder import build_merged_decoder
-from export.graphs.nbits import NBitsLinear
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.models.llava import prompt_info
 from export.models.pocket import POCKET, pocket_cache, pocket_folder
+from export.models.prompt import read_prompt
 from export.quantize import SCHEMES, quantize
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo
@@ -272,7 +273,7 @@ def test_prompts_hold_the_kept_tokens(
 ) -> None:
     """And the answers depend on photo and question, or the tests below would prove little."""
     image = POCKET.geometry.image_token_id
-    prefix = list(prompt_info(checkpoint, POCKET).prefix_ids)
+    prefix = list(read_prompt(checkpoint.folder, checkpoint.geometry, POCKET).prefix_ids)
     for case in expected.values():
         assert case["prompt_ids"].count(image) == KEEP
         assert case["prompt_ids"][: len(prefix) + KEEP] == [*prefix, *[image] * KEEP]

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from export.checkpoints import Checkpoint, FolderCheckpoint, RandomCheckpoint, canonical_name
+from export.blocks.attention import causal_mask
+from export.blocks.decoder_layer import DecoderLayer
+from export.blocks.norms import LayerNorm, RmsNorm
+from export.blocks.rope import rope_tables
+from export.checkpoints import FolderCheckpoint, RandomCheckpoint
+from export.families import MODELS
+from export.families.family import Checkpoint, ModelEntry
+from export.families.llava.config import LlavaGeometry
 from export.golden import make_golden
-from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
-from export.graphs.norms import LayerNorm, RmsNorm
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.graphs.weights import fill
-from export.models import MODELS
-from export.models.llava import LlavaGeometry, ModelEntry
 from export.models.pocket import POCKET, pocket_folder
+from export.weights import fill
 from pruning import Features, PruneSpec
 from pruning.vlm_pruner.settings import Settings
 from runtime.check.parity import BOUNDS, SUMS_IN_16_BITS, compare
@@ -69,7 +72,7 @@ def test_equal_to_transformers(model: str, cut: int, framed: bool, pruned: bool,
     checkpoint = pocket if model == "pocket" else RandomCheckpoint(TINY, seed=2)
     spec = (PruneSpec() if model == "pocket" else TINY_SPEC) if pruned else None
     encoder = build_vision_encoder(checkpoint, entry, spec, cut=cut, framed=framed)
-    pixels = _photo(entry.geometry.vision.image_size)
+    pixels = _photo(entry.geometry.pixel_values[-1])
     golden = make_golden(checkpoint, entry, spec, cut=cut, framed=framed, pixel_values=pixels.numpy())
     assert (encoder.pruner is not None) == pruned
     differences = _differences(encoder, golden, pixels)
@@ -220,8 +223,8 @@ def test_older_spelling_of_rope_means_the_same() -> None:
 
 def test_a_layer_fed_in_pieces_equals_the_layer_fed_at_once() -> None:
     text = TINY.geometry.text
-    layer = LlamaLayer(text)
-    fill(layer, RandomCheckpoint(TINY, seed=0), "language_model.layers.1", torch.float32)
+    layer = DecoderLayer(text)
+    fill(layer, RandomCheckpoint(TINY, seed=0), "layers.1", torch.float32)
     hidden = torch.randn(1, 11, text.hidden, generator=torch.Generator().manual_seed(0))
     cos, sin = rope_tables(text, range(11))
     whole = layer(hidden, cos, sin, causal_mask(11))
@@ -262,8 +265,9 @@ def test_tensors_are_those_of_transformers_model(entry: ModelEntry) -> None:
 
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig.from_dict(dict(entry.config)))
-    theirs = {canonical_name(name): tuple(value.shape) for name, value in model.named_parameters()}
-    assert theirs == entry.geometry.tensor_shapes()
+    spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
+    theirs = {spelled[name]: tuple(value.shape) for name, value in model.named_parameters()}
+    assert theirs == {name: tensor.shape for name, tensor in entry.tensors.items()}
 
 
 def test_what_a_sparse_config_leaves_out_means_the_same_as_in_transformers() -> None:
@@ -292,7 +296,7 @@ def test_parameter_count_is_what_the_module_holds(pocket: Checkpoint) -> None:
     for cut in (2, 0):
         encoder = build_vision_encoder(pocket, POCKET, None, cut=cut, framed=cut > 0)
         held = sum(parameter.numel() for parameter in encoder.parameters())
-        assert held == pocket.geometry.vision_parameter_count(cut)
+        assert held == POCKET.vision_parameter_count(cut)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

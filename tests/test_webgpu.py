@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from export.backends.webgpu import coverage_of, lower
+from export.blocks.nbits import NBitsLinear
 from export.graphs.graph import Graph
-from export.graphs.nbits import NBitsLinear
 from export.request import Request, plan
 from pruning import PruneSpec, TokenPruner, reference
 from pruning.vlm_pruner.settings import Settings

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from export.checkpoints import RandomCheckpoint
-from export.models.llava import ModelEntry
+from export.families.family import ModelEntry
+from export.families.llava.family import LLAVA
+from export.families.llava.tensors import spellings
 
 CONFIG: Mapping[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -55,7 +57,7 @@ CONFIG: Mapping[str, Any] = {
     },
 }
 
-TINY = ModelEntry(name="tiny", summary="for tests", hub_id=None, config=CONFIG, prefix_tokens=7)
+TINY = ModelEntry(name="tiny", family=LLAVA, summary="for tests", hub_id=None, config=CONFIG, prefix_tokens=7)
 
 
 def tiny_tensors(*, older_layout: bool = False) -> dict[str, torch.Tensor]:
@@ -66,6 +68,7 @@ def tiny_tensors(*, older_layout: bool = False) -> dict[str, torch.Tensor]:
 
 def stored_name(name: str, *, older_layout: bool) -> str:
     """A canonical name as one of the two published layouts spells it."""
+    name = spellings(name)[0]
     if not older_layout:
         return name if name.startswith("lm_head.") else f"model.{name}"
     if name.startswith("lm_head."):

@@ -30,15 +30,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "names": api.names,
     "reference": api.reference,
     "interface of a family": partial(
-        interfaces.reference,
-        "export",
-        "Family",
-        "Geometry",
-        "TensorEntry",
-        "Seen",
-        "Frame",
-        "Desktop",
-        missing=interfaces.NO_FAMILY,
+        interfaces.reference, "export", "Family", "Geometry", "TensorEntry", "Frame", "Seen", "Desktop", "ModelEntry"
     ),
     "interface of a method": partial(
         interfaces.reference, "pruning", "Method", "Features", "Kept", "Trace", "Recovery", "Cuts"

@@ -8,7 +8,7 @@ import re
 from docs.tables.markdown import table as markdown_table
 from export.backends.qnn import socs
 from export.cli import EXIT_CODES, build_parser
-from export.models import MODELS
+from export.families import MODELS
 
 
 def _actions(verb: str) -> list[argparse.Action]:

@@ -6,10 +6,6 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NO_FAMILY = """\
-There is no class for this yet. What is LLaVA's lies in `export/models/` (config, tensors, photo, prompt), in
-`export/graphs/clip.py` and `export/graphs/llama.py` (the modules) and in `export/golden.py` (the desktop side).
-"""
 
 
 def _definitions(room: str, name: str) -> list[tuple[str, ast.ClassDef]]:
@@ -21,13 +17,11 @@ def _definitions(room: str, name: str) -> list[tuple[str, ast.ClassDef]]:
     ]
 
 
-def reference(room: str, *names: str, missing: str | None = None) -> str:
+def reference(room: str, *names: str) -> str:
     """Returns what the documentation tool makes of classes of a room and their methods.
 
-    LookupError unless each is there once; where the first is not there at all, `missing` stands instead.
+    LookupError unless each is there once.
     """
-    if missing is not None and not _definitions(room, names[0]):
-        return missing
     return "\n".join(_one(room, name) for name in names)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.backends.onnx import quiet
-from export.graphs import norms
-from export.graphs.llama import HIDDEN
+from export.blocks import norms
+from export.blocks.attention import HIDDEN
 
 if TYPE_CHECKING:
     from export.graphs.graph import Graph

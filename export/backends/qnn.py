@@ -66,7 +66,7 @@ def lower(soc: Soc, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, Low
     Raises ExportError when a shape is symbolic or when the NPU's compiler leaves a node to the CPU.
     """
     from export.backends import qdq
-    from export.graphs.norms import Norm
+    from export.blocks.norms import Norm
 
     for graph in graphs.values():
         for module in graph.modules():

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from export.backends.backend import Backend
-    from export.checkpoints import Checkpoint
+    from export.families.family import Checkpoint, ModelEntry
     from export.graphs.vision import VisionEncoder
-    from export.models.llava import ModelEntry
     from runtime.bundle import GraphInfo
 
 

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 from export.backends.executorch import FILE, write_program
 from export.backends.tracing import trace
 from export.backends.xnnpack import DELEGATE
-from export.models.settings import read_object
+from export.settings import read_object
 from runtime.errors import CheckpointError, ExportError
 from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 
 if TYPE_CHECKING:
     import torch
 
-    from export.checkpoints import Checkpoint
+    from export.families.family import Checkpoint, ModelEntry
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
-    from export.models.llava import ModelEntry
     from runtime.bundle import GraphInfo
 
 
@@ -46,8 +45,7 @@ def write_for_runner(
     import torch
 
     from export.graphs.ready_made import build_ready_made_graphs
-    from export.models.llava import prompt_info
-    from export.models.prompt import end_ids
+    from export.models.prompt import end_ids, read_prompt
     from runtime.bundle import GraphInfo
 
     if vision.framed:
@@ -56,7 +54,7 @@ def write_for_runner(
             "in it does not give; take --cut 0"
         )
     _check_tokenizer(checkpoint)
-    prompt = prompt_info(checkpoint, entry)
+    prompt = read_prompt(checkpoint.folder, checkpoint.geometry, entry)
     decoder = build_ready_made_graphs(
         checkpoint,
         tokens=max(len(prompt.prefix_ids), vision.keep, text_tokens),

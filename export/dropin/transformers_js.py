@@ -5,7 +5,7 @@ What transformers.js 4.3.1 needs beyond a checkpoint's own files:
 config.json
     `text_config`: its model type and number of layers, by which the decoder's caches are counted; published files leave
     the number out. `image_token_index`: image features replace the embeddings of this id. `image_seq_length`: the
-    image's length as Python's LlavaConfig defines it; transformers.js does not read it. `transformers.js_config`:
+    image's length as transformers' config defines it; transformers.js does not read it. `transformers.js_config`:
     `dtype`, the precisions that the graphs' file names end in, which browsers take for 8-bit otherwise, and
     `use_external_data_format`, the graphs whose weights lie in a file of their own: browsers fetch only what is named.
 generation_config.json
@@ -30,11 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from export.backends.onnx import OPSET, coverage_of, quiet
 from export.backends.tracing import converting, trace
-from export.models.llava import image_info, prompt_info
-from export.models.preprocessor import read_preprocessor
-from export.models.prompt import TokenizerFiles, end_ids, read_tokenizer_files
-from export.models.settings import read_object, without_non_finite
+from export.models.prompt import TokenizerFiles, end_ids, read_prompt, read_tokenizer_files
 from export.quantize import SCHEMES
+from export.settings import read_object, without_non_finite
 from runtime.errors import CheckpointError, ExportError
 from runtime.prompt import read_tokenizer
 
@@ -42,9 +40,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from export.checkpoints import Checkpoint
+    from export.families.family import Checkpoint, ModelEntry
     from export.graphs.vision import VisionEncoder
-    from export.models.llava import ModelEntry
     from runtime.bundle import GraphInfo
 
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -166,38 +163,17 @@ def _configs(
     checkpoint: Checkpoint, entry: ModelEntry, tokenizer: TokenizerFiles, keep: int
 ) -> dict[str, dict[str, Any]]:
     """The JSON files by name, with what the module's docstring lists set but `transformers.js_config`."""
-    folder, geometry, config = _tokenizer_folder(checkpoint), checkpoint.geometry, checkpoint.config
-    image_info(checkpoint, entry)
-    prompt_info(checkpoint, entry)  # refuses what transformers.js would only find out when asked
+    folder, geometry = _tokenizer_folder(checkpoint), checkpoint.geometry
+    entry.family.image(folder, geometry)
+    read_prompt(folder, geometry, entry)  # refuses what transformers.js would only find out when asked
     generation = read_object(folder / "generation_config.json") or {
         f"{role}_token_id": number for role, number in tokenizer.special_ids.items()
     }
     ends = list(end_ids(checkpoint))
+    image_token = read_tokenizer(tokenizer.content).id_to_token(geometry.image_token_id)
     return {
-        "config.json": {
-            **config,
-            "image_token_index": geometry.image_token_id,
-            "image_seq_length": keep,
-            "text_config": {
-                **(config.get("text_config") or {}),
-                "model_type": "llama",
-                "num_hidden_layers": geometry.text.layers,
-            },
-        },
+        **entry.family.hub_files(checkpoint, image_token=image_token, keep=keep),
         "generation_config.json": {**generation, "eos_token_id": ends[0] if len(ends) == 1 else ends or None},
-        "preprocessor_config.json": {
-            **read_preprocessor(folder, geometry.vision.image_size),
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-        },
-        "processor_config.json": {
-            **(read_object(folder / "processor_config.json") or {}),
-            "image_token": read_tokenizer(tokenizer.content).id_to_token(geometry.image_token_id),
-            "num_additional_image_tokens": keep - geometry.image_tokens,
-            "patch_size": geometry.vision.patch_size,
-            "processor_class": "LlavaProcessor",
-            "vision_feature_select_strategy": "full",
-        },
         "tokenizer_config.json": {
             **(read_object(folder / "tokenizer_config.json") or {}),
             "chat_template": tokenizer.template,

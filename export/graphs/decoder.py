@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from export.graphs.attention import Part
+from export.blocks.attention import HIDDEN, Part, causal_mask
+from export.blocks.decoder_layer import DecoderLayer
+from export.blocks.norms import RmsNorm
+from export.blocks.rope import rope_tables
 from export.graphs.graph import Graph
-from export.graphs.llama import HIDDEN, LlamaLayer, causal_mask, rope_tables
-from export.graphs.norms import RmsNorm
 from export.graphs.vision import PRECISIONS
-from export.graphs.weights import fill
 from export.quantize import quantize
+from export.weights import fill
 from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
-    from export.checkpoints import Checkpoint
-    from export.models.llava import LlavaGeometry
+    from export.families.family import Checkpoint, Family, Frame, Geometry
     from runtime.bundle import TensorInfo
 
 PROMPT_CHUNK = 128
 
 
 class Context:
-    """How many entries the KV cache of each layer has, and which positions they stand for.
+    """How many entries the KV cache of each layer has behind a frame, and which positions they stand for.
 
     The image part of a layer holds the prompt prefix and the image tokens that the layer saw: all of them below
     `cut`, the kept ones from there on. The text part follows it and has room for `text` tokens in every layer. Text
-    goes on at the position after the unpruned image, whatever was dropped, as in the paper's code. `index` is the dtype
+    goes on where it would behind the unpruned image, whatever was dropped, as in the paper's code. `index` is the dtype
     in which `vision_encoder` hands on positions.
     """
 
     def __init__(
-        self, geometry: LlavaGeometry, *, prefix: int, keep: int, cut: int, text: int, index: str = "int64"
+        self, geometry: Geometry, frame: Frame, *, keep: int, cut: int, text: int, index: str = "int64"
     ) -> None:
         self.layers = geometry.text.layers
         self.kv_heads, self.head_dim = geometry.text.kv_heads, geometry.text.head_dim
         self.cut = cut
-        self.prefix = prefix
+        self.prefix = len(frame.prefix_ids)
+        self.seen = len(frame.ids)
         self.keep = keep
         self.text = text
-        self.first_text = prefix + geometry.image_tokens
+        self.first_text = frame.first_text
         self.index = index
 
     @property
@@ -53,7 +54,7 @@ class Context:
 
     def image_entries(self, index: int) -> int:
         """Entries of layer `index` that the prefix and the image take."""
-        return self.first_text if index < self.cut else self.prefix + self.keep
+        return self.seen if index < self.cut else self.prefix + self.keep
 
     def entries(self, index: int) -> int:
         """All entries of layer `index`."""
@@ -79,7 +80,7 @@ class Context:
 class TokenEmbedding(Graph):
     """ids (1, T) int64 -> inputs_embeds (1, T, D) float32"""
 
-    def __init__(self, geometry: LlavaGeometry, *, tokens: int) -> None:
+    def __init__(self, geometry: Geometry, *, tokens: int) -> None:
         super().__init__()
         self.tokens, self.width = tokens, geometry.text.hidden
         self.embed_tokens = nn.Embedding(geometry.text.vocab, geometry.text.hidden, device="meta")
@@ -107,12 +108,12 @@ class _Decoder(Graph):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, geometry: LlavaGeometry, context: Context, *, first: int) -> None:
+    def __init__(self, family: Family[Any], geometry: Geometry, context: Context, *, first: int) -> None:
         super().__init__()
         self.context = context
         self.first = first
         self.width = geometry.text.hidden
-        self.layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(first, geometry.text.layers))
+        self.layers = nn.ModuleList(family.layer(geometry) for _ in range(first, geometry.text.layers))
         cos, sin = rope_tables(geometry.text, range(context.positions))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -138,8 +139,8 @@ class ImagePrefill(_Decoder):
 
     mask: Tensor
 
-    def __init__(self, geometry: LlavaGeometry, context: Context) -> None:
-        super().__init__(geometry, context, first=context.cut)
+    def __init__(self, family: Family[Any], geometry: Geometry, context: Context) -> None:
+        super().__init__(family, geometry, context, first=context.cut)
         self.tokens = context.prefix + context.keep
         self.register_buffer("mask", causal_mask(self.tokens), persistent=False)
 
@@ -165,7 +166,7 @@ class ImagePrefill(_Decoder):
             out = layer(hidden, cos, sin, self.mask)
             hidden = out.hidden
             caches += [out.key.unsqueeze(0), out.value.unsqueeze(0)]
-        assert isinstance(last, LlamaLayer)
+        assert isinstance(last, DecoderLayer)
         key, value = last.key_value(hidden, cos, sin)
         return *caches, key.unsqueeze(0), value.unsqueeze(0)
 
@@ -186,15 +187,15 @@ class TextDecoder(_Decoder):
     first_text: Tensor
     hidden_score: Tensor
 
-    def __init__(self, geometry: LlavaGeometry, context: Context, *, tokens: int) -> None:
-        super().__init__(geometry, context, first=0)
+    def __init__(self, family: Family[Any], geometry: Geometry, context: Context, *, tokens: int) -> None:
+        super().__init__(family, geometry, context, first=0)
         self.tokens, self.vocab = tokens, geometry.text.vocab
         self.norm = RmsNorm(geometry.text.hidden, geometry.text.norm_eps)
         self.lm_head = nn.Linear(geometry.text.hidden, geometry.text.vocab, bias=False, device="meta")
         self.register_buffer("mask", causal_mask(tokens), persistent=False)
         # 1 at the first entry of the text part, 2 at the next ...: what exceeds the number of filled ones is masked.
         self.register_buffer("entry", torch.arange(1, context.text + 1).float()[None], persistent=False)
-        self.register_buffer("image_mask", torch.zeros(1, context.first_text), persistent=False)
+        self.register_buffer("image_mask", torch.zeros(1, context.seen), persistent=False)
         self.register_buffer("first_text", torch.tensor([float(context.first_text)]), persistent=False)
         self.register_buffer("hidden_score", torch.tensor([HIDDEN]), persistent=False)
 
@@ -237,23 +238,10 @@ class TextDecoder(_Decoder):
         return logits.float(), *caches
 
 
-def _stateful(
-    geometry: LlavaGeometry, context: Context, *, chunk: int
-) -> tuple[TextDecoder, TextDecoder, ImagePrefill]:
-    from export.graphs.stateful import StatefulImagePrefill, StatefulTextDecoder, cache_buffers
-
-    cache = cache_buffers(context)
-    return (
-        StatefulTextDecoder(geometry, context, cache, tokens=chunk),
-        StatefulTextDecoder(geometry, context, cache, tokens=1),
-        StatefulImagePrefill(geometry, context, cache),
-    )
-
-
 def build_token_embedding(checkpoint: Checkpoint, *, tokens: int, precision: str = "fp32") -> TokenEmbedding:
     """The embedding of `tokens` ids with the checkpoint's weights, ready to be traced."""
     graph = TokenEmbedding(checkpoint.geometry, tokens=tokens)
-    fill(graph.embed_tokens, checkpoint, "language_model.embed_tokens", PRECISIONS[precision])
+    fill(graph.embed_tokens, checkpoint, "embed_tokens", PRECISIONS[precision])
     return graph.eval().requires_grad_(False)
 
 
@@ -261,9 +249,9 @@ def precise_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, n
     """Parts of the decoder layers in float32, by their paths in the text graphs, like `layers.3.mlp`."""
     modules = {}
     for name in names:
-        layer, _, part = name.removeprefix("layers.").partition(".")
-        module = LlamaLayer(checkpoint.geometry.text).get_submodule(part)
-        fill(module, checkpoint, f"language_model.layers.{layer}.{part}", torch.float32)
+        _, _, part = name.split(".", 2)
+        module = checkpoint.family.layer(checkpoint.geometry).get_submodule(part)
+        fill(module, checkpoint, name, torch.float32)
         modules[name] = module.eval().requires_grad_(False)
     return modules
 
@@ -275,36 +263,45 @@ def build_text_graphs(
     precision: str = "fp32",
     quant: str | None = None,
     chunk: int = PROMPT_CHUNK,
-    states: bool = False,
 ) -> dict[str, Graph]:
     """Everything behind `vision_encoder`, by the names a bundle knows: `image_prefill`, `token_embedding`,
     `text_prefill` for `chunk` tokens at a time and `text_decoder` for one.
 
     They share their layers, so that memory holds each weight once; with `quant` (see export.quantize) each layer is
-    quantised as soon as it is filled, and computes in fp32 around that. With `states` (fp16 only) they keep the KV
-    cache in buffers that they write, the same ones in each. Ready to be traced.
+    quantised as soon as it is filled, and computes in fp32 around that. Ready to be traced.
     """
-    dtype = torch.float32 if quant is not None else PRECISIONS[precision]
-    geometry = checkpoint.geometry
-    whole, one, image = (
-        _stateful(geometry, context, chunk=chunk)
-        if states
-        else (
-            TextDecoder(geometry, context, tokens=chunk),
-            TextDecoder(geometry, context, tokens=1),
-            ImagePrefill(geometry, context),
-        )
+    family, geometry = checkpoint.family, checkpoint.geometry
+    return filled_text_graphs(
+        checkpoint,
+        TextDecoder(family, geometry, context, tokens=chunk),
+        TextDecoder(family, geometry, context, tokens=1),
+        ImagePrefill(family, geometry, context),
+        precision=precision,
+        quant=quant,
     )
+
+
+def filled_text_graphs(
+    checkpoint: Checkpoint,
+    whole: TextDecoder,
+    one: TextDecoder,
+    image: ImagePrefill,
+    *,
+    precision: str,
+    quant: str | None,
+) -> dict[str, Graph]:
+    """Fills three graphs that share their layers, for many tokens, for one and for the image; and their embedding."""
+    dtype = torch.float32 if quant is not None else PRECISIONS[precision]
     for index, layer in enumerate(whole.layers):
-        fill(layer, checkpoint, f"language_model.layers.{index}", dtype)
+        fill(layer, checkpoint, f"layers.{index}", dtype)
         if quant is not None:
             quantize(layer, quant)
-    fill(whole.norm, checkpoint, "language_model.norm", dtype)
+    fill(whole.norm, checkpoint, "norm", dtype)
     fill(whole.lm_head, checkpoint, "lm_head", dtype)
     if quant is not None:
         quantize(whole, quant)  # what is left of it: the output matrix
     one.layers, one.norm, one.lm_head = whole.layers, whole.norm, whole.lm_head
-    image.layers = whole.layers[context.cut :]
+    image.layers = whole.layers[image.first :]
     decoders: dict[str, _Decoder] = {IMAGE_PREFILL: image, TEXT_PREFILL: whole, TEXT_DECODER: one}
     for graph in decoders.values():
         if dtype == torch.float16:
@@ -313,4 +310,4 @@ def build_text_graphs(
             # Compared with positions, which float16 does not hold exactly.
             graph.entry, graph.first_text = graph.entry.float(), graph.first_text.float()
         graph.eval().requires_grad_(False)
-    return {**decoders, TOKEN_EMBEDDING: build_token_embedding(checkpoint, tokens=chunk, precision=precision)}
+    return {**decoders, TOKEN_EMBEDDING: build_token_embedding(checkpoint, tokens=whole.tokens, precision=precision)}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from export.graphs.llama import HIDDEN, LlamaLayer, rope_tables
-from export.graphs.norms import RmsNorm
+from export.blocks.attention import HIDDEN
+from export.blocks.norms import RmsNorm
+from export.blocks.rope import rope_tables
 from export.graphs.vision import PRECISIONS
-from export.graphs.weights import fill
 from export.quantize import quantize
+from export.weights import fill
 
 if TYPE_CHECKING:
-    from export.checkpoints import Checkpoint
-    from export.models.llava import LlavaGeometry
+    from export.families.family import Checkpoint, Family, Geometry
 
 
 class MergedDecoder(nn.Module):
@@ -33,12 +33,12 @@ class MergedDecoder(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, geometry: LlavaGeometry) -> None:
+    def __init__(self, family: Family[Any], geometry: Geometry) -> None:
         """Builds everything on the meta device; `build_merged_decoder` fills it."""
         super().__init__()
         text = geometry.text
         self.text = text
-        self.layers = nn.ModuleList(LlamaLayer(text) for _ in range(text.layers))
+        self.layers = nn.ModuleList(family.layer(geometry) for _ in range(text.layers))
         self.norm = RmsNorm(text.hidden, text.norm_eps)
         self.lm_head = nn.Linear(text.hidden, text.vocab, bias=False, device="meta")
         cos, sin = rope_tables(text, range(text.max_positions))
@@ -98,13 +98,13 @@ def build_merged_decoder(checkpoint: Checkpoint, *, precision: str = "fp32", qua
 
     With `quant` (see export.quantize) each layer is quantised as soon as it is filled, and computes in fp32 around it.
     """
-    graph = MergedDecoder(checkpoint.geometry)
+    graph = MergedDecoder(checkpoint.family, checkpoint.geometry)
     dtype = torch.float32 if quant is not None else PRECISIONS[precision]
     for index, layer in enumerate(graph.layers):
-        fill(layer, checkpoint, f"language_model.layers.{index}", dtype)
+        fill(layer, checkpoint, f"layers.{index}", dtype)
         if quant is not None:
             quantize(layer, quant)
-    fill(graph.norm, checkpoint, "language_model.norm", dtype)
+    fill(graph.norm, checkpoint, "norm", dtype)
     fill(graph.lm_head, checkpoint, "lm_head", dtype)
     if quant is not None:
         quantize(graph, quant)  # what is left of it: the output matrix

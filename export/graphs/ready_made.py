@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from export.blocks.norms import RmsNorm
+from export.blocks.rope import rope_tables
 from export.graphs.decoder import TokenEmbedding
 from export.graphs.graph import Graph
-from export.graphs.llama import LlamaLayer, rope_tables
-from export.graphs.norms import RmsNorm
 from export.graphs.vision import PRECISIONS
-from export.graphs.weights import fill
 from export.quantize import quantize
+from export.weights import fill
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
-    from export.checkpoints import Checkpoint
-    from export.models.llava import LlavaGeometry, TextGeometry
+    from export.blocks.decoder_layer import DecoderLayer
+    from export.families.family import Checkpoint, Family, Geometry
     from runtime.bundle import TensorInfo
 
 
@@ -36,8 +36,8 @@ class AnyTokenEmbedding(TokenEmbedding):
         return tuple(replace(info, dynamic=(1,)) for info in super().output_infos())
 
 
-class CachedLayer(LlamaLayer):
-    """A decoder layer with its own KV cache of `entries` tokens.
+class CachedLayer(nn.Module):
+    """A decoder layer with a KV cache of its own.
 
     Update and attention are ExecuTorch's own operators, which work in place and look at filled entries only. Plain
     operators would have to look at every entry behind a mask: 2.4 times the time of a token, measured with a layer of
@@ -48,30 +48,33 @@ class CachedLayer(LlamaLayer):
     value_cache: Tensor
     swap: Tensor
 
-    def __init__(self, text: TextGeometry, *, entries: int) -> None:
-        super().__init__(text)
+    def __init__(self, layer: DecoderLayer, *, entries: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = layer.self_attn.head_dim
         for name in ("key_cache", "value_cache"):
-            self.register_buffer(name, torch.zeros(1, entries, text.kv_heads, text.head_dim), persistent=False)
+            empty = torch.zeros(1, entries, layer.self_attn.kv_heads, self.head_dim)
+            self.register_buffer(name, empty, persistent=False)
         # Exchanges the halves of a head. A product, because the delegate cuts no tensor whose length is open.
-        half = torch.eye(text.head_dim).roll(text.head_dim // 2, dims=1)
+        half = torch.eye(self.head_dim).roll(self.head_dim // 2, dims=1)
         self.register_buffer("swap", half, persistent=False)
 
     def append(self, hidden: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
         """hidden (1, T, D) of the tokens from entry `start` on, tables (1, T, 1, d) -> (1, T, D)"""
-        attention = self.self_attn
-        normed = self.input_layernorm(hidden)
+        attention = self.layer.self_attn
+        normed = self.layer.input_layernorm(hidden)
         query = self.rotate(self.heads(attention.q_proj(normed)), cos, sin)
         key = self.rotate(self.heads(attention.k_proj(normed)), cos, sin)
         torch.ops.llama.update_cache(key, self.key_cache, start)
         torch.ops.llama.update_cache(self.heads(attention.v_proj(normed)), self.value_cache, start)
         mixed = torch.ops.llama.custom_sdpa(query, self.key_cache, self.value_cache, start, None, 0.0, True)
-        hidden = hidden + attention.o_proj(mixed.reshape(1, -1, attention.heads * attention.head_dim))
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = hidden + attention.o_proj(mixed.reshape(1, -1, attention.heads * self.head_dim))
+        out: Tensor = hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
         return out
 
     def heads(self, x: Tensor) -> Tensor:
         """(1, T, H * d) -> (1, T, H, d)"""
-        return x.reshape(1, -1, x.shape[2] // self.self_attn.head_dim, self.self_attn.head_dim)
+        return x.reshape(1, -1, x.shape[2] // self.head_dim, self.head_dim)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The rotary embedding with tables of `rope_tables`: (1, T, H, d) -> (1, T, H, d)"""
@@ -88,12 +91,12 @@ class CachedTextDecoder(Graph):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, geometry: LlavaGeometry, *, tokens: int, context: int) -> None:
+    def __init__(self, family: Family[Any], geometry: Geometry, *, tokens: int, context: int) -> None:
         super().__init__()
         text = geometry.text
         self.tokens, self.context = tokens, context
         self.width, self.vocab = text.hidden, text.vocab
-        self.layers = nn.ModuleList(CachedLayer(text, entries=context) for _ in range(text.layers))
+        self.layers = nn.ModuleList(CachedLayer(family.layer(geometry), entries=context) for _ in range(text.layers))
         self.norm = RmsNorm(text.hidden, text.norm_eps)
         self.lm_head = nn.Linear(text.hidden, text.vocab, bias=False, device="meta")
         cos, sin = rope_tables(text, range(context))
@@ -155,19 +158,20 @@ def build_ready_made_graphs(
         )
     _register_operators()
     dtype = PRECISIONS[precision]
-    decoder = CachedTextDecoder(checkpoint.geometry, tokens=tokens, context=context)
+    decoder = CachedTextDecoder(checkpoint.family, checkpoint.geometry, tokens=tokens, context=context)
     for index, layer in enumerate(decoder.layers):
-        fill(layer, checkpoint, f"language_model.layers.{index}", dtype)
+        assert isinstance(layer, CachedLayer)
+        fill(layer.layer, checkpoint, f"layers.{index}", dtype)
         if quant is not None:
             quantize(layer, quant)
-    fill(decoder.norm, checkpoint, "language_model.norm", dtype)
+    fill(decoder.norm, checkpoint, "norm", dtype)
     fill(decoder.lm_head, checkpoint, "lm_head", dtype)
     if quant is not None:
         quantize(decoder, quant)  # what is left of it: the output matrix
     if dtype == torch.float16:
         decoder.half()
     embedding = AnyTokenEmbedding(checkpoint.geometry, tokens=tokens)
-    fill(embedding.embed_tokens, checkpoint, "language_model.embed_tokens", dtype)
+    fill(embedding.embed_tokens, checkpoint, "embed_tokens", dtype)
     return ReadyMadeGraphs(embedding.eval().requires_grad_(False), decoder.eval().requires_grad_(False))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from export.graphs.decoder import Context, ImagePrefill, TextDecoder
+from export.graphs.decoder import PROMPT_CHUNK, Context, ImagePrefill, TextDecoder, filled_text_graphs
+from export.graphs.graph import Graph
 
 if TYPE_CHECKING:
-    from export.models.llava import LlavaGeometry
+    from export.families.family import Checkpoint, Family, Geometry
     from runtime.bundle import TensorInfo
 
 
@@ -45,15 +46,15 @@ class StatefulImagePrefill(ImagePrefill):
 
     origin: Tensor
 
-    def __init__(self, geometry: LlavaGeometry, context: Context, cache: Mapping[str, Tensor]) -> None:
-        super().__init__(geometry, context)
+    def __init__(self, family: Family[Any], geometry: Geometry, context: Context, cache: Mapping[str, Tensor]) -> None:
+        super().__init__(family, geometry, context)
         self.register_buffer("origin", torch.zeros(1, dtype=torch.int32), persistent=False)
         for name, buffer in cache.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""
-        seen = self.context.infos("", self.dtype, entries=self.context.first_text)
+        seen = self.context.infos("", self.dtype, entries=self.context.seen)
         return (*super().input_infos(), *seen[: 2 * self.first])
 
     def output_infos(self) -> tuple[TensorInfo, ...]:
@@ -79,8 +80,10 @@ class StatefulTextDecoder(TextDecoder):
     padding too: they must fit, and what padding leaves is overwritten before it is looked at.
     """
 
-    def __init__(self, geometry: LlavaGeometry, context: Context, cache: Mapping[str, Tensor], *, tokens: int) -> None:
-        super().__init__(geometry, context, tokens=tokens)
+    def __init__(
+        self, family: Family[Any], geometry: Geometry, context: Context, cache: Mapping[str, Tensor], *, tokens: int
+    ) -> None:
+        super().__init__(family, geometry, context, tokens=tokens)
         for name, buffer in cache.items():
             self.register_buffer(name, buffer, persistent=False)
 
@@ -104,3 +107,18 @@ class StatefulTextDecoder(TextDecoder):
             start = first + (self.context.image_entries(number // 2) - self.context.first_text)
             cache.copy_(torch.ops.pruneport.written(cache, new, start))
         return (logits,)
+
+
+def build_stateful_text_graphs(
+    checkpoint: Checkpoint, context: Context, *, quant: str | None = None, chunk: int = PROMPT_CHUNK
+) -> dict[str, Graph]:
+    """As `build_text_graphs` in fp16, with the KV cache in buffers that the graphs write, the same ones in each."""
+    family, geometry, cache = checkpoint.family, checkpoint.geometry, cache_buffers(context)
+    return filled_text_graphs(
+        checkpoint,
+        StatefulTextDecoder(family, geometry, context, cache, tokens=chunk),
+        StatefulTextDecoder(family, geometry, context, cache, tokens=1),
+        StatefulImagePrefill(family, geometry, context, cache),
+        precision="fp16",
+        quant=quant,
+    )

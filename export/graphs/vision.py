@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from export.graphs.clip import ClipTower, Projector
+from export.blocks.attention import causal_mask
+from export.blocks.rope import rope_tables
 from export.graphs.graph import Graph
-from export.graphs.llama import LlamaLayer, causal_mask, rope_tables
-from export.graphs.weights import fill
-from export.models.llava import LlavaGeometry, ModelEntry, prompt_info
+from export.models.prompt import read_prompt
 from export.quantize import quantize
+from export.weights import fill
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
-    from export.checkpoints import Checkpoint
+    from export.families.family import Checkpoint, Family, Frame, Geometry, ModelEntry
     from pruning import Arithmetic, PruneSpec
     from runtime.bundle import TensorInfo
 
@@ -25,7 +25,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class VisionEncoder(Graph):
-    """pixel_values (1, 3, H, W) float32 -> the image as the decoder goes on from it. All shapes are static.
+    """pixel_values (1, C, H, W) float32 -> the image as the decoder goes on from it. All shapes are static.
 
     `cut` is the number of decoder layers that run before the pruner does; the paper (arXiv 2512.02700) takes 2. Tower,
     projector and these layers over the image tokens, then the pruner, on the keys of the last of these layers (after
@@ -51,7 +51,7 @@ class VisionEncoder(Graph):
     """
 
     # Not the pruner: its choices hang on small differences.
-    quantisable = ("tower", "projector", "decoder_layers")
+    quantisable = ("tower", "decoder_layers")
 
     prefix_hidden: Tensor
     prefix_positions: Tensor
@@ -63,27 +63,28 @@ class VisionEncoder(Graph):
 
     def __init__(
         self,
-        geometry: LlavaGeometry,
+        family: Family[Any],
+        geometry: Geometry,
+        frame: Frame,
         spec: PruneSpec | None,
         *,
         cut: int,
         framed: bool,
-        prefix_length: int,
         arithmetic: Arithmetic = "float32",
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
         self.geometry = geometry
+        self.frame = frame
         self.cut, self.framed = cut, framed
-        self.prefix_length = prefix_length if framed else 0
+        self.prefix_length = len(frame.prefix_ids) if framed else 0
         self.image_tokens = geometry.image_tokens
         self.spec = spec
         # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
         self.index_dtype = torch.int32 if arithmetic == "float16" else torch.int64
         self.keep = self.image_tokens if spec is None else int(spec.keep)
-        self.tower = ClipTower(geometry)
-        self.projector = Projector(geometry)
-        self.decoder_layers = nn.ModuleList(LlamaLayer(geometry.text) for _ in range(cut))
+        self.tower = family.tower(geometry)
+        self.decoder_layers = nn.ModuleList(family.layer(geometry) for _ in range(cut))
         self.pruner: nn.Module | None = None
         if spec is not None and self.keep < self.image_tokens:
             from pruning import method_named
@@ -105,7 +106,7 @@ class VisionEncoder(Graph):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that the tower computes in."""
-        return self.tower.embeddings.class_embedding.dtype
+        return next(self.tower.parameters()).dtype
 
     @property
     def layers_dtype(self) -> torch.dtype:
@@ -121,8 +122,7 @@ class VisionEncoder(Graph):
         """Name, shape and dtype of each input."""
         from runtime.bundle import TensorInfo
 
-        side = self.geometry.vision.image_size
-        return (TensorInfo(name="pixel_values", shape=(1, self.geometry.vision.channels, side, side), dtype="float32"),)
+        return (TensorInfo(name="pixel_values", shape=self.geometry.pixel_values, dtype="float32"),)
 
     def output_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each output."""
@@ -156,7 +156,6 @@ class VisionEncoder(Graph):
         Without `layers` the decoder layers and what they compute with stay as they are.
         """
         self.tower.half()
-        self.projector.half()
         if not layers:
             return self
         self.decoder_layers.half()
@@ -166,9 +165,9 @@ class VisionEncoder(Graph):
         return self
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(1, 3, H, W) float32 -> the outputs that `output_infos` lists."""
-        features, keys = self.tower(pixel_values.to(self.dtype))
-        return self.from_features(self.projector(features), keys)
+        """(1, C, H, W) float32 -> the outputs that `output_infos` lists."""
+        seen = self.tower(pixel_values.to(self.dtype))
+        return self.from_features(seen.features, seen.keys)
 
     def from_features(self, hidden: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         """Image features (1, N, D) and, for cut 0, the tower's keys (1, N, Dk) -> outputs"""
@@ -225,31 +224,38 @@ def build_vision_encoder(
     Raises ExportError for a cut, precision or grid that does not fit, CheckpointError for bad weights.
     """
     geometry = checkpoint.geometry
-    _check_request(geometry, entry, spec, cut, framed, precision)
+    if prefix_ids is None:
+        prefix_ids = read_prompt(checkpoint.folder, geometry, entry).prefix_ids
+    frame = entry.family.frame(prefix_ids, geometry)
+    _check_request(geometry, frame, entry, spec, cut, framed, precision)
     dtype = PRECISIONS[precision]
-    prefix_ids = prompt_info(checkpoint, entry).prefix_ids if prefix_ids is None else prefix_ids
     with torch.no_grad():
         encoder = VisionEncoder(
+            entry.family,
             geometry,
+            frame,
             spec,
             cut=cut,
             framed=framed,
-            prefix_length=len(prefix_ids),
             arithmetic=arithmetic,
         )
-        _fill_tower(encoder.tower, checkpoint, dtype)
+        fill(encoder.tower, checkpoint, "tower", dtype)
         encoder.tower.to(dtype)
-        fill(encoder.projector, checkpoint, "multi_modal_projector", dtype)
-        encoder.projector.to(dtype)
         if framed:
-            _fill_decoder(encoder, checkpoint, prefix_ids, dtype, quant_layers)
+            _fill_decoder(encoder, checkpoint, frame.prefix_ids, dtype, quant_layers)
         if dtype == torch.float16:
             encoder.half_precision(layers=quant_layers is None)
     return encoder.eval().requires_grad_(False)
 
 
 def _check_request(
-    geometry: LlavaGeometry, entry: ModelEntry, spec: PruneSpec | None, cut: int, framed: bool, precision: str
+    geometry: Geometry,
+    frame: Frame,
+    entry: ModelEntry,
+    spec: PruneSpec | None,
+    cut: int,
+    framed: bool,
+    precision: str,
 ) -> None:
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
@@ -264,13 +270,13 @@ def _check_request(
         raise ExportError(
             f"the pruner's grid {tuple(spec.grid)} is not the grid {geometry.grid} of {entry.name}'s image tokens"
         )
-
-
-def _fill_tower(tower: ClipTower, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    fill(tower.embeddings, checkpoint, "vision_tower.embeddings", dtype)
-    fill(tower.pre_layrnorm, checkpoint, "vision_tower.pre_layrnorm", dtype)
-    for index, layer in enumerate(tower.layers):
-        fill(layer, checkpoint, f"vision_tower.encoder.layers.{index}", dtype)
+    length = len(frame.ids)
+    one_image = frame.slots == tuple(range(length - geometry.image_tokens, length)) and frame.prefix_ids
+    if not one_image or frame.positions != (tuple(range(length)),):
+        raise ExportError(
+            f"the prompt of {entry.name} is no prefix with one image behind it at positions that count up by one; "
+            "the graphs know no other frame yet: choose another model"
+        )
 
 
 def _fill_decoder(
@@ -278,11 +284,11 @@ def _fill_decoder(
 ) -> None:
     """Fills the decoder layers and runs the prefix through each while it is there in float32."""
     length = len(prefix_ids)
-    hidden = checkpoint.rows("language_model.embed_tokens.weight", prefix_ids).float()[None]
+    hidden = checkpoint.rows("embed_tokens.weight", prefix_ids).float()[None]
     cos, sin = rope_tables(encoder.geometry.text, range(length))
     mask = causal_mask(length)
     for index, layer in enumerate(encoder.decoder_layers):
-        fill(layer, checkpoint, f"language_model.layers.{index}", torch.float32)
+        fill(layer, checkpoint, f"layers.{index}", torch.float32)
         out = layer(hidden, cos, sin, mask)
         hidden = out.hidden
         encoder.register_buffer(f"prefix_key_{index}", out.key.contiguous(), persistent=False)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.models.llava import ModelEntry
-from export.models.preprocessor import clip_preprocessor
+from export.families import MODELS
+from export.families.llava.config import LlavaGeometry
+from export.families.llava.preprocessor import clip_preprocessor
 from runtime.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -25,60 +26,7 @@ RECIPE = 3
 # Of the seeds 20251202..20251217, the one whose selections on the demo photo stay farthest from ties.
 SEED = 20251216
 
-_CONFIG: Mapping[str, Any] = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "dtype": "float16",
-    "image_seq_length": 576,
-    "image_token_index": 3,
-    "model_type": "llava",
-    "multimodal_projector_bias": True,
-    "projector_hidden_act": "gelu",
-    "text_config": {
-        "attention_bias": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "head_dim": 48,
-        "hidden_act": "silu",
-        "hidden_size": 288,
-        "intermediate_size": 384,
-        "max_position_embeddings": 2048,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 6,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 6,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "tie_word_embeddings": False,
-        "vocab_size": 512,
-    },
-    "tie_word_embeddings": False,
-    "vision_config": {
-        "hidden_act": "quick_gelu",
-        "hidden_size": 128,
-        "image_size": 336,
-        "intermediate_size": 256,
-        "layer_norm_eps": 1e-5,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 4,
-        "num_channels": 3,
-        "num_hidden_layers": 5,
-        "patch_size": 14,
-    },
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-}
-
-POCKET = ModelEntry(
-    name="pocket",
-    summary="a few megabytes, made from a seed: LLaVA architecture with the real 576 image tokens, untrained",
-    hub_id=None,
-    config=_CONFIG,
-    # Untrained weights leave many choices near ties, which float16 decides otherwise.
-    precision="fp32",
-    quant_text="none",
-)
+POCKET = MODELS["pocket"]
 
 _SYSTEM = "A person and their assistant talk about a picture in a few words."
 _SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
@@ -174,7 +122,7 @@ def write_pocket(folder: Path) -> None:
 
     files: dict[str, bytes] = {
         "model.safetensors": save(pocket_tensors(), metadata={"format": "pt"}),
-        "config.json": _json(_CONFIG),
+        "config.json": _json(POCKET.config),
         "preprocessor_config.json": _json({**clip_preprocessor(336), "processor_class": "LlavaProcessor"}),
         "processor_config.json": _json(
             {
@@ -265,7 +213,7 @@ def pocket_tensors() -> dict[str, NDArray[np.float16]]:
     """All weights by Hugging Face name, float16."""
     import numpy as np
 
-    geometry = POCKET.geometry
+    geometry = LlavaGeometry.from_config(POCKET.config)
     vision, text = geometry.vision, geometry.text
     made: dict[str, NDArray[np.float64]] = {}
     # What each branch adds to the residual stream, relative to its input: small enough that the photo survives.
@@ -291,7 +239,8 @@ def pocket_tensors() -> dict[str, NDArray[np.float16]]:
         "position_embedding": lambda: 0.15 * _normal("position", vision.tokens + 1, vision.hidden),
         "embed_tokens": lambda: _normal("embed", text.vocab, text.hidden),
     }
-    for name, shape in geometry.tensor_shapes().items():
+    for entry in POCKET.tensors.values():
+        name, shape = entry.stored[0], entry.shape
         module, kind = name.split(".")[-2:]
         part = module if module in specials else kind
         if part in specials:
@@ -369,7 +318,7 @@ def _with_merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
 
 def _tokenizer() -> dict[str, Any]:
     """tokenizer.json of a byte-level BPE with `vocab_size` entries: specials, 256 bytes, learnt merges."""
-    size = _CONFIG["text_config"]["vocab_size"]
+    size = POCKET.config["text_config"]["vocab_size"]
     tokens = [*_SPECIALS, *_byte_letters()]
     merges = []
     for left, right in _learnt_merges(size - len(tokens)):

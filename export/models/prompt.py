@@ -9,15 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from export.models.settings import read_object
+from export.settings import read_object
 from runtime.chat import render_chat
 from runtime.errors import CheckpointError, RequestError
 from runtime.prompt import QUESTION, TOKENIZER_FILE, Tokenizer, conversation_ids, read_tokenizer
 
 if TYPE_CHECKING:
-    from export.checkpoints import Checkpoint
-    from export.golden import SampleText
-    from export.models.llava import LlavaGeometry, ModelEntry
+    from export.families.family import Checkpoint, Geometry, ModelEntry
     from runtime.bundle import PromptInfo
 
 _TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
@@ -31,7 +29,7 @@ _SETTINGS_FILES = (
 )
 
 
-def read_prompt(folder: Path | None, geometry: LlavaGeometry, entry: ModelEntry) -> PromptInfo:
+def read_prompt(folder: Path | None, geometry: Geometry, entry: ModelEntry) -> PromptInfo:
     """The ids and the text before the image, the chat template, and the text behind the image for phones without Jinja.
 
     The ids are those of the whole rendered conversation up to the image token, so that a tokenizer which treats the
@@ -147,10 +145,16 @@ shines, and in the puddles one sees the sky, 50% cloud, 50% light. What time is 
 _QUESTION = "What is in this picture?"
 
 
-def sample_text(folder: Path | None, geometry: LlavaGeometry, entry: ModelEntry, *, tokens: int) -> SampleText:
-    """A fixed text of `tokens` ids and a question in the chat template; seeded ids where there is no tokenizer."""
-    from export.golden import SampleText
+@dataclass(frozen=True, kw_only=True)
+class SampleText:
+    """What the text graphs are checked on behind the image: a fixed text, its last id decoded alone; and a question."""
 
+    ids: tuple[int, ...]
+    question: tuple[int, ...]
+
+
+def sample_text(folder: Path | None, geometry: Geometry, entry: ModelEntry, *, tokens: int) -> SampleText:
+    """A fixed text of `tokens` ids and a question in the chat template; seeded ids where there is no tokenizer."""
     prompt = read_prompt(folder, geometry, entry)
     if folder is None or prompt.template is None:
         draw = random.Random(f"pruneport text {entry.name}")
@@ -170,7 +174,7 @@ def sample_text(folder: Path | None, geometry: LlavaGeometry, entry: ModelEntry,
     return SampleText(ids=tuple(ids[:tokens]), question=tuple(tokenizer.question_ids(_QUESTION)))
 
 
-def _seeded_prompt(geometry: LlavaGeometry, entry: ModelEntry) -> PromptInfo:
+def _seeded_prompt(geometry: Geometry, entry: ModelEntry) -> PromptInfo:
     from runtime.bundle import PromptInfo
 
     bos, eos = _text_ids(entry)
@@ -191,7 +195,7 @@ def _text_ids(entry: ModelEntry) -> tuple[int, int]:
     return int(text["bos_token_id"]), int(text["eos_token_id"])
 
 
-def _templated_prompt(folder: Path, geometry: LlavaGeometry, entry: ModelEntry) -> PromptInfo:
+def _templated_prompt(folder: Path, geometry: Geometry, entry: ModelEntry) -> PromptInfo:
     from runtime.bundle import ChatTemplate, PromptInfo
 
     path = folder / TOKENIZER_FILE

@@ -10,7 +10,7 @@ from torch import nn
 from runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from export.checkpoints import Checkpoint
+    from export.families.family import Checkpoint
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:

@@ -1,20 +1,15 @@
-"""LLaMA's decoder layer as a static module: rotary tables and masks are inputs, keys and values go in and out."""
+"""A decoder layer of LLaMA's kind: rotary tables and masks are inputs, keys and values go in and out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from export.graphs.attention import Part, attention, heads_first, heads_last
-from export.graphs.norms import RmsNorm
-from export.models.llava import Rope, TextGeometry
-
-# Far below any score, yet with room to add one to it in float16.
-HIDDEN = -3e4
+from export.blocks.attention import Part, attention, heads_first, heads_last
+from export.blocks.geometry import TextGeometry
+from export.blocks.norms import RmsNorm
 
 
 class LayerOutput(NamedTuple):
@@ -27,43 +22,7 @@ class LayerOutput(NamedTuple):
     all_values: Tensor  # (Hkv, S, d)
 
 
-def rope_tables(text: TextGeometry, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, head_dim) float32 for absolute positions.
-
-    The first half of each row of sines is negated, so that rotating needs no negation: see `LlamaLayer.rotate`.
-    """
-    steps = torch.tensor(list(positions), dtype=torch.float32)
-    angles = steps[:, None] * _inverse_frequencies(text.rope, text.head_dim)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
-
-
-def _inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """(head_dim / 2,) float32, in the order of operations that transformers uses, hence equal to the last bit."""
-    base = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    if rope.kind == "default":
-        return base
-    if rope.kind == "linear":
-        return base / rope.factor
-    # llama3: long waves are stretched by `factor`, short ones stay, those between are blended.
-    wavelength = 2 * math.pi / base
-    longest = rope.original_max_positions / rope.low_freq_factor
-    shortest = rope.original_max_positions / rope.high_freq_factor
-    blend = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    between = (1 - blend) * base / rope.factor + blend * base
-    stretched = torch.where(wavelength > longest, base / rope.factor, base)
-    return torch.where((wavelength <= longest) & (wavelength >= shortest), between, stretched)
-
-
-def causal_mask(tokens: int, *, past: int = 0) -> Tensor:
-    """(tokens, past + tokens) float32: 0 where a token may look, far below 0 ahead of it; all of the past is open."""
-    ahead = torch.ones(tokens, tokens).triu(diagonal=1) * HIDDEN
-    return torch.cat([torch.zeros(tokens, past), ahead], dim=1)
-
-
-class LlamaAttention(nn.Module):
+class DecoderAttention(nn.Module):
     """Causal self-attention with rotary positions; fewer key heads than query heads are allowed."""
 
     scale: Tensor
@@ -71,11 +30,11 @@ class LlamaAttention(nn.Module):
     def __init__(self, text: TextGeometry) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = text.heads, text.kv_heads, text.head_dim
-        queries, keys, bias = text.heads * text.head_dim, text.kv_heads * text.head_dim, text.attention_bias
+        queries, keys, bias = text.heads * text.head_dim, text.kv_heads * text.head_dim, text.qkv_bias
         self.q_proj = nn.Linear(text.hidden, queries, bias=bias, device="meta")
         self.k_proj = nn.Linear(text.hidden, keys, bias=bias, device="meta")
         self.v_proj = nn.Linear(text.hidden, keys, bias=bias, device="meta")
-        self.o_proj = nn.Linear(queries, text.hidden, bias=bias, device="meta")
+        self.o_proj = nn.Linear(queries, text.hidden, bias=text.out_bias, device="meta")
         self.register_buffer("scale", torch.tensor([text.head_dim**-0.5]), persistent=False)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -99,7 +58,7 @@ class LlamaAttention(nn.Module):
         past_value: Tensor | None,
         cache: Part | None,
     ) -> LayerOutput:
-        """As `LlamaLayer`, with the attention's output as `hidden`."""
+        """As `DecoderLayer`, with the attention's output as `hidden`."""
         query = self.rotate(heads_first(self.q_proj(x) * self.scale, self.heads), cos, sin)
         key, value = self.key_value(x, cos, sin)
         keys = key if past_key is None else torch.cat([past_key, key], dim=1)
@@ -109,7 +68,7 @@ class LlamaAttention(nn.Module):
         return LayerOutput(self.o_proj(heads_last(mixed)), key, value, keys, values)
 
 
-class LlamaMlp(nn.Module):
+class GatedMlp(nn.Module):
     """The gated MLP: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, text: TextGeometry) -> None:
@@ -125,15 +84,15 @@ class LlamaMlp(nn.Module):
         return out
 
 
-class LlamaLayer(nn.Module):
+class DecoderLayer(nn.Module):
     """One pre-norm decoder layer."""
 
     def __init__(self, text: TextGeometry) -> None:
         super().__init__()
         self.input_layernorm = RmsNorm(text.hidden, text.norm_eps)
-        self.self_attn = LlamaAttention(text)
+        self.self_attn = DecoderAttention(text)
         self.post_attention_layernorm = RmsNorm(text.hidden, text.norm_eps)
-        self.mlp = LlamaMlp(text)
+        self.mlp = GatedMlp(text)
 
     def forward(
         self,

@@ -11,6 +11,8 @@ from typing import Any
 from runtime.errors import CheckpointError
 
 _LONGEST_SHOWN = 80
+# Far above every published size, far below what would exhaust memory before anything else is noticed.
+LARGEST_SIZE = 2**24
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -73,4 +75,26 @@ def flag(what: str, got: object) -> bool:
     """Returns `got` when it is a truth value; CheckpointError for anything else, 0 and 1 included."""
     if not isinstance(got, bool):
         raise CheckpointError(f"{what} must be true or false, got {shown(got)}; correct it or download the file again")
+    return got
+
+
+def whole(what: str, got: object, least: int, most: int, allowed: str = "a whole number") -> int:
+    """Returns `got` when it is a whole number in `least..most`; CheckpointError for anything else."""
+    if type(got) is not int or not least <= got <= most:
+        raise CheckpointError(
+            f"{what} must be {allowed} in {least}..{most}, got {shown(got)}; correct it or download the file again"
+        )
+    return got
+
+
+def positive(section: str, **sizes: object) -> None:
+    """Checks that sizes are positive whole numbers; CheckpointError names the first that is none."""
+    for name, size in sizes.items():
+        whole(f"config.json: {section}.{name}", size, 1, LARGEST_SIZE, "a positive whole number")
+
+
+def one_of(what: str, got: object, allowed: tuple[str, ...], remedy: str) -> str:
+    """Returns `got` when it is one of the allowed words; CheckpointError with the `remedy` for anything else."""
+    if not isinstance(got, str) or got not in allowed:
+        raise CheckpointError(f"{what} is {shown(got)}; supported: {', '.join(allowed)}; {remedy}")
     return got

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Far below any score, yet with room to add one to it in float16.
+HIDDEN = -3e4
+
 
 def heads_first(x: Tensor, heads: int) -> Tensor:
     """(1, T, heads * head_dim) -> (heads, T, head_dim)"""
@@ -59,3 +62,9 @@ def attention(query: Tensor, parts: Sequence[Part]) -> Tensor:
         mixed = share if mixed is None else mixed + share
     assert mixed is not None
     return mixed if heads == shared else mixed.reshape(heads, tokens, head_dim)
+
+
+def causal_mask(tokens: int, *, past: int = 0) -> Tensor:
+    """(tokens, past + tokens) float32: 0 where a token may look, far below 0 ahead of it; all of the past is open."""
+    ahead = torch.ones(tokens, tokens).triu(diagonal=1) * HIDDEN
+    return torch.cat([torch.zeros(tokens, past), ahead], dim=1)

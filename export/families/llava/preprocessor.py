@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from export.models.settings import flag, number, read_object, shown
+from export.settings import flag, number, read_object, shown
 from runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from runtime.bundle import ImageInfo
 
 # The constants CLIP was trained with; LLaVA-1.5 inherits them.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -129,3 +132,20 @@ def _size(what: str, got: object, *, square: bool) -> dict[str, int]:
     raise CheckpointError(
         f"{what} must be height and width in pixels{either}, got {shown(got)}; correct it or download the file again"
     )
+
+
+def image_info(folder: Path | None, image_size: int) -> ImageInfo:
+    """How a photo becomes pixel_values of a tower of `image_size` pixels: from `folder`, or by CLIP's own settings."""
+    from runtime.bundle import ImageInfo
+
+    settings = read_preprocessor(folder, image_size)
+    try:
+        info = ImageInfo.from_preprocessor(settings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if tuple(info.size) != (image_size, image_size):
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json crops to {info.size[0]} x {info.size[1]} pixels, "
+            f"but the tower takes {image_size} x {image_size}"
+        )
+    return info

@@ -1,0 +1,91 @@
+"""A layer of a vision tower of CLIP's kind as a static module, and the activations of towers and projectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from export.blocks.attention import Part, attention, heads_first, heads_last
+from export.blocks.norms import LayerNorm
+
+
+class QuickGelu(nn.Module):
+    """x * sigmoid(1.702 x), any shape."""
+
+    slope: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.tensor([1.702]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> same shape"""
+        return x * torch.sigmoid(x * self.slope)
+
+
+class Gelu(nn.Module):
+    """GELU by the error function, any shape; computed in float32, because XNNPACK has no float16 form of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> same shape"""
+        return nn.functional.gelu(x.float()).to(x.dtype)
+
+
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGelu, "gelu": Gelu}
+
+
+class TowerAttention(nn.Module):
+    """Bidirectional self-attention over all patches and the class token."""
+
+    scale: Tensor
+
+    def __init__(self, *, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, device="meta")
+        self.k_proj = nn.Linear(width, width, device="meta")
+        self.v_proj = nn.Linear(width, width, device="meta")
+        self.out_proj = nn.Linear(width, width, device="meta")
+        self.register_buffer("scale", torch.tensor([(width // heads) ** -0.5]), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, T, D) -> output (1, T, D), keys (1, T, D) with the heads side by side"""
+        keys = self.k_proj(x)
+        # Scaling the queries instead of the scores touches T x D numbers instead of heads x T x T.
+        query = heads_first(self.q_proj(x) * self.scale, self.heads)
+        mixed = attention(query, [Part(heads_first(keys, self.heads), heads_first(self.v_proj(x), self.heads))])
+        return self.out_proj(heads_last(mixed)), keys
+
+
+class TowerMlp(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, *, width: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, inner, device="meta")
+        self.activation = ACTIVATIONS[activation]()
+        self.fc2 = nn.Linear(inner, width, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, D) -> (1, T, D)"""
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return out
+
+
+class TowerLayer(nn.Module):
+    """One pre-norm transformer layer; `activation` is a key of ACTIVATIONS."""
+
+    def __init__(self, *, width: int, heads: int, inner: int, activation: str, norm_eps: float) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(width, norm_eps)
+        self.self_attn = TowerAttention(width=width, heads=heads)
+        self.layer_norm2 = LayerNorm(width, norm_eps)
+        self.mlp = TowerMlp(width=width, inner=inner, activation=activation)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, T, D) -> hidden (1, T, D), keys (1, T, D)"""
+        mixed, keys = self.self_attn(self.layer_norm1(x))
+        x = x + mixed
+        return x + self.mlp(self.layer_norm2(x)), keys

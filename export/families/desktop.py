@@ -1,0 +1,25 @@
+"""What families share on the desktop side: filling transformers' own modules from a checkpoint, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from export.families.family import Checkpoint
+
+
+def filled(
+    module: nn.Module, checkpoint: Checkpoint, device: torch.device | str, canonical: Callable[[str], str]
+) -> nn.Module:
+    """`module` with the checkpoint's tensors in float32, on `device`; it may have been built on the meta device.
+
+    `canonical` names the tensor of each of the module's parameters. Graphs are filled by other code (export.weights):
+    what they are compared with must not share its mistakes.
+    """
+    state = {name: checkpoint.tensor(canonical(name)).float() for name, _ in module.named_parameters()}
+    module.load_state_dict(state, assign=True)
+    return module.to(device).eval()

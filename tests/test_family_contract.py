@@ -1,0 +1,243 @@
+"""The contract of a family: what each in FAMILIES must do, and one of the tests' own that is unlike them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import export.families
+import export.golden
+from export import pipeline
+from export.checkpoints import RandomCheckpoint
+from export.families import FAMILIES
+from export.families.family import Family, Frame, ModelEntry
+from export.golden import make_golden
+from export.graphs.decoder import Context, build_text_graphs
+from export.graphs.graph import Graph
+from export.graphs.vision import build_vision_encoder
+from export.models.prompt import SampleText, read_prompt
+from export.progress import Progress
+from export.request import Request, plan
+from pruning import PruneSpec
+from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.image import preprocess
+from tests.wide_family import TINY_WIDE
+
+ATOL = 1e-4
+# None of these is an image token's id.
+TEXT = SampleText(ids=(7, 11, 13, 19, 23, 8), question=(9, 4, 31))
+# Greedy tokens that transformers is asked for.
+ANSWER = 4
+
+
+def _smallest(family: Family[Any]) -> ModelEntry:
+    """The one that a test can hold whole."""
+    return min(family.models, key=lambda entry: entry.vision_parameter_count(0) + entry.text_parameter_count())
+
+
+PRODUCTS = [_smallest(family) for family in FAMILIES.values()]
+
+
+def _name(entry: object) -> str:
+    return entry.family.name if isinstance(entry, ModelEntry) else ""
+
+
+every_family = pytest.mark.parametrize("entry", [*PRODUCTS, TINY_WIDE], ids=_name)
+# The tests' own family is exported with every change; a product's takes as long as its other exports.
+every_export = pytest.mark.parametrize(
+    "entry", [*(pytest.param(entry, marks=pytest.mark.slow) for entry in PRODUCTS), TINY_WIDE], ids=_name
+)
+
+
+@pytest.fixture(scope="module")
+def photo() -> NDArray[np.uint8]:
+    """Blocks of colour, higher than wide."""
+    blocks = np.random.default_rng(0).integers(0, 255, (20, 15, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, 20, axis=0), 20, axis=1)
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the desktop answer in as many tokens as are compared."""
+    monkeypatch.setattr(export.golden, "ANSWER_TOKENS", ANSWER)
+
+
+def _pixels(entry: ModelEntry, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return preprocess(photo, entry.family.image(None, entry.geometry))
+
+
+def _frame(entry: ModelEntry) -> Frame:
+    return entry.family.frame(read_prompt(None, entry.geometry, entry).prefix_ids, entry.geometry)
+
+
+def _spec(entry: ModelEntry) -> PruneSpec:
+    tokens = entry.geometry.image_tokens
+    return PruneSpec(grid=entry.geometry.grid, keep=max(tokens // 9, 7))
+
+
+def _transformers_model(entry: ModelEntry) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(**dict(entry.config))
+    make: Any = AutoModelForImageTextToText.from_config
+    return make(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@every_family
+def test_tensors_are_those_of_transformers_model(entry: ModelEntry) -> None:
+    with torch.device("meta"):
+        model = _transformers_model(entry)
+    spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
+    assert len(spelled) == sum(len(tensor.stored) for tensor in entry.tensors.values())
+    theirs = {spelled[name]: tuple(value.shape) for name, value in model.named_parameters()}
+    assert theirs == {name: tensor.shape for name, tensor in entry.tensors.items()}
+
+
+@every_family
+def test_graphs_read_all_that_is_needed_and_nothing_else(entry: ModelEntry) -> None:
+    family, geometry = entry.family, entry.geometry
+    read = {f"tower.{name}": value for name, value in family.tower(geometry).named_parameters()}
+    for index in range(geometry.text.layers):
+        read |= {f"layers.{index}.{name}": value for name, value in family.layer(geometry).named_parameters()}
+    needed = {name: tensor.shape for name, tensor in entry.tensors.items() if tensor.needed}
+    outside = {name: needed.pop(name) for name in ("embed_tokens.weight", "norm.weight", "lm_head.weight")}
+    assert {name: tuple(value.shape) for name, value in read.items()} == needed
+    hidden, vocab = geometry.text.hidden, geometry.text.vocab
+    assert list(outside.values()) == [(vocab, hidden), (hidden,), (vocab, hidden)]
+    assert {value.device.type for value in read.values()} == {"meta"}
+
+
+def test_families_need_no_torch(root: Path) -> None:
+    code = (
+        "import sys\n"
+        "from export.families import MODELS\n"
+        "for entry in MODELS.values():\n"
+        "    geometry = entry.geometry\n"
+        "    assert entry.tensors and entry.family.image(None, geometry)\n"
+        "    assert entry.family.frame([1, 2], geometry).first_text > geometry.image_tokens\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+@every_family
+def test_frame_is_consistent(entry: ModelEntry) -> None:
+    geometry = entry.geometry
+    frame = entry.family.frame((1, 7, 9), geometry)
+    assert frame.prefix_ids == (1, 7, 9)
+    assert len(frame.slots) == geometry.image_tokens
+    assert {frame.ids[slot] for slot in frame.slots} == {geometry.image_token_id}
+    rows, columns = geometry.grid
+    assert frame.places == tuple((0, y, x) for y in range(rows) for x in range(columns))
+    assert all(len(set(zip(*frame.positions, strict=True))) == len(frame.ids) for _ in frame.positions)
+    assert frame.first_text > max(max(row) for row in frame.positions)
+
+
+@every_family
+def test_phone_and_desktop_prepare_the_same_pixels(entry: ModelEntry, photo: NDArray[np.uint8]) -> None:
+    desktop = entry.family.desktop(RandomCheckpoint(entry, seed=1), "cpu")
+    ours, theirs = _pixels(entry, photo), desktop.pixels(photo)
+    assert ours.shape == theirs.shape == entry.geometry.pixel_values
+    np.testing.assert_allclose(ours, theirs, atol=0.05)  # a step of one in 255, where Pillow rounds
+
+
+@every_family
+@pytest.mark.usefixtures("short_answers")
+@torch.no_grad()
+def test_desktop_equals_transformers_whole_model(entry: ModelEntry, photo: NDArray[np.uint8]) -> None:
+    checkpoint, frame, pixels = RandomCheckpoint(entry, seed=1), _frame(entry), _pixels(entry, photo)
+    golden = make_golden(checkpoint, entry, None, pixel_values=pixels, text=TEXT)
+    model = _transformers_model(entry)
+    spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
+    state = {name: checkpoint.tensor(spelled[name]).float() for name, _ in model.named_parameters()}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+
+    def logits(*ids: int) -> torch.Tensor:
+        whole = torch.tensor([[*frame.ids, *ids]])
+        out: torch.Tensor = model(input_ids=whole, pixel_values=torch.from_numpy(pixels)).logits[0, len(frame.ids) :]
+        return out
+
+    assert frame.first_text == len(frame.ids)  # or transformers' model would have to be told the positions
+    theirs = logits(*TEXT.ids)
+    np.testing.assert_allclose(golden["text_prefill.out.logits"][0], theirs[:-1], atol=ATOL)
+    np.testing.assert_allclose(golden["text_decoder.out.logits"][0], theirs[-1:], atol=ATOL)
+    answer: list[int] = []
+    for _ in range(ANSWER):
+        answer.append(int(logits(*TEXT.question, *answer)[-1].argmax()))
+    assert golden["answer.margin"].min() > 10 * ATOL, "too near a tie to be compared"
+    assert golden["answer.ids"].tolist() == answer
+
+
+def _run(graph: Graph, *inputs: object) -> dict[str, torch.Tensor]:
+    out = graph(*(torch.as_tensor(x) for x in inputs))
+    return dict(zip(graph.output_names, out if isinstance(out, tuple) else (out,), strict=True))
+
+
+def _same(graph: str, got: Mapping[str, torch.Tensor], golden: Mapping[str, NDArray[Any]]) -> None:
+    start = f"{graph}.out."
+    wanted = {name.removeprefix(start): value for name, value in golden.items() if name.startswith(start)}
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, atol=ATOL, err_msg=f"{graph} {name}")
+
+
+@every_family
+@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "unpruned"])
+@pytest.mark.parametrize(("cut", "framed"), [(2, True), (0, True), (0, False)], ids=["cut2", "cut0", "features"])
+@pytest.mark.usefixtures("short_answers")
+@torch.no_grad()
+def test_static_graphs_equal_the_desktop(
+    entry: ModelEntry, pruned: bool, cut: int, framed: bool, photo: NDArray[np.uint8]
+) -> None:
+    checkpoint, pixels, spec = RandomCheckpoint(entry, seed=1), _pixels(entry, photo), _spec(entry) if pruned else None
+    text = TEXT if framed else None
+    golden = make_golden(checkpoint, entry, spec, cut=cut, framed=framed, pixel_values=pixels, text=text)
+    encoder = build_vision_encoder(checkpoint, entry, spec, cut=cut, framed=framed)
+    seen = _run(encoder, pixels)
+    _same(VISION_ENCODER, seen, golden)
+    if not framed:
+        return
+    context = Context(entry.geometry, encoder.frame, keep=encoder.keep, cut=cut, text=len(TEXT.ids))
+    graphs = build_text_graphs(checkpoint, context, chunk=len(TEXT.ids) - 1)
+    image = _run(graphs[IMAGE_PREFILL], seen["hidden"], seen["positions"])
+    _same(IMAGE_PREFILL, image, golden)
+    _same(TOKEN_EMBEDDING, _run(graphs[TOKEN_EMBEDDING], golden["token_embedding.in.ids"]), golden)
+    past = []
+    for info in context.infos("", torch.float32):
+        cache = torch.zeros(info.shape)
+        part = (seen | image)[info.name]
+        cache[:, :, : part.shape[2]] = part
+        past.append(cache)
+    embedded, last = golden["token_embedding.out.inputs_embeds"], golden["text_decoder.in.inputs_embeds"]
+    prefilled = _run(graphs[TEXT_PREFILL], embedded, golden["text_prefill.in.positions"], *past)
+    _same(TEXT_PREFILL, prefilled, golden)
+    for number, (cache, new) in enumerate(zip(past, list(prefilled.values())[1:], strict=True)):
+        start = context.image_entries(number // 2)
+        cache[:, :, start : start + new.shape[2]] = new
+    _same(TEXT_DECODER, _run(graphs[TEXT_DECODER], last, golden["text_decoder.in.positions"], *past), golden)
+
+
+@every_export
+def test_export_passes_its_check(entry: ModelEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.families, "MODELS", {entry.name: entry})
+    request = Request(
+        model=entry.name,
+        keep=str(_spec(entry).keep),
+        target="android",
+        backend="onnx",
+        weights="random",
+        text_tokens="192",
+        output_dir=str(tmp_path),
+    )
+    made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
+    assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
+    assert made.bundle.manifest.family == entry.family.name
+    assert made.bundle.manifest.prune.grid == entry.geometry.grid
