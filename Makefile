@@ -51,7 +51,7 @@ test-arithmetic: $(STAMP)
 	set -e; for setting in $(ARITHMETIC); do echo "$$setting"; \
 	env "$$setting" $(BIN)/python -m pytest -q -m "not slow and not full" -n auto --dist loadgroup \
 	-k "test_reference or test_eager or decisions_hold or test_recovery" \
-	tests/test_pruner_golden.py tests/test_recovery.py; done
+	tests/pruning/test_pruner_golden.py tests/runtime/test_recovery.py; done
 
 # export.py shares its module name with the package export/, so mypy reads it as a script of its own.
 lint: $(STAMP)

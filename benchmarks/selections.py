@@ -28,26 +28,32 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=64)
     options = parser.parse_args()
 
+    from benchmarks.golden_cases import Case, cases, features_of, program_of
+    from benchmarks.pruner_alone import PrunerGraph, QuantisedFeatures, kept_share, opened_on_npu, quantised_on_npu
+    from export.backends.qnn import socs
     from pruning import ComparingPruner
-    from tests.pruner_graph import PrunerGraph
-    from tests.test_pruner_golden import CASES, Case, _features, _program
-    from tests.test_qnn import SOC, QuantisedFeatures, _opened, _quantised, kept_share
 
-    program = next(_program(case) for case in CASES if case.spec.keep == options.keep)
+    soc = socs()["snapdragon-8-gen-3"]
+
+    program = next(program_of(case) for case in cases() if case.spec.keep == options.keep)
     quantised = options.scheme == "a16w8"
     kinds: dict[str, list[Case]] = {}
-    for case in CASES:
-        if _program(case) == program:
+    for case in cases():
+        if program_of(case) == program:
             kinds.setdefault(case.name.partition("-")[0] if quantised else "all", []).append(case)
     kind = QuantisedFeatures if quantised else PrunerGraph
     target = ROOT / "benchmarks/results/qnn-emulated.json"
     rows = {(row["scheme"], row["case"]): row for row in json.loads(target.read_text())["selections"]}
-    for cases in kinds.values():
+    for alike in kinds.values():
         graph = kind(ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
-        features = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
+        features = [tuple(one.numpy() for one in features_of(case.features)) for case in alike]
         with tempfile.TemporaryDirectory() as name:
-            loaded = _quantised(graph, Path(name), features) if quantised else _opened(graph, Path(name))
-            for case in cases:
+            loaded = (
+                quantised_on_npu(graph, soc, Path(name), features)
+                if quantised
+                else opened_on_npu(graph, soc, Path(name))
+            )
+            for case in alike:
                 overlap = round(kept_share(case, loaded), 4)
                 rows[options.scheme, case.name] = {"case": case.name, "scheme": options.scheme, "overlap": overlap}
                 print(options.scheme, case.name, overlap, flush=True)
@@ -55,7 +61,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/selections.py",
         "what": "Qualcomm's x86 emulator of the HTP: no figure here is a time",
-        "chip": SOC.name,
+        "chip": soc.name,
         "tools": {name: version(name) for name in ("onnxruntime", "onnxruntime-qnn", "torch")},
         "selections": list(rows.values()),
     }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The subset of golden vectors that lies beside the tests has no decoder: its weights alone are larger than the rest.
 if not (Path(os.environ.get("PRUNEPORT_GOLDEN") or ROOT / "tests" / "golden") / "decoder.json").exists():
-    collect_ignore = ["test_decoder_golden.py"]
+    collect_ignore = ["export/test_decoder_golden.py"]
 
 # Programs that a machine may lack. Where .ci/run runs it has installed them, and their absence is a failure.
 CHROMIUM = Path("/usr/bin/chromium")

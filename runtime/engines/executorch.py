@@ -32,7 +32,7 @@ _KERNEL_LIBRARY_BY_NAMESPACE = {
     "llama": "executorch.extension.llm.custom_ops.custom_ops",
 }
 _XNNPACK = "XnnpackBackend"
-# A float16 linear layer of 256 ones to 16 numbers; tests/test_engines.py makes it again.
+# A float16 linear layer of 256 ones to 16 numbers; tests/runtime/test_engines.py makes it again.
 _PROBE = Path(__file__).with_name("accumulator.pte")
 # Delegates that are missing from builds, such as the wheel, made without an option.
 _BUILD_OPTIONS = {"VulkanBackend": "EXECUTORCH_BUILD_VULKAN", core_ml_delegate.NAME: "EXECUTORCH_BUILD_COREML"}

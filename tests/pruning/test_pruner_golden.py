@@ -3,121 +3,42 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
+from benchmarks.golden_cases import FOLDER, Case, Program, cases, features_of, program_of, tensor_of
+from benchmarks.pruner_alone import Engine, PrunerGraph, lowered
 from pruning import PruneSpec, TokenPruner, reference
-from pruning.vlm_pruner.settings import Settings
 from runtime.check.recovery import Recovery
-from tests.pruner_graph import Engine, PrunerGraph, lowered
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("one_thread")]
 
-FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "golden")
 TOKENS_ATOL = 1e-4  # promised by the vectors
 MOVED_BY = 1e-7
 HALF_OVERLAP = 0.98
 HALF_SCALE = 1.37  # the features are stored in fp16: a cast rounds only what was moved off that lattice
 
 
-@dataclass(frozen=True, kw_only=True)
-class NearTie:
-    """A dropped token that is as similar to a second kept token as to the first, but for the last bits."""
-
-    dropped: int
-    kept: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One row of selection.json."""
-
-    name: str
-    features: str
-    spec: PruneSpec
-    official_count: int
-    near_ties: tuple[NearTie, ...]
-    has_tokens: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """What one lowered graph is made for; it serves all features of these widths."""
-
-    spec: PruneSpec
-    key_width: int
-    hidden_width: int
-
-    def __str__(self) -> str:
-        spec = self.spec
-        own = Settings.of(spec)
-        return (
-            f"{spec.grid[0]}x{spec.grid[1]}-keep{spec.keep}-p{own.pivots}-t{own.threshold:g}-b{own.token_batch}"
-            f"-{self.key_width}-{self.hidden_width}"
-        )
-
-
-def _tensor(name: str) -> torch.Tensor:
-    with safe_open(FOLDER / "selection.safetensors", framework="pt") as file:
-        return torch.as_tensor(file.get_tensor(name))
-
-
-def _width(name: str) -> int:
-    with safe_open(FOLDER / "selection.safetensors", framework="pt") as file:
-        return int(file.get_slice(name).get_shape()[1])
-
-
-def _cases() -> tuple[Case, ...]:
-    return tuple(
-        Case(
-            name=row["name"],
-            features=row["features"],
-            official_count=row["official_count"],
-            spec=PruneSpec(
-                grid=tuple(row["grid"]),
-                keep=row["keep"],
-                settings=Settings(pivots=row["pivots"], threshold=row["threshold"], token_batch=row["token_batch"]),
-            ),
-            near_ties=tuple(NearTie(dropped=tie["dropped"], kept=tuple(tie["kept"])) for tie in row["near_ties"]),
-            has_tokens=row.get("has_tokens", True),
-        )
-        for row in json.loads((FOLDER / "selection.json").read_text())
-    )
-
-
-CASES = _cases()
+CASES = cases()
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def _program(case: Case) -> Program:
-    return Program(
-        spec=case.spec, key_width=_width(f"{case.features}.keys"), hidden_width=_width(f"{case.features}.hidden")
-    )
-
-
-PROGRAMS = tuple(dict.fromkeys(map(_program, CASES)))
+PROGRAMS = tuple(dict.fromkeys(map(program_of, CASES)))
 every_program = pytest.mark.parametrize("program", PROGRAMS, ids=str)
-
-
-def _features(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return _tensor(f"{name}.keys").float()[None], _tensor(f"{name}.hidden").float()[None]
 
 
 @functools.cache
 def _right_tokens(case: Case) -> tuple[np.ndarray, ...]:
     """Every right answer (keep, D): the vectors', and those of the near ties that they name, decided otherwise."""
-    stored = _tensor(f"{case.name}.tokens").numpy()
+    stored = tensor_of(f"{case.name}.tokens").numpy()
     if not case.near_ties:
         return (stored,)
-    keys, hidden = (x.double() for x in _features(case.features))
+    keys, hidden = (x.double() for x in features_of(case.features))
     parts = reference.trace(keys, hidden, case.spec).recovery
     assert parts is not None
     recovery = Recovery(
@@ -126,7 +47,7 @@ def _right_tokens(case: Case) -> tuple[np.ndarray, ...]:
         share=parts.share,
         least_share=parts.least_share,
     )
-    kept = _tensor(f"{case.name}.indices").numpy()
+    kept = tensor_of(f"{case.name}.indices").numpy()
     decided = recovery.standing(kept).slot
     answers = []
     for otherwise in product((False, True), repeat=len(case.near_ties)):
@@ -144,7 +65,7 @@ def _right_tokens(case: Case) -> tuple[np.ndarray, ...]:
 
 
 def _assert_golden(case: Case, tokens: np.ndarray | torch.Tensor, indices: np.ndarray | torch.Tensor) -> None:
-    expected = _tensor(f"{case.name}.indices").numpy()[None]
+    expected = tensor_of(f"{case.name}.indices").numpy()[None]
     assert expected.shape == (1, case.spec.keep)
     np.testing.assert_array_equal(np.asarray(indices), expected)
     if not case.has_tokens:
@@ -173,14 +94,14 @@ def test_every_case_is_complete() -> None:
     for case in CASES:
         assert 1 <= case.official_count <= case.spec.keep
         count = case.spec.tokens
-        assert len(_tensor(f"{case.features}.keys")) == len(_tensor(f"{case.features}.hidden")) == count
-        assert len(_tensor(f"{case.name}.indices")) == case.spec.keep
-        assert not case.has_tokens or len(_tensor(f"{case.name}.tokens")) == case.spec.keep
+        assert len(tensor_of(f"{case.features}.keys")) == len(tensor_of(f"{case.features}.hidden")) == count
+        assert len(tensor_of(f"{case.name}.indices")) == case.spec.keep
+        assert not case.has_tokens or len(tensor_of(f"{case.name}.tokens")) == case.spec.keep
 
 
 def test_either_decision_of_a_named_near_tie_is_right_and_no_other() -> None:
     case = next(case for case in CASES if case.near_ties and case.has_tokens)
-    (indices,) = _tensor(f"{case.name}.indices")[None].numpy()
+    (indices,) = tensor_of(f"{case.name}.indices")[None].numpy()
     stored, *others = _right_tokens(case)
     assert others
     for answer in (stored, *others):
@@ -198,13 +119,13 @@ def test_either_decision_of_a_named_near_tie_is_right_and_no_other() -> None:
 
 @every_case
 def test_reference(case: Case) -> None:
-    _assert_golden(case, *reference.prune(*_features(case.features), case.spec))
+    _assert_golden(case, *reference.prune(*features_of(case.features), case.spec))
 
 
 @every_case
 def test_decisions_hold_in_float64_and_for_features_moved_in_their_last_bits(case: Case) -> None:
     """What float32's own rounding can move is a near tie, and the vectors name all of them."""
-    keys, hidden = _features(case.features)
+    keys, hidden = features_of(case.features)
     _assert_golden(case, *reference.prune(keys.double(), hidden.double(), case.spec))
     draw = torch.Generator().manual_seed(0)
     keys, hidden = (x * (1.0 + MOVED_BY * torch.randn(x.shape, generator=draw)) for x in (keys, hidden))
@@ -215,7 +136,7 @@ def test_decisions_hold_in_float64_and_for_features_moved_in_their_last_bits(cas
 @every_case
 @torch.no_grad()
 def test_eager(case: Case) -> None:
-    tokens, indices, filled = _eager(case.spec).select(*_features(case.features))
+    tokens, indices, filled = _eager(case.spec).select(*features_of(case.features))
     assert indices.dtype == torch.int64
     assert filled.item() == 0.0, "the steps ran out"
     _assert_golden(case, tokens, indices)
@@ -224,13 +145,13 @@ def test_eager(case: Case) -> None:
 @every_case
 @torch.no_grad()
 def test_exported(case: Case) -> None:
-    _assert_golden(case, *_exported(_program(case))(*_features(case.features)))
+    _assert_golden(case, *_exported(program_of(case))(*features_of(case.features)))
 
 
 @every_case
 @torch.no_grad()
 def test_half_precision_features(case: Case) -> None:
-    keys, hidden = (x * HALF_SCALE for x in _features(case.features))
+    keys, hidden = (x * HALF_SCALE for x in features_of(case.features))
     assert not torch.equal(hidden.half().float(), hidden), "the cast must round something"
     single = reference.prune(keys, hidden, case.spec)[1]
     tokens, indices = _eager(case.spec)(keys.half(), hidden.half())
@@ -262,5 +183,5 @@ def test_engine(program: Program, engine: Engine, tmp_path: Path) -> None:
     assert coverage.partitions == 1
     assert coverage.outside == ()
     for case in CASES:
-        if _program(case) == program:
-            _assert_golden(case, *loaded.run([x.numpy() for x in _features(case.features)]))
+        if program_of(case) == program:
+            _assert_golden(case, *loaded.run([x.numpy() for x in features_of(case.features)]))

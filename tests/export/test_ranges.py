@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pruner_alone import Engine, opened
 from export import cli
 from export.backends import coreml, onnx, xnnpack
 from export.backends.backend import Lower
@@ -29,7 +30,6 @@ from runtime.engines.executorch import accumulator_bits
 from runtime.errors import ExportError
 from runtime.generation import TEXT_DECODER
 from runtime.image import preprocess
-from tests.pruner_graph import Engine, opened
 from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.golden_cases import features_of, program_of
+from benchmarks.pruner_alone import PrunerGraph, opened
 from export.backends.webgpu import coverage_of, lower
 from export.blocks.nbits import NBitsLinear
 from export.graphs.graph import Graph
@@ -25,9 +27,8 @@ from runtime.engines import LoadedGraph, webgpu
 from runtime.errors import ExportError, RequestError
 from runtime.harness import check_bundle, verify
 from tests.conftest import SOFTWARE_GPU, CommandLine, needs_chromium
-from tests.pruner_graph import PrunerGraph, opened
+from tests.pruning.test_pruner_golden import CASES, _assert_golden
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
-from tests.test_pruner_golden import CASES, _assert_golden, _features, _program
 
 pytestmark = [needs_chromium, pytest.mark.usefixtures("one_thread", "software_gpu")]
 
@@ -85,13 +86,13 @@ def test_small_pruner_runs_whole_and_keeps_the_right_tokens(tmp_path: Path) -> N
 @pytest.mark.golden
 @pytest.mark.timeout(1800)
 def test_golden_choices(tmp_path: Path) -> None:
-    program = next(_program(case) for case in CASES if case.name == "smooth-0-keep64")
-    cases = [case for case in CASES if _program(case) == program]
+    program = next(program_of(case) for case in CASES if case.name == "smooth-0-keep64")
+    cases = [case for case in CASES if program_of(case) == program]
     assert len(cases) >= 4
     graph = PrunerGraph(TokenPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
     loaded = _opened(graph, tmp_path)
     for case in cases:
-        _assert_golden(case, *loaded.run([x.numpy() for x in _features(case.features)]))
+        _assert_golden(case, *loaded.run([x.numpy() for x in features_of(case.features)]))
     loaded.close()
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pruner_alone import Engine, PrunerGraph, lowered
 from pruning import PruneSpec, TokenPruner, reference
 from pruning.vlm_pruner.settings import Settings
-from tests.pruner_graph import Engine, PrunerGraph, lowered
 
 # Converting takes from half a minute to several, depending on what else the machine does.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -17,7 +17,7 @@ from PIL import Image
 import pruneport
 from runtime.bundle import read_bundle
 from runtime.prompt import open_tokenizer
-from tests.test_python import foreign_rooms
+from tests.pruneport.test_python import foreign_rooms
 
 pytestmark = pytest.mark.slow
 

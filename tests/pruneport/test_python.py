@@ -13,7 +13,7 @@ import pytest
 import pruneport
 from export.cli import build_parser
 from export.request import Request
-from tests.test_layout import HEAVY
+from tests.pruneport.test_layout import HEAVY
 
 
 def run(program: str, root: Path, cwd: Path) -> str:

@@ -36,7 +36,7 @@ from export.targets import TARGETS
 from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
 from runtime.check.verdict import Step, Verdict
 from runtime.errors import ExportError, OutputError
-from tests.test_converters import TwirlingGraph
+from tests.export.test_converters import TwirlingGraph
 
 WORDS = ["--model", "pocket", "--keep", "64", "--target", "android"]
 

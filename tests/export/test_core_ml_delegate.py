@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.pruner_alone import opened
 from export.backends.coreml_delegate import lower
 from export.backends.executorch import FILE
 from export.blocks.norms import RmsNorm
@@ -23,7 +24,6 @@ from runtime.errors import EngineError, EngineMissingError, NotYetError, Request
 from runtime.explain import explain
 from runtime.harness import verify
 from tests.conftest import CommandLine
-from tests.pruner_graph import opened
 from tests.sample_bundle import VISION
 
 WIDTH = 64

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.golden_cases import Case, features_of, program_of, tensor_of
+from benchmarks.pruner_alone import PrunerGraph, QuantisedFeatures, kept_share, opened, opened_on_npu, quantised_on_npu
 from export.backends import onnx as onnx_backend
 from export.backends import qdq
 from export.backends.qnn import compile_for, lower, socs
@@ -33,15 +35,14 @@ from pruning.vlm_pruner.comparing import _Pair
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import BundleWriter, DelegateCoverage, TensorInfo, read_bundle
 from runtime.check.verdict import Step, Verdict
-from runtime.engines import LoadedGraph, qnn
+from runtime.engines import qnn
 from runtime.errors import EngineError, ExportError, ImageError, RequestError
 from runtime.harness import check_bundle, verify
 from runtime.image import preprocess
 from runtime.session import open_session
 from tests.conftest import CommandLine
-from tests.pruner_graph import PrunerGraph, opened
+from tests.pruning.test_pruner_golden import CASES, _assert_golden
 from tests.sample_bundle import VISION, Sample, fill, noise_photo
-from tests.test_pruner_golden import CASES, Case, _assert_golden, _features, _program, _tensor
 from tests.tiny_llava import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +69,7 @@ def _small(*, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @torch.no_grad()
 def test_comparing_form_gives_the_golden_choices_in_fp32(case: Case) -> None:
-    tokens, indices, filled = ComparingPruner(case.spec).select(*_features(case.features))
+    tokens, indices, filled = ComparingPruner(case.spec).select(*features_of(case.features))
     assert filled.item() == 0.0
     _assert_golden(case, tokens, indices)
 
@@ -90,8 +91,8 @@ class SumsInFloat32(TorchFunctionMode):
 @torch.no_grad()
 def test_comparing_form_gives_the_golden_choices_in_fp16(case: Case) -> None:
     with SumsInFloat32():
-        _, indices = ComparingPruner(case.spec).half()(*(one.half() for one in _features(case.features)))
-    assert torch.equal(indices[0], _tensor(f"{case.name}.indices").long())
+        _, indices = ComparingPruner(case.spec).half()(*(one.half() for one in features_of(case.features)))
+    assert torch.equal(indices[0], tensor_of(f"{case.name}.indices").long())
 
 
 def _chosen(keys: torch.Tensor, *, pivots: int = 4) -> list[int]:
@@ -384,22 +385,9 @@ def test_export_without_the_delegate_says_what_to_install(tmp_path: Path, monkey
 # Compiling and running
 
 
-def _opened(graph: PrunerGraph, folder: Path) -> LoadedGraph:
-    """The pruner alone, compiled for the chip and opened from disk: every node is on the NPU."""
-    written = lower(SOC, {"pruner": graph.eval()}, folder)["pruner"]
-    (coverage,) = written.coverage
-    assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
-    assert coverage.nodes > 400
-    assert sorted(path.name for path in folder.iterdir()) == ["pruner.onnx", "pruner_qnn.bin"]
-    loaded = opened(graph, "pruner", written, "onnxruntime", folder)
-    placement = loaded.placement()
-    assert (placement.delegates, placement.outside, placement.emulated) == ({qnn.QNN: 1}, {}, True)
-    return loaded
-
-
 def test_small_pruner_runs_whole_and_keeps_the_right_tokens(tmp_path: Path) -> None:
     graph = PrunerGraph(ComparingPruner(SMALL), key_width=KEY_WIDTH, hidden_width=HIDDEN_WIDTH)
-    loaded = _opened(graph, tmp_path)
+    loaded = opened_on_npu(graph, SOC, tmp_path)
     for seed in range(3):
         keys, hidden = _small(seed=seed)
         tokens, indices = loaded.run([keys.numpy(), hidden.numpy()])
@@ -537,19 +525,6 @@ def test_delegate_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
 TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_batch=3))
 
 
-def _quantised(graph: Graph, folder: Path, calibration: list[tuple[np.ndarray, ...]]) -> LoadedGraph:
-    """Quantised, compiled whole for the chip, opened from disk."""
-    graph.compression, graph.calibration = "a16w8", calibration
-    written = lower(SOC, {"g": graph.eval()}, folder)["g"]
-    (coverage,) = written.coverage
-    assert (coverage.delegate, coverage.partitions, coverage.outside) == (qnn.QNN, 1, ())
-    assert sorted(path.name for path in folder.iterdir()) == ["g.onnx", "g_qnn.bin"]
-    loaded = opened(graph, "g", written, "onnxruntime", folder)
-    placement = loaded.placement()
-    assert (placement.delegates, placement.outside, placement.emulated) == ({qnn.QNN: 1}, {}, True)
-    return loaded
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_quantised_vision_graph_runs_whole(tmp_path: Path) -> None:
@@ -558,7 +533,7 @@ def test_quantised_vision_graph_runs_whole(tmp_path: Path) -> None:
     encoder = build_vision_encoder(checkpoint, TINY, TINY_SPEC, arithmetic="float16")
     image = TINY.family.image(checkpoint.folder, checkpoint.geometry)
     photo, *rest = (preprocess(photo, image) for photo in default_photos().values())
-    loaded = _quantised(encoder, tmp_path, [(one,) for one in rest])
+    loaded = quantised_on_npu(encoder, SOC, tmp_path, [(one,) for one in rest])
     got = dict(zip(encoder.output_names, loaded.run([photo]), strict=True))
     loaded.close()
     expected = dict(zip(encoder.output_names, encoder(torch.from_numpy(photo)), strict=True))
@@ -603,31 +578,6 @@ def test_what_is_quantised(tmp_path: Path) -> None:
     assert sorted(softmax, key=str) == [u16, u16, None, None]
 
 
-def kept_share(case: Case, loaded: LoadedGraph) -> float:
-    """Share of the authors' kept tokens that an open pruner keeps, which it gives in ascending order."""
-    kept = np.rint(loaded.run([one.numpy() for one in _features(case.features)])[1][0]).astype(int)
-    assert bool((np.diff(kept) > 0).all())
-    return float(np.isin(_tensor(f"{case.name}.indices").numpy(), kept).mean())
-
-
-class QuantisedFeatures(PrunerGraph):
-    """The pruner behind quantised products that hand its inputs on unchanged but for the rounding."""
-
-    quantisable = ("keys_on", "hidden_on")
-
-    def __init__(self, pruner: ComparingPruner, *, key_width: int, hidden_width: int) -> None:
-        super().__init__(pruner, key_width=key_width, hidden_width=hidden_width)
-        self.keys_on, self.hidden_on = (
-            torch.nn.Linear(width, width, bias=False) for width in (key_width, hidden_width)
-        )
-        for linear in (self.keys_on, self.hidden_on):
-            torch.nn.init.eye_(linear.weight)
-        self.requires_grad_(False)
-
-    def forward(self, keys: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().forward(self.keys_on(keys), self.hidden_on(hidden))
-
-
 @pytest.mark.slow
 @pytest.mark.golden
 @pytest.mark.timeout(1800)
@@ -635,12 +585,12 @@ class QuantisedFeatures(PrunerGraph):
 def test_golden_choices_behind_quantised_layers(outliers: bool, tmp_path: Path) -> None:
     """Features with outliers are calibrated apart: their range would leave the others a fifth of the steps."""
     cases = [case for case in CASES if case.name in FEW and case.name.startswith("outlier") == outliers]
-    (program,) = {_program(case) for case in cases}
+    (program,) = {program_of(case) for case in cases}
     graph = QuantisedFeatures(
         ComparingPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width
     )
-    seen = [tuple(one.numpy() for one in _features(case.features)) for case in cases]
-    loaded = _quantised(graph, tmp_path, seen)
+    seen = [tuple(one.numpy() for one in features_of(case.features)) for case in cases]
+    loaded = quantised_on_npu(graph, SOC, tmp_path, seen)
     for case in cases:
         assert kept_share(case, loaded) >= 0.95, case.name
     loaded.close()
@@ -654,9 +604,11 @@ def test_golden_choices_behind_quantised_layers(outliers: bool, tmp_path: Path) 
 @pytest.mark.golden
 def test_golden_choices_on_the_emulator(tmp_path: Path) -> None:
     cases = [case for case in CASES if case.name in FEW]
-    (program,) = {_program(case) for case in cases}
+    (program,) = {program_of(case) for case in cases}
     pruner = ComparingPruner(program.spec)
-    loaded = _opened(PrunerGraph(pruner, key_width=program.key_width, hidden_width=program.hidden_width), tmp_path)
+    loaded = opened_on_npu(
+        PrunerGraph(pruner, key_width=program.key_width, hidden_width=program.hidden_width), SOC, tmp_path
+    )
     for case in cases:
         assert kept_share(case, loaded) >= 0.98, case.name
     loaded.close()
@@ -673,7 +625,7 @@ def test_pruner_at_full_width(tmp_path: Path) -> None:
     near = torch.randint(0, 40, (spec.tokens,), generator=chance)
     keys, noise = (torch.randn(1, spec.tokens, width, generator=chance) for _ in range(2))
     hidden = centre[near][None] + noise * torch.rand(width, generator=chance).mul(2).exp()
-    loaded = _opened(PrunerGraph(ComparingPruner(spec), key_width=width, hidden_width=width), tmp_path)
+    loaded = opened_on_npu(PrunerGraph(ComparingPruner(spec), key_width=width, hidden_width=width), SOC, tmp_path)
     kept = torch.from_numpy(np.rint(loaded.run([keys.numpy(), hidden.numpy()])[1]))
     loaded.close()
     assert torch.isin(reference.prune(keys, hidden, spec)[1], kept.long()).float().mean() >= 0.98

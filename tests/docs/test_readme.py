@@ -9,7 +9,7 @@ import pytest
 
 from docs.tables import backends, measured
 from export.families import MODELS
-from tests.test_docs import anchors, check_commands, check_flags, links
+from tests.docs.test_docs import anchors, check_commands, check_flags, links
 
 MOST_LINES = 200
 MOST_WORDS = 1800

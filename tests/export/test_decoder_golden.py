@@ -33,7 +33,7 @@ from runtime.bundle import GraphInfo, TensorInfo
 
 pytestmark = pytest.mark.golden
 
-FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent / "golden")
+FOLDER = Path(os.environ.get("PRUNEPORT_GOLDEN") or Path(__file__).parent.parent / "golden")
 LOGITS_ATOL = 1e-3  # promised by the vectors
 CUT = 2
 CHUNK = 16

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.golden_cases import features_of, program_of
+from benchmarks.pruner_alone import PrunerGraph, lowered
 from export import cli
 from export.backends import coreml as backend
 from export.backends.backend import LoweredGraph
@@ -36,8 +38,7 @@ from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION
 from runtime.harness import verify
 from runtime.session import open_session
 from tests.conftest import CommandLine
-from tests.pruner_graph import PrunerGraph, lowered
-from tests.test_pruner_golden import CASES, HALF_OVERLAP, HALF_SCALE, _assert_golden, _features, _program
+from tests.pruning.test_pruner_golden import CASES, HALF_OVERLAP, HALF_SCALE, _assert_golden
 from tests.tiny_llava import TINY, write_tiny
 
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -320,15 +321,15 @@ def test_a_width_that_blocks_do_not_divide(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("one_thread")
 def test_golden_selections(tmp_path: Path) -> None:
     """Converted once, for four sets of features; then the same features rounded to float16."""
-    program = _program(CASES[0])
+    program = program_of(CASES[0])
     graph = PrunerGraph(TokenPruner(program.spec), key_width=program.key_width, hidden_width=program.hidden_width)
     coverage, loaded = lowered(graph, "coreml", tmp_path)
     assert (coverage.partitions, coverage.outside) == (1, ())
     assert {"topk", "gather", "scatter", "argsort"}.isdisjoint(loaded.placement().outside)
-    cases = [case for case in CASES if _program(case) == program]
+    cases = [case for case in CASES if program_of(case) == program]
     assert len(cases) >= 4
     for case in cases:
-        keys, hidden = _features(case.features)
+        keys, hidden = features_of(case.features)
         _assert_golden(case, *loaded.run([keys.numpy(), hidden.numpy()]))
         keys, hidden = keys * HALF_SCALE, hidden * HALF_SCALE
         single = reference.prune(keys, hidden, case.spec)[1]
