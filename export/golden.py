@@ -15,6 +15,21 @@ from numpy.typing import NDArray
 
 from export.models.prompt import read_prompt
 from runtime.errors import ExportError
+from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.golden import (
+    ANSWER,
+    ANSWER_MARGIN,
+    KEPT_ALTERNATIVES,
+    KEPT_INDICES,
+    KEPT_MARGIN,
+    KEPT_ORDER,
+    MARKS,
+    PIXELS,
+    QUESTION,
+    input_key,
+    output_key,
+    recovery_key,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +39,6 @@ if TYPE_CHECKING:
     from export.models.prompt import SampleText
     from pruning import Features, Method, PruneSpec
 
-_GRAPH = "vision_encoder"
 # Greedy tokens of the sample answer.
 ANSWER_TOKENS = 64
 # How often features are moved by how much, relative, to find the choices that float32 cannot tell from the desktop's.
@@ -73,7 +87,7 @@ def make_golden(
         pixels = torch.from_numpy(np.array(pixel_values, dtype=np.float32)).to(device)
         desktop = entry.family.desktop(checkpoint, device)
         image, tower_keys = desktop.see(pixels)
-        golden = {f"{_GRAPH}.in.pixel_values": pixels}
+        golden = {input_key(VISION_ENCODER, PIXELS): pixels}
         decoder = _Decoder(desktop, checkpoint, cut, image.device, watch or (lambda name, module: None))
         frame = entry.family.frame(read_prompt(checkpoint.folder, geometry, entry).prefix_ids, geometry)
         if framed:
@@ -86,7 +100,7 @@ def make_golden(
                 golden |= decoder.answer_behind(frame, outputs["image_features"], text)
     if kept:
         outputs["filled"] = torch.zeros(1, 1)  # the paper's loop runs until it has enough: nothing to fill up
-    golden |= {f"{_GRAPH}.out.{name}": tensor for name, tensor in outputs.items()}
+    golden |= {output_key(VISION_ENCODER, name): tensor for name, tensor in outputs.items()}
     golden |= kept
     return {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in golden.items()}
 
@@ -157,29 +171,31 @@ class _Decoder:
         """Golden tensors of the text graphs, after `see` gave `image`: each layer over the image, then the text."""
         import torch
 
-        golden = {"token_embedding.in.ids": torch.tensor([text.ids[:-1]])}
+        golden = {input_key(TOKEN_EMBEDDING, "ids"): torch.tensor([text.ids[:-1]])}
         embedded = self._embedded(text.ids)
-        golden["token_embedding.out.inputs_embeds"] = embedded[:, :-1]
-        golden["text_decoder.in.inputs_embeds"] = embedded[:, -1:]
+        golden[output_key(TOKEN_EMBEDDING, "inputs_embeds")] = embedded[:, :-1]
+        golden[input_key(TEXT_DECODER, "inputs_embeds")] = embedded[:, -1:]
         positions = torch.arange(self._first_text, self._first_text + len(text.ids), device=self._device)[None]
-        golden["text_prefill.in.positions"] = positions[:, :-1]
-        golden["text_decoder.in.positions"] = positions[:, -1:]
+        golden[input_key(TEXT_PREFILL, "positions")] = positions[:, :-1]
+        golden[input_key(TEXT_DECODER, "positions")] = positions[:, -1:]
         if self._fits():
             self._held = {}
         seen, hidden = image["hidden"], embedded
         for index in self._layers:
             if index >= self._cut:
                 seen = self._run(index, seen, image["positions"])
-                golden[f"image_prefill.out.key_{index}"], golden[f"image_prefill.out.value_{index}"] = self._past[index]
+                for what, entries in zip(("key", "value"), self._past[index], strict=True):
+                    golden[output_key(IMAGE_PREFILL, f"{what}_{index}")] = entries
             before = self._past[index]
             hidden = self._run(index, hidden, positions, behind=before)
             for what, all_entries, known in zip(("key", "value"), self._past[index], before, strict=True):
                 new = all_entries[:, :, known.shape[2] :]
-                golden[f"text_prefill.out.{what}_{index}"] = new[:, :, :-1]
-                golden[f"text_decoder.out.{what}_{index}"] = new[:, :, -1:]
+                golden[output_key(TEXT_PREFILL, f"{what}_{index}")] = new[:, :, :-1]
+                golden[output_key(TEXT_DECODER, f"{what}_{index}")] = new[:, :, -1:]
             self._past[index] = before
         logits = self._logits(hidden)
-        golden["text_prefill.out.logits"], golden["text_decoder.out.logits"] = logits[:, :-1], logits[:, -1:]
+        golden[output_key(TEXT_PREFILL, "logits")] = logits[:, :-1]
+        golden[output_key(TEXT_DECODER, "logits")] = logits[:, -1:]
         return golden | (self._answer(text.question) if self._held is not None else {})
 
     def answer_behind(self, frame: Frame, image: Tensor, text: SampleText) -> dict[str, Tensor]:
@@ -212,9 +228,9 @@ class _Decoder:
             margins.append(first - second)
             start, tokens = start + len(tokens), [token]
         return {
-            "answer.question": torch.tensor(list(question)),
-            "answer.ids": torch.tensor(ids),
-            "answer.margin": torch.tensor(margins),
+            QUESTION: torch.tensor(list(question)),
+            ANSWER: torch.tensor(ids),
+            ANSWER_MARGIN: torch.tensor(margins),
         }
 
     def _fits(self) -> bool:
@@ -300,18 +316,18 @@ def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tenso
     method, features = method_named(spec.method), Features(hidden=hidden.cpu(), keys=keys.cpu())
     trace = method.choose(features, spec)
     kept = {
-        "kept_indices": trace.indices[0],
-        "kept_order": trace.order[0],
-        "kept_margin": trace.margin[0],
-        "kept_alternatives": _alternatives(method, features, spec, trace.indices[0]),
-        "marks": trace.marks[0],
+        KEPT_INDICES: trace.indices[0],
+        KEPT_ORDER: trace.order[0],
+        KEPT_MARGIN: trace.margin[0],
+        KEPT_ALTERNATIVES: _alternatives(method, features, spec, trace.indices[0]),
+        MARKS: trace.marks[0],
     }
     if trace.recovery is not None:
         kept |= {
-            "recovery.hidden": hidden[0],
-            "recovery.similarity": trace.recovery.similarity[0],
-            "recovery.share": torch.tensor([trace.recovery.share]),
-            "recovery.least_share": torch.tensor([trace.recovery.least_share]),
+            recovery_key("hidden"): hidden[0],
+            recovery_key("similarity"): trace.recovery.similarity[0],
+            recovery_key("share"): torch.tensor([trace.recovery.share]),
+            recovery_key("least_share"): torch.tensor([trace.recovery.least_share]),
         }
     return trace.tokens.to(hidden.device), trace.indices.to(hidden.device), kept
 

@@ -21,6 +21,8 @@ PHOTO = "photo"
 PIXELS = "pixel_values"
 KEPT_INDICES, KEPT_ORDER, KEPT_MARGIN = "kept_indices", "kept_order", "kept_margin"
 KEPT_ALTERNATIVES, MARKS = "kept_alternatives", "marks"
+# What the rows of kept tokens follow from, where a method mixes dropped tokens into them.
+RECOVERY_PARTS = ("hidden", "similarity", "share", "least_share")
 QUESTION, ANSWER, ANSWER_MARGIN = "answer.question", "answer.ids", "answer.margin"
 
 _Tensors = Mapping[str, np.ndarray]

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.errors import BundleError
+from runtime.golden import RECOVERY_PARTS, recovery_key
 
-# The golden's tensors that recovery is computed from, by the names of its fields below.
-_STORED = ("hidden", "similarity", "share", "least_share")
 # Sweeps over the tokens that may go either way; each must lower the error, and two were the most that any case needed.
 _SWEEPS = 8
 
@@ -61,12 +60,12 @@ class Recovery:
 
         Kept tokens are then rows as they entered the cut. BundleError where a part is missing or does not fit.
         """
-        if not any(name.startswith("recovery.") for name in golden):
+        if not any(recovery_key(part) in golden for part in RECOVERY_PARTS):
             return None
-        shapes = dict(zip(_STORED, ((tokens, width), (tokens, tokens), (1,), (1,)), strict=True))
+        shapes = dict(zip(RECOVERY_PARTS, ((tokens, width), (tokens, tokens), (1,), (1,)), strict=True))
         found = {}
         for name, shape in shapes.items():
-            key = f"recovery.{name}"
+            key = recovery_key(name)
             if key not in golden:
                 raise BundleError(f"the golden lacks {key}, which near ties are judged by; export again")
             if golden[key].shape != shape or not np.isfinite(golden[key]).all():

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,41 @@ def test_nothing_imports_the_launcher_tests_or_benchmarks(root: Path) -> None:
     for room in ROOMS:
         for file in files_of(root, room):
             assert not annotation_imports(file.read_text(encoding="utf-8")) & {"tests", "benchmarks", "conftest"}, file
+    for file in files_of(root, "benchmarks"):
+        assert not annotation_imports(file.read_text(encoding="utf-8")) & {"tests", "conftest"}, file
+
+
+def imported_modules(source: str, known: Iterable[str]) -> set[str]:
+    """Those of the known modules that a file imports, wherever it does, `if TYPE_CHECKING` included."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    # A package is imported before what is in it, but that is no reason to call them a circle.
+    found -= {name for name in found if any(other.startswith(f"{name}.") for other in found & set(known))}
+    return found & set(known)
+
+
+def test_no_circle_of_imports(root: Path) -> None:
+    files = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for room in ROOMS
+        for file in files_of(root, room)
+    }
+    graph = {name: imported_modules(file.read_text(encoding="utf-8"), files) - {name} for name, file in files.items()}
+    assert sum(map(len, graph.values())) > len(files), "the imports were not found"
+    TopologicalSorter(graph).prepare()  # CycleError names a circle
+
+
+def test_a_circle_would_be_found() -> None:
+    known = {"export.a", "export.b"}
+    sources = {"export.a": "def f():\n    from export import b", "export.b": "import export.a"}
+    graph = {name: imported_modules(source, known) for name, source in sources.items()}
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 def test_runtime_knows_no_torch(root: Path) -> None:
@@ -86,7 +122,7 @@ def test_runtime_knows_no_torch(root: Path) -> None:
 
 
 # Words that only one room may know: a method's in `pruning`, a converter's, an engine's or a family's outside it.
-METHOD_WORDS = ("vlm", "uniform", "pivot", "threshold")
+FOREIGN_TO_RUNTIME = ("vlm", "uniform", "pivot", "threshold", "llava", "vicuna")
 FOREIGN_TO_PRUNING = (
     "xnnpack",
     "onnx",
@@ -101,7 +137,7 @@ FOREIGN_TO_PRUNING = (
 )
 
 
-@pytest.mark.parametrize(("room", "words"), [("runtime", METHOD_WORDS), ("pruning", FOREIGN_TO_PRUNING)])
+@pytest.mark.parametrize(("room", "words"), [("runtime", FOREIGN_TO_RUNTIME), ("pruning", FOREIGN_TO_PRUNING)])
 def test_rooms_do_not_name_what_is_not_theirs(root: Path, room: str, words: tuple[str, ...]) -> None:
     files = [file for file in (root / room).rglob("*") if file.suffix in (".py", ".j2")]
     assert files
