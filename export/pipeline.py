@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from export.families.family import Checkpoint
-    from export.graphs.graph import Graph
+    from export.graphs.graph import Graph, Parts
     from export.graphs.vision import VisionEncoder
     from export.models.prompt import SampleText
     from export.progress import Progress, Stage
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         Manifest,
         PruneInfo,
         RangesInfo,
+        TensorInfo,
         TextInfo,
     )
     from runtime.check.verdict import Verdict
@@ -284,16 +286,23 @@ class _Making:
         from runtime.image import preprocess
 
         plan = self.plan
-        with self.progress.stage(_label("build the graphs", bundle)) as stage:
-            graphs = self._build(bundle, stage, islands)
-        with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            for name, graph in graphs.items():
+        infos: dict[str, tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]] = {}
+
+        def noted(built: Mapping[str, Graph]) -> Mapping[str, Graph]:
+            """Says what the backend is to do with graphs, and notes what they take and give while they are there."""
+            for name, graph in built.items():
+                infos[name] = graph.input_infos(), graph.output_infos()
                 if scheme := plan.recipe(name).backend_scheme:
                     graph.compression = scheme
-            if plan.calibration is not None:
-                image = plan.entry.family.image(self.checkpoint.folder, self.checkpoint.geometry)
-                graphs[VISION_ENCODER].calibration = [(preprocess(p, image),) for p in plan.calibration.values()]
-            lowered = plan.backend.lower(graphs, folder)
+                if name == VISION_ENCODER and plan.calibration is not None:
+                    image = plan.entry.family.image(self.checkpoint.folder, self.checkpoint.geometry)
+                    graph.calibration = [(preprocess(photo, image),) for photo in plan.calibration.values()]
+            return built
+
+        with self.progress.stage(_label("build the graphs", bundle)) as stage:
+            graphs = self._build(bundle, stage, islands, noted)
+        with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            lowered = plan.backend.lower(graphs if plan.backend.one_by_one else dict(graphs), folder)
             for name in graphs:
                 self._check_taken(name, lowered[name].coverage, stage)
         return tuple(
@@ -303,12 +312,12 @@ class _Making:
                 extra_files=lowered[name].extra_files,
                 engine=plan.backend.engine,
                 arithmetic=plan.arithmetic(name),
-                inputs=lowered[name].inputs or graph.input_infos(),
-                outputs=lowered[name].outputs or graph.output_infos(),
+                inputs=lowered[name].inputs or inputs,
+                outputs=lowered[name].outputs or outputs,
                 states=lowered[name].states,
                 coverage=lowered[name].coverage,
             )
-            for name, graph in graphs.items()
+            for name, (inputs, outputs) in infos.items()
         )
 
     def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
@@ -345,16 +354,28 @@ class _Making:
                 "acceleration; run again with -v to see why, or choose another --backend"
             )
 
-    def _build(self, bundle: BundlePlan, stage: Stage, islands: tuple[str, ...]) -> dict[str, Graph]:
-        """The vision graph and, where they are wanted, the text graphs, in the order in which a phone runs them."""
-        from export.graphs.decoder import Context, build_text_graphs, precise_modules
+    def _build(
+        self,
+        bundle: BundlePlan,
+        stage: Stage,
+        islands: tuple[str, ...],
+        noted: Callable[[Mapping[str, Graph]], Mapping[str, Graph]],
+    ) -> Parts:
+        """The vision graph and, where they are wanted, the text graphs, whose weights are read when they are come to.
+
+        `noted` is shown the graphs of a part once they are there.
+        """
+        from export.graphs.decoder import TEXT_GRAPHS, Context, build_text_graphs, precise_modules
+        from export.graphs.graph import Parts
         from export.graphs.stateful import build_stateful_text_graphs
         from export.ranges import make_islands
 
         plan = self.plan
         encoder = self._vision(bundle, stage)
+        waiting = [encoder]
+        vision = ((VISION_ENCODER,), lambda: noted({VISION_ENCODER: waiting.pop()}))
         if plan.text_tokens is None or plan.text is None:
-            return {VISION_ENCODER: encoder}
+            return Parts([vision])
         geometry = self.checkpoint.geometry
         context = Context(
             geometry,
@@ -378,14 +399,19 @@ class _Making:
                 "give fewer --text-tokens"
             )
         quant = plan.text.module_scheme
-        text = (
-            build_stateful_text_graphs(self.checkpoint, context, quant=quant)
-            if plan.states
-            else build_text_graphs(self.checkpoint, context, precision=plan.recipe(TOKEN_EMBEDDING).traced, quant=quant)
-        )
-        if islands:  # the text graphs share their layers
-            make_islands(text[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
-        return {VISION_ENCODER: encoder, **text}
+
+        def text() -> Mapping[str, Graph]:
+            precision = plan.recipe(TOKEN_EMBEDDING).traced
+            built = (
+                build_stateful_text_graphs(self.checkpoint, context, quant=quant)
+                if plan.states
+                else build_text_graphs(self.checkpoint, context, precision=precision, quant=quant)
+            )
+            if islands:  # the text graphs share their layers
+                make_islands(built[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
+            return noted(built)
+
+        return Parts([vision, (TEXT_GRAPHS, text)])
 
     @cached_property
     def _half(self) -> _Half | None:

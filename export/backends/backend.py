@@ -39,7 +39,8 @@ class LoweredGraph:
 class Lower(Protocol):
     """Traces graphs with static shapes, lowers them and writes them into `out_dir`, weights that they share only once.
 
-    They come in the precision of their recipe, and quantised where the backend does not do that itself.
+    They come in the precision of their recipe, and quantised where the backend does not do that itself. Their weights
+    may be read only when a backend comes to them: see `Backend.one_by_one`.
     """
 
     def __call__(self, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]: ...
@@ -113,6 +114,9 @@ class Backend:
     lower: Lower
     # What its engine can compute the choice of tokens in.
     pruner_arithmetic: Arithmetic = "float32"
+    # True where `lower` goes through the graphs once, in their order, and keeps none: then only the weights of the part
+    # that it is at have to be in memory.
+    one_by_one: bool = False
     compresses: bool = False
     calibrates: bool = False
     # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.

@@ -98,7 +98,7 @@ def write_program(
             coverage[name] = _coverage(methods[name], delegate, reasons)
             _move_to_disk(methods[name], Path(packed))
             reasons.clear()
-            del edge, traced
+            del edge, traced, graph
             gc.collect()
         planning = MemoryPlanningPass(alloc_graph_input=copies_inputs)
         with converting("ExecuTorch", methods):

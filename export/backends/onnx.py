@@ -59,7 +59,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
             shared = weights.move_out(made.model)
             onnx_ir.save(made.model, out_dir / f"{name}.onnx")
             lowered[name] = (f"{name}.onnx", (WEIGHTS_FILE,) if shared else ())
-            del made, program
+            del made, program, graph
     return {
         name: LoweredGraph(file=file, extra_files=extra, coverage=(coverage_of(out_dir / file),))
         for name, (file, extra) in lowered.items()
@@ -166,4 +166,5 @@ ONNX = Backend(
     quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     lower=lower,
+    one_by_one=True,
 )

@@ -55,4 +55,5 @@ VULKAN = Backend(
     quant_text=(),
     packages=("torch", "transformers", "executorch"),
     lower=lower,
+    one_by_one=True,
 )

@@ -116,4 +116,5 @@ XNNPACK = Backend(
     quant_text=("8da4w", "8da4w-g64", "8da4w-g32", "8da8w"),
     packages=("torch", "transformers", "executorch", "torchao"),
     lower=lower,
+    one_by_one=True,
 )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from runtime.bundle import TensorInfo
 
 PROMPT_CHUNK = 128
+# What `build_text_graphs` makes, in its order.
+TEXT_GRAPHS = (IMAGE_PREFILL, TEXT_PREFILL, TEXT_DECODER, TOKEN_EMBEDDING)
 
 
 class Context:

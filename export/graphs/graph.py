@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,3 +57,31 @@ class Graph(nn.Module):
             else torch.randn(info.shape, generator=generator).to(getattr(torch, info.dtype))
             for info in self.input_infos()
         )
+
+
+class Parts(Mapping[str, Graph]):
+    """Graphs in parts of which only one is in memory: each is built, its weights read, when somebody comes to it.
+
+    `build` makes the graphs of a part, by name and in the order that its names are given in. Whoever goes through all
+    graphs once, in their order, has each part built once.
+    """
+
+    def __init__(self, parts: Sequence[tuple[tuple[str, ...], Callable[[], Mapping[str, Graph]]]]) -> None:
+        self._parts = tuple(parts)
+        self._at: int | None = None
+        self._held: Mapping[str, Graph] = {}
+
+    def __getitem__(self, name: str) -> Graph:
+        number = next((n for n, (names, _) in enumerate(self._parts) if name in names), None)
+        if number is None:
+            raise KeyError(name)
+        if number != self._at:
+            self._held = {}  # before the next is read
+            self._held, self._at = self._parts[number][1](), number
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for names, _ in self._parts for name in names])
+
+    def __len__(self) -> int:
+        return sum(len(names) for names, _ in self._parts)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from export.backends.backend import Backend, Recipe
-from export.graphs.graph import Graph
+from export.graphs.graph import Graph, Parts
 from export.quantize import SCHEMES
 from export.targets import LAYOUTS, TARGETS
 from runtime.bundle import GraphInfo, TensorInfo
@@ -140,3 +143,26 @@ def test_what_it_writes_runs_in_its_engine(backend: Backend, tmp_path: Path) -> 
         loaded.close()
     named = {tmp_path / file for made in written.values() for file in (made.file, *made.extra_files)}
     assert not [path for path in plain if not named & {path, *path.parents}], "nothing lies beside what is named"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "backend", [made for made in BACKENDS.values() if made.one_by_one], ids=lambda backend: backend.name
+)
+def test_it_reads_weights_when_it_comes_to_them(backend: Backend, tmp_path: Path) -> None:
+    """The graphs of a part are built once, and those of the part before are gone by then."""
+    recipe = backend.recipe(backend.precisions[0], None)
+    built: list[str] = []
+    gone: list[weakref.ref[nn.Module]] = []
+
+    def part(name: str) -> Mapping[str, Graph]:
+        gc.collect()
+        assert not [graph for graph in gone if graph() is not None], "the part before is still in memory"
+        graph = blocks(recipe)["one"]
+        built.append(name)
+        gone.append(weakref.ref(graph))
+        return {name: graph}
+
+    graphs = Parts([((name,), partial(part, name)) for name in ("one", "two", "three")])
+    written = backend.lower(graphs, tmp_path)
+    assert built == ["one", "two", "three"] == list(written)

@@ -81,7 +81,7 @@ def fake_golden(checkpoint: object, entry: object, spec: Any, **rest: object) ->
 def fake_lower(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
     (out_dir / "model.pte").write_bytes(b"program")
     taken = DelegateCoverage(delegate="XNNPACK", partitions=1, nodes=9)
-    return {name: LoweredGraph("model.pte", (), (taken,)) for name in graphs}
+    return {name: LoweredGraph("model.pte", (), (taken,)) for name, _ in graphs.items()}
 
 
 def fake_check(path: Path, **rest: object) -> Verdict:
@@ -104,7 +104,11 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         export.graphs.vision, "build_vision_encoder", lambda c, e, spec, **k: FakeEncoder(spec.keep if spec else 576)
     )
-    monkeypatch.setattr(export.graphs.decoder, "build_text_graphs", lambda *a, **k: {"text_decoder": FakeEncoder(1)})
+    monkeypatch.setattr(
+        export.graphs.decoder,
+        "build_text_graphs",
+        lambda *a, **k: {name: FakeEncoder(1) for name in export.graphs.decoder.TEXT_GRAPHS},
+    )
     set_lower(monkeypatch, fake_lower)
     monkeypatch.setattr(runtime.harness, "check_bundle", fake_check)
 
