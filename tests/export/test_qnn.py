@@ -467,7 +467,7 @@ def _bundle(target: Path, *, compiled: bool) -> Path:
             plain = (writer.path / graph.file).rename(target.parent / "plain.onnx")
             promise = compile_for(SOC, plain, writer.path / graph.file)
         extra = (f"{VISION}_qnn.bin",) if compiled else ()
-        graph = msgspec.structs.replace(graph, coverage=(promise,), extra_files=extra)
+        graph = msgspec.structs.replace(graph, coverage=(promise,), extra_files=extra, arithmetic=("fp16",))
         on = msgspec.structs.replace(manifest.target, backend="qnn", precision="fp16", soc=SOC.name)
         writer.commit(msgspec.structs.replace(manifest, graphs=(graph,), target=on))
     return target
