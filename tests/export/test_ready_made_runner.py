@@ -391,10 +391,7 @@ def test_graphs_equal_transformers(kv_heads: int) -> None:
     theirs: Any = LlamaForCausalLM(config.text_config)
     theirs.eval()
     theirs.load_state_dict(
-        {
-            name: checkpoint.tensor(f"language_{name}" if name.startswith("model.") else name).float()
-            for name, _ in theirs.named_parameters()
-        }
+        {name: checkpoint.tensor(name.removeprefix("model.")).float() for name, _ in theirs.named_parameters()}
     )
     ids = torch.randint(4, checkpoint.geometry.text.vocab, (1, 60), generator=torch.Generator().manual_seed(0))
     embedding, decoder = build_ready_made_graphs(checkpoint, tokens=32, context=60)
