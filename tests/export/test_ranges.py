@@ -20,7 +20,7 @@ from export.families import MODELS
 from export.families.family import Checkpoint
 from export.graphs.decoder import Context, build_text_graphs, precise_modules
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.ranges import LARGEST, Island, make_islands, measure
+from export.ranges import LARGEST, Island, Ranges, make_islands, measure
 from pruning import PruneSpec, SpecError
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import FLOAT16_LARGEST, Manifest, RangesInfo, read_bundle
@@ -113,6 +113,13 @@ def test_layer_that_overflows_is_wrong_without_an_island_and_right_with_it(tmp_p
     assert _error(_eager(half, pixels[0]), expected) <= 5e-3
     # ONNX Runtime's CPU kernels keep such numbers in float32 by themselves; the island goes through it all the same.
     assert _error(_run(half, "onnxruntime", tmp_path / "onnx", pixels[0]), expected) <= 5e-3
+
+
+def test_an_overflow_in_the_projector_makes_all_of_it_an_island() -> None:
+    inside = "tower.projector.linear_1"
+    largest = {inside: 2 * LARGEST, "tower.projector": 3.0, "tower.layers.0": 5.0}
+    assert Ranges(largest, (inside,)).islands == ("tower.projector",)
+    TINY.family.tower(TINY.geometry).get_submodule("projector.linear_1")  # the tower's names are these
 
 
 def test_model_that_float16_holds_has_no_islands(tmp_path: Path) -> None:
