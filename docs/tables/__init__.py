@@ -38,6 +38,9 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "interface of a backend": partial(
         interfaces.reference, "export", "Backend", "Recipe", "Variants", "Lower", "LoweredGraph"
     ),
+    "interface of a device": partial(
+        interfaces.reference, "runtime", "Device", "Job", "Timing", "Findings", "GraphFinding", "AnswerFinding", "Trouble"
+    ),
     **measured.PARTS,
 }
 
