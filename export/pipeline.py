@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import platform
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -33,11 +31,9 @@ if TYPE_CHECKING:
     from runtime.bundle import (
         Bundle,
         BundleWriter,
-        CalibrationInfo,
         DelegateCoverage,
         GraphInfo,
         Manifest,
-        PruneInfo,
         RangesInfo,
         TensorInfo,
         TextInfo,
@@ -47,19 +43,6 @@ if TYPE_CHECKING:
 GOLDEN_FILE = "golden.safetensors"
 # How many default photos, beside the photo of the check, show how large the numbers inside a float16 graph become.
 RANGE_PHOTOS = 4
-# Packages whose version can change what a bundle computes.
-TOOLS = (
-    "torch",
-    "transformers",
-    "executorch",
-    "torchao",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-qnn",
-    "onnxscript",
-    "coremltools",
-    "numpy",
-)
 
 
 @dataclass(frozen=True)
@@ -136,8 +119,8 @@ class _Making:
 
     def write(self, bundle: BundlePlan, writer: BundleWriter) -> Manifest:
         """Writes golden tensors, graph and manifest of one bundle into its partial folder."""
-        from export.models.prompt import read_prompt
-        from runtime.bundle import OWN_LAYOUT, FrameInfo, GoldenInfo, Manifest, TargetInfo
+        from export.manifests import manifest_of
+        from runtime.bundle import GoldenInfo
         from runtime.image import preprocess
 
         plan, checkpoint = self.plan, self.checkpoint
@@ -152,64 +135,24 @@ class _Making:
         ready = plan.layout
         islands = text_half.islands if text_half else ()
         graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
-        prompt = read_prompt(checkpoint.folder, checkpoint.geometry, plan.entry)
-        frame = plan.entry.family.frame(prompt.prefix_ids, checkpoint.geometry)
         with self.progress.stage(_label("write the bundle", bundle)):
             self._carry(writer.path)
             return writer.write_manifest(
-                Manifest(
-                    name=bundle.path.name,
-                    model=plan.entry.name,
-                    family=plan.entry.family.name,
-                    created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                    weights=checkpoint.identity(),
-                    target=TargetInfo(
-                        name=plan.target.name,
-                        backend=plan.backend.name,
-                        precision=plan.precision,
-                        quant_vision=plan.vision.scheme,
-                        quant_text=plan.text.scheme if plan.text else None,
-                        soc=plan.backend.soc,
-                        min_os=plan.backend.min_os,
-                    ),
-                    prune=_prune_info(plan, bundle),
-                    graphs=graphs,
+                manifest_of(
+                    plan,
+                    checkpoint,
+                    bundle,
+                    graphs,
                     image=image,
-                    prompt=prompt,
-                    frame=FrameInfo(
-                        before=len(frame.prefix_ids),
-                        image=len(frame.slots),
-                        first_text=frame.first_text,
-                    ),
-                    golden=GoldenInfo(
-                        file=GOLDEN_FILE,
-                        device=device,
-                        torch=metadata.version("torch"),
-                        photo=plan.photo_name,
-                    ),
-                    tools={"pruneport": self.version, **_tool_versions()},
                     text=None if ready else self._text_info(),
-                    layout=ready.runtime if ready else OWN_LAYOUT,
+                    golden=GoldenInfo(
+                        file=GOLDEN_FILE, device=device, torch=metadata.version("torch"), photo=plan.photo_name
+                    ),
                     ranges=self._half.info if self._half else None,
                     text_ranges=text_half,
-                    calibration=_calibration_info(plan),
+                    version=self.version,
                 )
             )
-
-    def _carry(self, folder: Path) -> None:
-        """Writes the checkpoint's files that a phone needs, except those that a layout wrote in its own way."""
-        from export.models.prompt import has_tokenizer, read_tokenizer_files
-        from runtime.prompt import TOKENIZER_FILE
-
-        source = self.checkpoint.folder
-        if source is None:
-            return
-        preprocessor = "preprocessor_config.json"
-        if (source / preprocessor).is_file() and not (folder / preprocessor).exists():
-            copyfile(source / preprocessor, folder / preprocessor)
-        # The file as it lies there may pad, cut, drop merges at random, and lack tokens that other files add.
-        if has_tokenizer(source) and not (folder / TOKENIZER_FILE).exists():
-            (folder / TOKENIZER_FILE).write_text(read_tokenizer_files(source).content, encoding="utf-8")
 
     def _write_golden(self, bundle: BundlePlan, folder: Path) -> tuple[str, RangesInfo | None]:
         """Writes what the desktop model computes for the photo.
@@ -255,19 +198,6 @@ class _Making:
         """
         desktop = self.plan.entry.family.desktop(self.checkpoint, "cpu")
         return desktop.pixels(self.plan.photo)
-
-    def _text_info(self) -> TextInfo | None:
-        if self.plan.text_tokens is None:
-            return None
-        from export.graphs.decoder import PROMPT_CHUNK
-        from export.models.prompt import end_ids
-        from runtime.bundle import TextInfo
-
-        return TextInfo(
-            tokens=self.plan.text_tokens,
-            chunk=PROMPT_CHUNK,
-            end_ids=end_ids(self.checkpoint),
-        )
 
     def _sample_text(self) -> SampleText | None:
         if self.plan.text_tokens is None:
@@ -341,19 +271,6 @@ class _Making:
                 self._check_taken(graph.name, graph.coverage, stage)
         return graphs
 
-    def _check_taken(self, name: str, coverages: tuple[DelegateCoverage, ...], stage: Stage) -> None:
-        """Notes who took how much of a graph; ExportError when nobody took anything."""
-        for coverage in coverages:
-            parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
-            outside = f"{coverage.outside_nodes or 'nothing'} outside"
-            stage.note(f"{name}: {coverage.delegate} {coverage.nodes} nodes in {parts}, {outside}")
-        # Looking a row up in a table is nothing that a delegate would be faster at.
-        if name not in (TOKEN_EMBEDDING, EMBED_TOKENS) and not any(coverage.nodes for coverage in coverages):
-            raise ExportError(
-                f"backend {self.plan.backend.name} took no node of {name}: the phone would run it without any "
-                "acceleration; run again with -v to see why, or choose another --backend"
-            )
-
     def _build(
         self,
         bundle: BundlePlan,
@@ -413,6 +330,38 @@ class _Making:
 
         return Parts([vision, (TEXT_GRAPHS, text)])
 
+    def _vision(self, bundle: BundlePlan, stage: Stage) -> VisionEncoder:
+        from export.graphs.vision import build_vision_encoder
+        from export.quantize import quantize
+
+        plan = self.plan
+        if self._half is not None:
+            gc.collect()  # the float32 graph
+            stage.note(f"fp16 range: {self._half.info}")
+        encoder = build_vision_encoder(
+            self.checkpoint,
+            plan.entry,
+            bundle.spec,
+            cut=plan.cut,
+            framed=plan.framed,
+            precision=plan.vision.traced,
+            quant_layers=plan.text.module_scheme if plan.text else None,
+            arithmetic=plan.backend.pruner_arithmetic,
+        )
+        keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
+        handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
+        if handed_on != keep:
+            raise ExportError(
+                f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
+            )
+        if self._half is not None and self._half.islands:
+            from export.ranges import make_islands
+
+            make_islands(encoder, self._half.islands)
+        if plan.vision.module_scheme:
+            quantize(encoder, plan.vision.module_scheme)
+        return encoder
+
     @cached_property
     def _half(self) -> _Half | None:
         """What float16 means for the vision graph of every bundle here; None where it does not compute in that.
@@ -462,37 +411,46 @@ class _Making:
             islands=ranges.islands,
         )
 
-    def _vision(self, bundle: BundlePlan, stage: Stage) -> VisionEncoder:
-        from export.graphs.vision import build_vision_encoder
-        from export.quantize import quantize
-
-        plan = self.plan
-        if self._half is not None:
-            gc.collect()  # the float32 graph
-            stage.note(f"fp16 range: {self._half.info}")
-        encoder = build_vision_encoder(
-            self.checkpoint,
-            plan.entry,
-            bundle.spec,
-            cut=plan.cut,
-            framed=plan.framed,
-            precision=plan.vision.traced,
-            quant_layers=plan.text.module_scheme if plan.text else None,
-            arithmetic=plan.backend.pruner_arithmetic,
-        )
-        keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
-        handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
-        if handed_on != keep:
+    def _check_taken(self, name: str, coverages: tuple[DelegateCoverage, ...], stage: Stage) -> None:
+        """Notes who took how much of a graph; ExportError when nobody took anything."""
+        for coverage in coverages:
+            parts = f"{coverage.partitions} partition{'s' if coverage.partitions != 1 else ''}"
+            outside = f"{coverage.outside_nodes or 'nothing'} outside"
+            stage.note(f"{name}: {coverage.delegate} {coverage.nodes} nodes in {parts}, {outside}")
+        # Looking a row up in a table is nothing that a delegate would be faster at.
+        if name not in (TOKEN_EMBEDDING, EMBED_TOKENS) and not any(coverage.nodes for coverage in coverages):
             raise ExportError(
-                f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
+                f"backend {self.plan.backend.name} took no node of {name}: the phone would run it without any "
+                "acceleration; run again with -v to see why, or choose another --backend"
             )
-        if self._half is not None and self._half.islands:
-            from export.ranges import make_islands
 
-            make_islands(encoder, self._half.islands)
-        if plan.vision.module_scheme:
-            quantize(encoder, plan.vision.module_scheme)
-        return encoder
+    def _carry(self, folder: Path) -> None:
+        """Writes the checkpoint's files that a phone needs, except those that a layout wrote in its own way."""
+        from export.models.prompt import has_tokenizer, read_tokenizer_files
+        from runtime.prompt import TOKENIZER_FILE
+
+        source = self.checkpoint.folder
+        if source is None:
+            return
+        preprocessor = "preprocessor_config.json"
+        if (source / preprocessor).is_file() and not (folder / preprocessor).exists():
+            copyfile(source / preprocessor, folder / preprocessor)
+        # The file as it lies there may pad, cut, drop merges at random, and lack tokens that other files add.
+        if has_tokenizer(source) and not (folder / TOKENIZER_FILE).exists():
+            (folder / TOKENIZER_FILE).write_text(read_tokenizer_files(source).content, encoding="utf-8")
+
+    def _text_info(self) -> TextInfo | None:
+        if self.plan.text_tokens is None:
+            return None
+        from export.graphs.decoder import PROMPT_CHUNK
+        from export.models.prompt import end_ids
+        from runtime.bundle import TextInfo
+
+        return TextInfo(
+            tokens=self.plan.text_tokens,
+            chunk=PROMPT_CHUNK,
+            end_ids=end_ids(self.checkpoint),
+        )
 
 
 def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress) -> Verdict:
@@ -505,39 +463,6 @@ def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress
             if step.status != "passed":
                 stage.note(f"{step.name} {step.status}: {step.detail}" + (f"; {step.remedy}" if step.remedy else ""))
     return verdict
-
-
-def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
-    from pruning import settings_numbers
-    from runtime.bundle import PruneInfo
-
-    geometry, spec = plan.entry.geometry, bundle.spec
-    return PruneInfo(
-        cut=plan.cut,
-        image_tokens=geometry.image_tokens,
-        keep=geometry.image_tokens if spec is None else spec.keep,
-        grid=geometry.grid,
-        pruned=spec is not None,
-        method=None if spec is None else spec.method,
-        settings={} if spec is None else settings_numbers(spec),
-        arithmetic=plan.backend.pruner_arithmetic,
-    )
-
-
-def _calibration_info(plan: Plan) -> CalibrationInfo | None:
-    from export.backends.qdq import METHOD
-    from export.calibration import photos_digest
-    from runtime.bundle import CalibrationInfo
-
-    if plan.calibration is None:
-        return None
-    return CalibrationInfo(photos=len(plan.calibration), sha256=photos_digest(plan.calibration), method=METHOD)
-
-
-def _tool_versions() -> dict[str, str]:
-    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
-    versions = {name: metadata.version(name) for name in TOOLS if name in installed}
-    return {"python": platform.python_version(), **versions}
 
 
 def _label(what: str, bundle: BundlePlan) -> str:

@@ -39,7 +39,15 @@ PARTS: Mapping[str, Callable[[], str]] = {
         interfaces.reference, "export", "Backend", "Recipe", "Variants", "Lower", "LoweredGraph"
     ),
     "interface of a device": partial(
-        interfaces.reference, "runtime", "Device", "Job", "Timing", "Findings", "GraphFinding", "AnswerFinding", "Trouble"
+        interfaces.reference,
+        "runtime",
+        "Device",
+        "Job",
+        "Timing",
+        "Findings",
+        "GraphFinding",
+        "AnswerFinding",
+        "Trouble",
     ),
     **measured.PARTS,
 }

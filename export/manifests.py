@@ -1,0 +1,119 @@
+"""What a manifest says of a bundle that was just made."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from runtime.bundle import (
+    OWN_LAYOUT,
+    CalibrationInfo,
+    FrameInfo,
+    GoldenInfo,
+    GraphInfo,
+    ImageInfo,
+    Manifest,
+    PruneInfo,
+    RangesInfo,
+    TargetInfo,
+    TextInfo,
+)
+
+if TYPE_CHECKING:
+    from export.families.family import Checkpoint
+    from export.request import BundlePlan, Plan
+
+# Packages whose version can change what a bundle computes.
+TOOLS = (
+    "torch",
+    "transformers",
+    "executorch",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-qnn",
+    "onnxscript",
+    "coremltools",
+    "numpy",
+)
+
+
+def manifest_of(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    bundle: BundlePlan,
+    graphs: tuple[GraphInfo, ...],
+    *,
+    image: ImageInfo,
+    text: TextInfo | None,
+    golden: GoldenInfo,
+    ranges: RangesInfo | None,
+    text_ranges: RangesInfo | None,
+    version: str,
+) -> Manifest:
+    """Puts together what was planned and what was made; `version` is pruneport's own. The files are not in it yet."""
+    from export.models.prompt import read_prompt
+
+    prompt = read_prompt(checkpoint.folder, checkpoint.geometry, plan.entry)
+    frame = plan.entry.family.frame(prompt.prefix_ids, checkpoint.geometry)
+    return Manifest(
+        name=bundle.path.name,
+        model=plan.entry.name,
+        family=plan.entry.family.name,
+        created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        weights=checkpoint.identity(),
+        target=TargetInfo(
+            name=plan.target.name,
+            backend=plan.backend.name,
+            precision=plan.precision,
+            quant_vision=plan.vision.scheme,
+            quant_text=plan.text.scheme if plan.text else None,
+            soc=plan.backend.soc,
+            min_os=plan.backend.min_os,
+        ),
+        prune=_prune_info(plan, bundle),
+        graphs=graphs,
+        image=image,
+        prompt=prompt,
+        frame=FrameInfo(before=len(frame.prefix_ids), image=len(frame.slots), first_text=frame.first_text),
+        golden=golden,
+        tools={"pruneport": version, **_tool_versions()},
+        text=text,
+        layout=plan.layout.runtime if plan.layout else OWN_LAYOUT,
+        ranges=ranges,
+        text_ranges=text_ranges,
+        calibration=_calibration_info(plan),
+    )
+
+
+def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
+    from pruning import settings_numbers
+
+    geometry, spec = plan.entry.geometry, bundle.spec
+    return PruneInfo(
+        cut=plan.cut,
+        image_tokens=geometry.image_tokens,
+        keep=geometry.image_tokens if spec is None else spec.keep,
+        grid=geometry.grid,
+        pruned=spec is not None,
+        method=None if spec is None else spec.method,
+        settings={} if spec is None else settings_numbers(spec),
+        arithmetic=plan.backend.pruner_arithmetic,
+    )
+
+
+def _calibration_info(plan: Plan) -> CalibrationInfo | None:
+    from export.backends.qdq import METHOD
+    from export.calibration import photos_digest
+
+    if plan.calibration is None:
+        return None
+    return CalibrationInfo(photos=len(plan.calibration), sha256=photos_digest(plan.calibration), method=METHOD)
+
+
+def _tool_versions() -> dict[str, str]:
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in TOOLS if name in installed}
+    return {"python": platform.python_version(), **versions}
