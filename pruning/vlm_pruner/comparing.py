@@ -94,7 +94,7 @@ class ComparingPruner(nn.Module):
 
     A matrix of N x N float16 takes 33 MB at 4096 tokens. The compiled graph holds four as constants, and by count about
     15 are alive at once. Positions are int32 in an exported program beyond 2048 tokens, because float16 does not hold
-    them.
+    them. A compiler for an NPU took the whole graph up to 1024 tokens; with more it was not seen to finish.
 
     Source: arXiv 2512.02700; the static form is our own.
 
