@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -45,11 +45,18 @@ if TYPE_CHECKING:
     from pruneport.runtime.explain import Explanation as Explanation
     from pruneport.runtime.explain import explain as explain
     from pruneport.runtime.generation import Prefill as Prefill
-    from pruneport.runtime.harness import verify as verify
     from pruneport.runtime.image import load_photo as load_photo
     from pruneport.runtime.image import preprocess as preprocess
 
     reference = _reference
+
+    # Type checkers of an installed wheel find the rooms under this package alone: what one file of a room takes from
+    # another is unknown to them.
+    def verify(
+        path: str | os.PathLike[str], *, threads: int | None = None, progress: Callable[[str], None] | None = None
+    ) -> Verdict:
+        """Checks a bundle from disk; see `runtime.harness.verify`."""
+
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -39,6 +40,14 @@ def test_every_name_is_there_and_says_what_it_is() -> None:
     assert dir(pruneport) == sorted(pruneport.__all__)
     for name in set(pruneport.__all__) - {"__version__"}:
         assert inspect.getdoc(getattr(pruneport, name)), name
+
+
+def test_what_type_checkers_are_told_is_what_is_there() -> None:
+    tree = ast.parse(inspect.getsource(pruneport))
+    (told,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "verify")
+    there = inspect.signature(pruneport.verify).parameters
+    assert [argument.arg for argument in (*told.args.args, *told.args.kwonlyargs)] == list(there)
+    assert [ast.unparse(default) for default in told.args.kw_defaults if default] == ["None"] * (len(there) - 1)
 
 
 def test_unknown_name() -> None:
