@@ -172,6 +172,11 @@ class GraphInfo(_Record, frozen=True):
             raise ValueError(f"graph {self.name!r} names two inputs or states alike: {taken}")
 
     @property
+    def is_open(self) -> bool:
+        """True for a graph that takes any number of tokens: it has no golden of its own, the answer tells."""
+        return any(info.dynamic for info in self.inputs)
+
+    @property
     def cache(self) -> tuple[TensorInfo, ...]:
         """The KV cache, be it inputs or states."""
         return tuple(info for info in (*self.inputs, *self.states) if info.name.startswith("past_"))

@@ -62,8 +62,8 @@ class Graph(nn.Module):
 class Parts(Mapping[str, Graph]):
     """Graphs in parts of which only one is in memory: each is built, its weights read, when somebody comes to it.
 
-    `build` makes the graphs of a part, by name and in the order that its names are given in. Whoever goes through all
-    graphs once, in their order, has each part built once.
+    A part is the names of its graphs and what makes them, by these names. Whoever goes through all graphs once, in
+    their order, has each part built once.
     """
 
     def __init__(self, parts: Sequence[tuple[tuple[str, ...], Callable[[], Mapping[str, Graph]]]]) -> None:
@@ -76,7 +76,7 @@ class Parts(Mapping[str, Graph]):
         if number is None:
             raise KeyError(name)
         if number != self._at:
-            self._held = {}  # before the next is read
+            self._held, self._at = {}, None  # before the next is read
             self._held, self._at = self._parts[number][1](), number
         return self._held[name]
 

@@ -74,7 +74,7 @@ class _Judge:
                     executed=found.placement.executed,
                 )
                 for found in self._findings.graphs
-                if found.placement is not None and (found.trouble is None or not found.trouble.missing)
+                if found.placement is not None and found.opened
             ),
             latency=tuple(found.latency for found in self._findings.graphs if found.latency is not None),
             answers=self._findings.answer.times if self._findings.answer else None,
@@ -111,9 +111,8 @@ class _Judge:
             (self._passed if levels <= _MOST_GREY_LEVELS * 1.001 else self._failed)(name, detail)
 
     def _judge_graph(self, graph: GraphInfo, found: GraphFinding) -> None:
-        is_open = any(info.dynamic for info in graph.inputs)
-        name = f"delegates of {graph.name}" if is_open else f"parity of {graph.name}"
-        if not is_open:
+        name = f"delegates of {graph.name}" if graph.is_open else f"parity of {graph.name}"
+        if not graph.is_open:
             try:
                 inputs = graph_inputs(graph, self._golden)
             except KeyError as err:
@@ -121,15 +120,15 @@ class _Judge:
                 return
             if found.outputs is not None:
                 self._compare(graph, found, inputs)
-        if found.placement is not None and (found.trouble is None or not found.trouble.missing):
+        if found.placement is not None and found.opened:
             self._judge_placement(graph, found.placement)
         if found.latency is not None:
             self._judge_twin(found)
         if found.trouble is not None:
             self._trouble(name, found.trouble)
-            # Where the file itself tells who would run the graph, that is held against the manifest all the same.
-            if found.trouble.missing and found.placement is not None:
-                self._judge_placement(graph, found.placement)
+        # Where the file itself tells who would run the graph, that is held against the manifest all the same.
+        if found.placement is not None and not found.opened:
+            self._judge_placement(graph, found.placement)
 
     def _trouble(self, name: str, trouble: Trouble) -> None:
         """Makes a step of what was not run: not checked where the engine is missing, else failed."""
@@ -251,13 +250,11 @@ class _Judge:
             self._judge_cache(found.cache_bytes)
         keys = (QUESTION, ANSWER, ANSWER_MARGIN)
         missing = [key for key in keys if key not in golden]
-        if found.trouble is not None and found.ids is None:
-            pass
-        elif not missing and found.ids is not None:
+        if found.ids is not None:
             self._compare_answer(found.ids)
-        elif len(missing) < len(keys):
+        elif found.trouble is None and len(missing) < len(keys):
             self._not_checked(name, f"the golden lacks {', '.join(missing)}", _AGAIN)
-        else:
+        elif found.trouble is None:
             remedy = "export on a machine whose memory holds the decoder in float32 three times"
             self._not_checked(name, "the desktop could not hold the decoder to answer with", remedy)
         if found.trouble is not None:

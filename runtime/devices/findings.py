@@ -88,6 +88,11 @@ class GraphFinding:
     trouble: Trouble | None = None
     twin_trouble: Trouble | None = None
 
+    @property
+    def opened(self) -> bool:
+        """False where no engine could open the graph: then the file alone told who would run it."""
+        return self.trouble is None or not self.trouble.missing
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFinding:
