@@ -183,7 +183,7 @@ def _lower(layers: int, keep: int | None, scheme: str, folder: Path) -> None:
     from export.graphs.vision import build_vision_encoder
     from pruning import PruneSpec
     from runtime.bundle import GraphInfo, TensorInfo
-    from runtime.generation import VISION_ENCODER
+    from runtime.text_graphs import VISION_ENCODER
 
     entry = _entry(layers)
     checkpoint = open_checkpoint(entry, weights="random", seed=0)
@@ -241,8 +241,9 @@ class _Side:
         from export.graphs.decoder import PROMPT_CHUNK
         from runtime.bundle import GraphInfo
         from runtime.engines import ENGINES
-        from runtime.generation import TEXT_DECODER, Answers
+        from runtime.generation import Answers
         from runtime.session import Session
+        from runtime.text_graphs import TEXT_DECODER
 
         self.text: TextGeometry = entry.geometry.text
         self.chunk = PROMPT_CHUNK
@@ -263,7 +264,7 @@ class _Side:
         """Milliseconds of everything, once."""
         import numpy as np
 
-        from runtime.generation import IMAGE_PREFILL, TEXT_PREFILL
+        from runtime.text_graphs import IMAGE_PREFILL, TEXT_PREFILL
 
         photo = self.answers.see(pixels)
         first, second, *_ = self.answers.answer(photo, question, max_new_tokens=3, past_end=True)

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    from runtime.generation import RunningGraph
+    from runtime.text_graphs import RunningGraph
 
 SNAPDRAGON = "--target android --backend qnn --soc snapdragon-8-gen-3"
 DELEGATES = {
@@ -117,8 +117,9 @@ def _answers(
 ) -> dict[str, Any]:
     """Who ran the graphs of a bundle, and what they answered; `expected` holds the desktop's answers by photo."""
     from runtime.bundle import read_bundle
-    from runtime.generation import VISION_ENCODER, open_graphs, start_answers
+    from runtime.generation import open_graphs, start_answers
     from runtime.image import preprocess
+    from runtime.text_graphs import VISION_ENCODER
 
     bundle = read_bundle(path)
     question = bundle.golden()["answer.question"].tolist()

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from export.models.prompt import read_prompt
 from runtime.errors import ExportError
-from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from runtime.golden import (
     ANSWER,
     ANSWER_MARGIN,
@@ -30,6 +29,7 @@ from runtime.golden import (
     output_key,
     recovery_key,
 )
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +182,9 @@ class _Decoder:
             self._held = {}
         seen, hidden = image["hidden"], embedded
         for index in self._layers:
+            if index == self._cut and self._cut:
+                golden[output_key(TEXT_PREFILL, "hidden")] = hidden[:, :-1]
+                golden[output_key(TEXT_DECODER, "hidden")] = hidden[:, -1:]
             if index >= self._cut:
                 seen = self._run(index, seen, image["positions"])
                 for what, entries in zip(("key", "value"), self._past[index], strict=True):
@@ -193,6 +196,9 @@ class _Decoder:
                 golden[output_key(TEXT_PREFILL, f"{what}_{index}")] = new[:, :, :-1]
                 golden[output_key(TEXT_DECODER, f"{what}_{index}")] = new[:, :, -1:]
             self._past[index] = before
+        golden[output_key(IMAGE_PREFILL, "last_hidden")] = seen
+        golden[output_key(TEXT_PREFILL, "last_hidden")] = hidden[:, :-1]
+        golden[output_key(TEXT_DECODER, "last_hidden")] = hidden[:, -1:]
         logits = self._logits(hidden)
         golden[output_key(TEXT_PREFILL, "logits")] = logits[:, :-1]
         golden[output_key(TEXT_DECODER, "logits")] = logits[:, -1:]

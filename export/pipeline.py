@@ -13,8 +13,8 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from runtime.errors import ExportError
-from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from runtime.ready_made import EMBED_TOKENS
+from runtime.text_graphs import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -282,8 +282,9 @@ class _Making:
 
         `noted` is shown the graphs of a part once they are there.
         """
-        from export.graphs.decoder import TEXT_GRAPHS, Context, build_text_graphs, precise_modules
+        from export.graphs.decoder import PROMPT_CHUNK, TEXT_GRAPHS, Context, build_text_graphs, precise_modules
         from export.graphs.graph import Parts
+        from export.graphs.open_decoder import open_text_parts
         from export.graphs.stateful import build_stateful_text_graphs
         from export.ranges import make_islands
 
@@ -316,6 +317,17 @@ class _Making:
                 "give fewer --text-tokens"
             )
         quant = plan.text.module_scheme
+        if plan.backend.open_axes:
+            parts = open_text_parts(
+                self.checkpoint,
+                context,
+                precision=plan.text.traced,
+                embedding_precision=plan.recipe(TOKEN_EMBEDDING).traced,
+                quant=quant,
+                chunk=PROMPT_CHUNK,
+                precise=islands,
+            )
+            return Parts([vision, *((names, lambda build=build: noted(build())) for names, build in parts)])
 
         def text() -> Mapping[str, Graph]:
             precision = plan.recipe(TOKEN_EMBEDDING).traced

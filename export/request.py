@@ -145,8 +145,8 @@ class Plan:
 
     def recipe(self, graph: str) -> Recipe:
         """How a graph is made: as its part, but that the token embedding, a table of rows, is never quantised."""
-        from runtime.generation import TOKEN_EMBEDDING, VISION_ENCODER
         from runtime.ready_made import EMBED_TOKENS
+        from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
 
         if graph == VISION_ENCODER:
             return self.vision
@@ -156,7 +156,7 @@ class Plan:
 
     def arithmetic(self, graph: str) -> tuple[str, ...]:
         """What a graph's numbers pass through: decoder layers below the cut are made as the text graphs' are."""
-        from runtime.generation import VISION_ENCODER
+        from runtime.text_graphs import VISION_ENCODER
 
         named = [self.recipe(graph).arithmetic]
         if graph == VISION_ENCODER and self.cut and self.text is not None and self.text.module_scheme:

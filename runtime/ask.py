@@ -14,18 +14,11 @@ import numpy as np
 
 from runtime.bundle import OWN_LAYOUT, Bundle, read_bundle
 from runtime.errors import BundleError, OutputError, RequestError
-from runtime.generation import (
-    VISION_ENCODER,
-    Prefill,
-    Sampling,
-    Token,
-    check_room,
-    open_graphs,
-    start_answers,
-)
+from runtime.generation import Prefill, Sampling, Token, check_room, open_graphs, start_answers
 from runtime.image import load_photo, preprocess
 from runtime.latency import peak_rss_bytes
 from runtime.prompt import open_tokenizer
+from runtime.text_graphs import VISION_ENCODER
 
 PREFILL_SUFFIX = ".safetensors"
 

@@ -62,9 +62,9 @@ def _safe_relative(path: str) -> str:
 
 
 class TensorInfo(_Record, frozen=True):
-    """Name, static shape and dtype (a key of DTYPES) of one input or output.
+    """Name, shape and dtype (a key of DTYPES) of one input or output.
 
-    `dynamic` lists axes that are at most as long as `shape` says; only graphs for other people's runtimes have any.
+    `dynamic` lists axes that may have any length from 1 to what `shape` says.
     """
 
     name: Name
@@ -88,12 +88,16 @@ class TensorInfo(_Record, frozen=True):
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.numpy_dtype.itemsize
 
+    def with_open(self, *axes: int) -> Self:
+        """The same with these axes open."""
+        return msgspec.structs.replace(self, dynamic=axes)
+
     def fits(self, dtype: str, shape: tuple[object, ...]) -> bool:
         """Whether a tensor of that dtype and shape is one; a size that is no number passes where it is dynamic."""
         if dtype != self.dtype or len(shape) != len(self.shape):
             return False
         return all(
-            size == most or (axis in self.dynamic and (not isinstance(size, int) or size < most))
+            size == most or (axis in self.dynamic and (not isinstance(size, int) or 0 < size < most))
             for axis, (size, most) in enumerate(zip(shape, self.shape, strict=True))
         )
 
@@ -173,7 +177,7 @@ class GraphInfo(_Record, frozen=True):
 
     @property
     def is_open(self) -> bool:
-        """True for a graph that takes any number of tokens: it has no golden of its own, the answer tells."""
+        """True for a graph that takes any number of tokens."""
         return any(info.dynamic for info in self.inputs)
 
     @property

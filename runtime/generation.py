@@ -9,30 +9,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Protocol
 
 import numpy as np
 
-from runtime.bundle import Bundle, GraphInfo, TensorInfo
+from runtime.bundle import Bundle
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
 from runtime.session import Session, open_session
-
-VISION_ENCODER = "vision_encoder"
-IMAGE_PREFILL = "image_prefill"
-TOKEN_EMBEDDING = "token_embedding"
-TEXT_PREFILL = "text_prefill"
-TEXT_DECODER = "text_decoder"
-GRAPHS = (VISION_ENCODER, IMAGE_PREFILL, TOKEN_EMBEDDING, TEXT_PREFILL, TEXT_DECODER)
-
-
-class RunningGraph(Protocol):
-    """An open graph, such as a `runtime.session.Session`."""
-
-    graph: GraphInfo
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs the graph once: named arrays in, named arrays out."""
-        ...
+from runtime.text_graphs import VISION_ENCODER, RunningGraph, text_graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +152,10 @@ def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers
             f"{bundle.manifest.name} has no text graphs and cannot answer; export it without --layout and "
             "without --only"
         )
-    answers = Answers(graphs, bundle=bundle.identity, first_text=bundle.manifest.frame.first_text, end_ids=text.end_ids)
+    frame = bundle.manifest.frame
+    answers = Answers(
+        graphs, bundle=bundle.identity, before=frame.before, first_text=frame.first_text, end_ids=text.end_ids
+    )
     if (answers.room, answers.chunk) != (text.tokens, text.chunk):
         raise BundleError(
             f"the manifest of {bundle.manifest.name} says {text.tokens} text tokens in chunks of {text.chunk}, its "
@@ -199,87 +185,42 @@ class Answers:
     streaming when the next question is asked ends with a RequestError. Objects over the same graphs have caches of
     their own and may be used from different threads; one object may not.
 
-    `bundle` identifies the bundle, `first_text` is the position of the first text token (the length of prompt prefix
-    and unpruned image), `end_ids` are the tokens that end an answer.
+    `bundle` identifies the bundle, `before` tokens stand before the image, `first_text` is the position of the first
+    text token (the length of prompt prefix and unpruned image), `end_ids` are the tokens that end an answer.
 
     Raises BundleError when the graphs do not belong together.
     """
 
     def __init__(
-        self, graphs: Mapping[str, RunningGraph], *, bundle: str, first_text: int, end_ids: Sequence[int] = ()
+        self,
+        graphs: Mapping[str, RunningGraph],
+        *,
+        bundle: str,
+        before: int = 0,
+        first_text: int,
+        end_ids: Sequence[int] = (),
     ) -> None:
-        missing = [name for name in GRAPHS if name not in graphs]
-        if missing:
-            raise BundleError(f"{bundle} has no {', '.join(missing)}; export it whole, without --only")
         self._graphs = graphs
         self.bundle = bundle
-        self.first_text = first_text
         self.end_ids = frozenset(end_ids)
-        prefill = graphs[TEXT_PREFILL].graph
-        shapes = {info.name: info for info in (*prefill.inputs, *prefill.states)}
-        if set(graphs[TEXT_DECODER].graph.cache) != set(prefill.cache):
-            raise BundleError(
-                f"{bundle}: {TEXT_PREFILL} and {TEXT_DECODER} have different caches; they come from different exports"
-            )
-        self._stateful = bool(prefill.states)
-        image = graphs[IMAGE_PREFILL].graph
-        made = {
-            info.name: info
-            for info in (*graphs[VISION_ENCODER].graph.outputs, *image.outputs)
-            if info.name.startswith(("key_", "value_"))
-        }
-        if self._stateful:  # these it does not hand out, but writes
-            entries = next(info for info in image.inputs if info.name == "hidden").shape[1]
-            for state in image.states:
-                name = state.name.removeprefix("past_")
-                shape = (*state.shape[:2], entries, state.shape[3])
-                made.setdefault(name, TensorInfo(name=name, shape=shape, dtype=state.dtype))
-        if {f"past_{name}" for name in made} != {name for name in shapes if name.startswith("past_")}:
-            raise BundleError(
-                f"{bundle}: {VISION_ENCODER} and {IMAGE_PREFILL} do not fill the cache of {TEXT_PREFILL}; export again"
-            )
-        self._image_part = {name: (info.shape, info.numpy_dtype) for name, info in made.items()}
-        self._image_entries = {name: info.shape[2] for name, info in made.items()}
-        rooms = {shapes[f"past_{name}"].shape[2] - entries for name, entries in self._image_entries.items()}
-        if len(rooms) != 1 or min(rooms) < 1:
-            raise BundleError(f"{bundle}: the layers have room for different numbers of text tokens, {sorted(rooms)}")
-        self.room = rooms.pop()
-        self.chunk = shapes["inputs_embeds"].shape[1]
-        self._past = {
-            f"past_{name}": np.zeros(shapes[f"past_{name}"].shape, shapes[f"past_{name}"].numpy_dtype) for name in made
-        }
+        self._text = text_graphs(graphs, bundle=bundle, before=before, first_text=first_text)
+        self.room, self.chunk = self._text.room, self._text.chunk
         self._seen: Prefill | None = None
         self._asked = 0
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache, image and text, filled or not."""
-        return sum(array.nbytes for array in self._past.values())
+        """Bytes of the KV cache, image and text, once it is full."""
+        return self._text.cache_bytes
 
     def see(self, pixel_values: np.ndarray) -> Prefill:
         """Prefills a photo, pixel_values (1, 3, H, W) float32, and makes the cache ready for a question about it."""
         start = time.perf_counter()
         self._asked += 1  # an answer that is still streaming loses its cache here
         seen = self._graphs[VISION_ENCODER].run({"pixel_values": pixel_values})
-        prefill = self._graphs[IMAGE_PREFILL]
-        taken = {info.name: seen[info.name] for info in prefill.graph.inputs}
-        if self._stateful:
-            prefill.run({**taken, **self._past})
-            caches = {
-                name: self._past[f"past_{name}"][:, :, :entries].copy() for name, entries in self._image_entries.items()
-            }
-        else:
-            made = {**seen, **prefill.run(taken)}
-            caches = {name: made[name] for name in self._image_entries}
-            self._take(caches)
-        photo = Prefill(self.bundle, caches, (time.perf_counter() - start) * 1e3)
+        photo = Prefill(self.bundle, self._text.see(seen), (time.perf_counter() - start) * 1e3)
         self._seen = photo
         return photo
-
-    def _take(self, caches: Mapping[str, np.ndarray]) -> None:
-        """Writes the image's part of the cache."""
-        for name, part in caches.items():
-            self._past[f"past_{name}"][:, :, : part.shape[2]] = part
 
     def answer(
         self,
@@ -297,7 +238,7 @@ class Answers:
         prefill of another bundle.
         """
         photo.check_made_by(self.bundle)
-        if {name: (array.shape, array.dtype) for name, array in photo.caches.items()} != self._image_part:
+        if {name: (array.shape, array.dtype) for name, array in photo.caches.items()} != self._text.image_part:
             raise BundleError(f"the prefill does not fit the cache of {self.bundle}; prefill the photo again")
         check_room(len(question), max_new_tokens, room=self.room)
         end_ids = frozenset[int]() if past_end else self.end_ids
@@ -311,16 +252,9 @@ class Answers:
         asked = self._asked
         chance = np.random.default_rng(sampling.seed)
         if self._seen is not photo:
-            self._take(photo.caches)
+            self._text.take(photo.caches)
             self._seen = photo
-        done, logits = 0, np.zeros(0)
-        while done < len(ids):
-            if self._stateful and len(ids) - done > 1:
-                # A chunk is written whole and must fit: the last one may begin earlier and write the same once more.
-                done = min(done, self.room - self.chunk)
-            some = ids[done : done + self.chunk]
-            logits = self._decode(some, done)
-            done += len(some)
+        logits, done = self._text.read(ids, 0), len(ids)
         for number in range(max_new_tokens):
             token = sampling.choose(logits, chance)
             if token in end_ids:
@@ -333,22 +267,5 @@ class Answers:
                 )
             start = time.perf_counter()
             if number + 1 < max_new_tokens:
-                logits = self._decode([token], done)
+                logits = self._text.read([token], done)
                 done += 1
-
-    def _decode(self, ids: list[int], done: int) -> np.ndarray:
-        """Logits (V,) after `ids`, whose keys and values go into the cache behind the `done` tokens before them."""
-        graph = self._graphs[TEXT_DECODER if len(ids) == 1 else TEXT_PREFILL]
-        size = 1 if len(ids) == 1 else self.chunk
-        width = self._graphs[TOKEN_EMBEDDING].graph.inputs[0].shape[1]
-        # Padding takes the last position there is; what it computes is dropped.
-        positions = np.minimum(self.first_text + done + np.arange(size), self.first_text + self.room - 1)
-        padded = np.zeros((1, width), self._graphs[TOKEN_EMBEDDING].graph.inputs[0].numpy_dtype)
-        padded[0, : len(ids)] = ids
-        embeds = self._graphs[TOKEN_EMBEDDING].run({"ids": padded})["inputs_embeds"][:, :size]
-        whole = next(info for info in graph.graph.inputs if info.name == "positions").numpy_dtype
-        out = graph.run({"inputs_embeds": embeds, "positions": positions[None].astype(whole), **self._past})
-        for name, entries in () if self._stateful else self._image_entries.items():
-            at = entries + done
-            self._past[f"past_{name}"][:, :, at : at + len(ids)] = out[name][:, :, : len(ids)]
-        return np.asarray(out["logits"][0, len(ids) - 1])

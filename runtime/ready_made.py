@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
-from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, RunningGraph
+from runtime.text_graphs import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, RunningGraph
 
 TRANSFORMERS_JS = "transformers.js"
 MULTIMODAL_RUNNER = "multimodal-runner"

@@ -19,10 +19,10 @@ from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
 from runtime.engines.onnxruntime import NNAPI
 from runtime.errors import BundleError, EngineError, OutputError
 from runtime.explain import lints, rewrite_for
-from runtime.generation import VISION_ENCODER
 from runtime.image import view
 from runtime.names import plural
 from runtime.session import default_threads
+from runtime.text_graphs import VISION_ENCODER
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

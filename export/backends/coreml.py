@@ -19,7 +19,7 @@ from export.backends.tracing import converting, trace
 from runtime.bundle import DelegateCoverage, TensorInfo
 from runtime.engines.coreml import CARRIED_AS, MAIN, read_package
 from runtime.errors import ExportError
-from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
 
 if TYPE_CHECKING:
     import torch

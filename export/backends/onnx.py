@@ -167,4 +167,5 @@ ONNX = Backend(
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     lower=lower,
     one_by_one=True,
+    open_axes=True,
 )

@@ -1,4 +1,4 @@
-"""Tracing a graph into an exported program whose every shape is a number; telling what a converter refuses of it."""
+"""Tracing a graph into an exported program that is open only where it says so; telling what a converter refuses."""
 
 from __future__ import annotations
 
@@ -18,25 +18,36 @@ _LONGEST_REASON = 300
 
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:
-    """`graph` as an exported program with static shapes.
+    """`graph` as an exported program whose shapes are numbers, but for the axes that it calls open.
 
-    Raises ExportError when it cannot be traced or when a shape is symbolic.
+    Raises ExportError when it cannot be traced or when another shape is symbolic.
     """
     import torch
 
+    inputs, axes = graph.example_inputs(), graph.open_axes()
+    infos = {info.name: info for info in graph.input_infos()}
+    lengths: dict[str, torch.export.Dim] = {}
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # of torch
+    for (name, info), example in zip(infos.items(), inputs, strict=True):
+        for axis, length in axes.get(name, {}).items():
+            lengths.setdefault(length, torch.export.Dim(length, min=1, max=info.shape[axis]))
+        if name in axes:
+            shapes[example] = {axis: lengths[length] for axis, length in axes[name].items()}
     try:
         with torch.no_grad():
-            program = torch.export.export(graph, graph.example_inputs(), strict=False)
+            program = torch.export.export(graph, inputs, dynamic_shapes=shapes if axes else None, strict=False)
     except Exception as error:
         raise ExportError(
             f"{type(graph).__name__} cannot be traced: {_reason(error)}; rewrite what stops torch.export there"
         ) from error
+    if axes:
+        return program
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        shapes = [v.shape for v in (value if isinstance(value, (tuple, list)) else (value,)) if hasattr(v, "shape")]
-        if any(not isinstance(side, int) for shape in shapes for side in shape):
+        found = [v.shape for v in (value if isinstance(value, (tuple, list)) else (value,)) if hasattr(v, "shape")]
+        if any(not isinstance(side, int) for shape in found for side in shape):
             raise ExportError(
-                f"{node.name} has the symbolic shape {shapes}; a phone's delegate needs numbers: rewrite {node.target} "
+                f"{node.name} has the symbolic shape {found}; a phone's delegate needs numbers: rewrite {node.target} "
                 "without data-dependent sizes"
             )
     return program

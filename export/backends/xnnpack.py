@@ -117,4 +117,5 @@ XNNPACK = Backend(
     packages=("torch", "transformers", "executorch", "torchao"),
     lower=lower,
     one_by_one=True,
+    open_axes=True,
 )

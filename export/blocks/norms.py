@@ -48,8 +48,12 @@ class Norm(nn.Module):
             return nn.functional.linear(x, self.average)
         # In two steps, because a float16 kernel may also accumulate in float16: the rounding error of a running sum
         # grows with its length, and two sums of sqrt(D) terms are much shorter than one of D.
-        batch, tokens, width = x.shape
+        batch, width = x.shape[0], x.shape[2]
+        tokens: int | torch.SymInt = x.shape[1]
         rows = self.outer.shape[1]
+        if not isinstance(tokens, int):  # an open axis: XNNPACK takes one size that is not written down
+            partial = nn.functional.linear(x.view(batch, -1, width // rows), self.inner)
+            return nn.functional.linear(partial.view(batch, -1, rows), self.outer)
         partial = nn.functional.linear(x.reshape(batch, tokens * rows, width // rows), self.inner)
         return nn.functional.linear(partial.reshape(batch, tokens, rows), self.outer)
 

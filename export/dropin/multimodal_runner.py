@@ -12,11 +12,9 @@ from export.backends.tracing import trace
 from export.backends.xnnpack import DELEGATE
 from export.settings import read_object
 from runtime.errors import CheckpointError, ExportError
-from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.text_graphs import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 
 if TYPE_CHECKING:
-    import torch
-
     from export.families.family import Checkpoint, ModelEntry
     from export.graphs.graph import Graph
     from export.graphs.vision import VisionEncoder
@@ -77,7 +75,7 @@ def write_for_runner(
     if ends := end_ids(checkpoint):  # else the runner takes what its tokenizer says
         constants["get_eos_ids"] = list(ends)
     _copy_tokenizer(checkpoint, folder)
-    coverage = write_program(graphs, folder, DELEGATE, trace=_trace, copies_inputs=True, constants=constants)
+    coverage = write_program(graphs, folder, DELEGATE, trace=trace, copies_inputs=True, constants=constants)
     return tuple(
         GraphInfo(
             name=name,
@@ -90,21 +88,6 @@ def write_for_runner(
         )
         for name, graph in graphs.items()
     )
-
-
-def _trace(graph: Graph) -> torch.export.ExportedProgram:
-    """The graph with the axes open that its inputs call dynamic, all of one length; static where there are none."""
-    import torch
-
-    infos = graph.input_infos()
-    lengths = {info.shape[axis] for info in infos for axis in info.dynamic}
-    if not lengths:
-        return trace(graph)
-    (longest,) = lengths
-    tokens = torch.export.Dim("tokens", min=1, max=longest)
-    shapes = tuple(dict.fromkeys(info.dynamic, tokens) for info in infos)
-    with torch.no_grad():
-        return torch.export.export(graph, graph.example_inputs(), dynamic_shapes=shapes, strict=False)
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

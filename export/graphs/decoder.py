@@ -16,7 +16,7 @@ from export.graphs.graph import Graph
 from export.graphs.vision import PRECISIONS
 from export.quantize import quantize
 from export.weights import fill
-from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
     from export.families.family import Checkpoint, Family, Frame, Geometry
@@ -63,9 +63,15 @@ class Context:
         return self.image_entries(index) + self.text
 
     def infos(
-        self, what: str, dtype: torch.dtype, *, first: int = 0, entries: int | None = None
+        self,
+        what: str,
+        dtype: torch.dtype,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        entries: int | None = None,
     ) -> tuple[TensorInfo, ...]:
-        """`key` and `value` of the layers from `first` on, (1, Hkv, entries, d); all entries of a layer by default."""
+        """`key` and `value` of layers `first` to `last`, (1, Hkv, entries, d); all entries of a layer by default."""
         from runtime.bundle import TensorInfo
 
         return tuple(
@@ -74,7 +80,7 @@ class Context:
                 shape=(1, self.kv_heads, self.entries(index) if entries is None else entries, self.head_dim),
                 dtype="float16" if dtype == torch.float16 else "float32",
             )
-            for index in range(first, self.layers)
+            for index in range(first, self.layers if last is None else last + 1)
             for part in ("key", "value")
         )
 
@@ -248,11 +254,13 @@ def build_token_embedding(checkpoint: Checkpoint, *, tokens: int, precision: str
 
 
 def precise_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Parts of the decoder layers in float32, by their paths in the text graphs, like `layers.3.mlp`."""
-    modules = {}
+    """Parts of the decoder in float32, by their names in the model: of a layer, like `layers.3.mlp`, or `norm`."""
+    geometry = checkpoint.geometry
+    modules: dict[str, nn.Module] = {}
     for name in names:
-        _, _, part = name.split(".", 2)
-        module = checkpoint.family.layer(checkpoint.geometry).get_submodule(part)
+        module: nn.Module = RmsNorm(geometry.text.hidden, geometry.text.norm_eps)
+        if name != "norm":
+            module = checkpoint.family.layer(geometry).get_submodule(name.split(".", 2)[2])
         fill(module, checkpoint, name, torch.float32)
         modules[name] = module.eval().requires_grad_(False)
     return modules

@@ -38,6 +38,10 @@ class Graph(nn.Module):
         """Name, shape and dtype of each buffer that the graph writes and the engine keeps; most graphs have none."""
         return ()
 
+    def open_axes(self) -> Mapping[str, Mapping[int, str]]:
+        """Names of the axes that may have any length from 1 on, by input; those of one name have one length."""
+        return {}
+
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
@@ -49,14 +53,26 @@ class Graph(nn.Module):
         return tuple(info.name for info in self.output_infos())
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Inputs of the right shape from a fixed seed: a photo's range for numbers, zeros for ids and positions."""
+        """Inputs of the right shape from a fixed seed: a photo's range for numbers, zeros for ids and positions.
+
+        Open axes are short, and as long as no other one, lest a tracer takes two of them for one.
+        """
         generator = torch.Generator().manual_seed(0)
-        return tuple(
-            torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
-            if info.dtype in ("int64", "int32")
-            else torch.randn(info.shape, generator=generator).to(getattr(torch, info.dtype))
-            for info in self.input_infos()
-        )
+        axes = self.open_axes()
+        lengths = {
+            name: 3 + 2 * number
+            for number, name in enumerate(sorted({name for named in axes.values() for name in named.values()}))
+        }
+        inputs = []
+        for info in self.input_infos():
+            named = axes.get(info.name, {})
+            shape = [min(size, lengths[named[axis]]) if axis in named else size for axis, size in enumerate(info.shape)]
+            dtype = getattr(torch, info.dtype)
+            whole = info.dtype in ("int64", "int32")
+            inputs.append(
+                torch.zeros(shape, dtype=dtype) if whole else torch.randn(shape, generator=generator).to(dtype)
+            )
+        return tuple(inputs)
 
 
 class Parts(Mapping[str, Graph]):

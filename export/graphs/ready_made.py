@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from msgspec.structs import replace
 from torch import Tensor, nn
 
 from export.blocks.norms import RmsNorm
 from export.blocks.rope import rope_tables
-from export.graphs.decoder import TokenEmbedding
 from export.graphs.graph import Graph
+from export.graphs.open_decoder import OpenTokenEmbedding
 from export.graphs.vision import PRECISIONS
 from export.quantize import quantize
 from export.weights import fill
@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from export.blocks.decoder_layer import DecoderLayer
     from export.families.family import Checkpoint, Family, Geometry
     from runtime.bundle import TensorInfo
-
-
-class AnyTokenEmbedding(TokenEmbedding):
-    """ids (1, T) int64 -> inputs_embeds (1, T, D) float32, T from 1 to `tokens`"""
-
-    def input_infos(self) -> tuple[TensorInfo, ...]:
-        """Name, largest shape and dtype of each input."""
-        return tuple(replace(info, dynamic=(1,)) for info in super().input_infos())
-
-    def output_infos(self) -> tuple[TensorInfo, ...]:
-        """Name, largest shape and dtype of each output."""
-        return tuple(replace(info, dynamic=(1,)) for info in super().output_infos())
 
 
 class CachedLayer(nn.Module):
@@ -118,6 +106,10 @@ class CachedTextDecoder(Graph):
 
         return (TensorInfo(name="logits", shape=(1, 1, self.vocab), dtype="float32"),)
 
+    def open_axes(self) -> Mapping[str, Mapping[int, str]]:
+        """Names of the open axes, by input."""
+        return {"inputs_embeds": {1: "tokens"}}
+
     def forward(self, inputs_embeds: Tensor, input_pos: Tensor) -> Tensor:
         tokens = inputs_embeds.shape[1]
         start = cast(int, input_pos.item())
@@ -137,7 +129,7 @@ class CachedTextDecoder(Graph):
 class ReadyMadeGraphs(NamedTuple):
     """The language half; both take any number of tokens up to `text_decoder.tokens`."""
 
-    token_embedding: AnyTokenEmbedding
+    token_embedding: OpenTokenEmbedding
     text_decoder: CachedTextDecoder
 
 
@@ -170,7 +162,7 @@ def build_ready_made_graphs(
         quantize(decoder, quant)  # what is left of it: the output matrix
     if dtype == torch.float16:
         decoder.half()
-    embedding = AnyTokenEmbedding(checkpoint.geometry, tokens=tokens)
+    embedding = OpenTokenEmbedding(checkpoint.geometry, tokens=tokens)
     fill(embedding.embed_tokens, checkpoint, "embed_tokens", dtype)
     return ReadyMadeGraphs(embedding.eval().requires_grad_(False), decoder.eval().requires_grad_(False))
 

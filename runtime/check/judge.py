@@ -13,7 +13,6 @@ from runtime.check.parity import AnswerParity, GraphParity, bound_for, compare_a
 from runtime.check.verdict import GraphPlacement, Step, Verdict
 from runtime.devices.findings import AnswerFinding, Findings, GraphFinding, Trouble
 from runtime.engines.onnxruntime import CPU
-from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from runtime.golden import (
     ANSWER,
     ANSWER_MARGIN,
@@ -23,10 +22,12 @@ from runtime.golden import (
     graph_inputs,
     input_key,
     output_key,
+    step_label,
 )
 from runtime.names import plural
 from runtime.placement import Placement
 from runtime.ready_made import EMBED_TOKENS
+from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
 
 # Pillow's resize may round one grey level apart between builds; a wrong crop or channel order is dozens off.
 _MOST_GREY_LEVELS = 1.0
@@ -50,6 +51,7 @@ class _Judge:
         self._steps: list[Step] = []
         self._graphs: list[GraphParity] = []
         self._answer: AnswerParity | None = None
+        self._placed: set[str] = set()
 
     def verdict(self) -> Verdict:
         count, size_mb = len(self._bundle.manifest.files), self._bundle.size_bytes / 1e6
@@ -73,7 +75,7 @@ class _Judge:
                     source=found.placement.source,
                     executed=found.placement.executed,
                 )
-                for found in self._findings.graphs
+                for found in {found.graph: found for found in self._findings.graphs}.values()
                 if found.placement is not None and found.opened
             ),
             latency=tuple(found.latency for found in self._findings.graphs if found.latency is not None),
@@ -111,23 +113,25 @@ class _Judge:
             (self._passed if levels <= _MOST_GREY_LEVELS * 1.001 else self._failed)(name, detail)
 
     def _judge_graph(self, graph: GraphInfo, found: GraphFinding) -> None:
-        name = f"delegates of {graph.name}" if graph.is_open else f"parity of {graph.name}"
-        if not graph.is_open:
+        name = f"parity of {step_label(graph.name, found.step)}" if found.step else f"delegates of {graph.name}"
+        if found.step:
             try:
-                inputs = graph_inputs(graph, self._golden)
+                inputs = graph_inputs(graph, self._golden, found.step)
             except KeyError as err:
                 self._not_checked(name, f"the golden lacks {err.args[0]}", _AGAIN)
                 return
             if found.outputs is not None:
                 self._compare(graph, found, inputs)
-        if found.placement is not None and found.opened:
+        again = graph.name in self._placed
+        self._placed.add(graph.name)
+        if found.placement is not None and found.opened and not again:
             self._judge_placement(graph, found.placement)
         if found.latency is not None:
             self._judge_twin(found)
         if found.trouble is not None:
             self._trouble(name, found.trouble)
         # Where the file itself tells who would run the graph, that is held against the manifest all the same.
-        if found.placement is not None and not found.opened:
+        if found.placement is not None and not found.opened and not again:
             self._judge_placement(graph, found.placement)
 
     def _trouble(self, name: str, trouble: Trouble) -> None:
@@ -147,20 +151,21 @@ class _Judge:
             self._failed("twin", trouble.message)
         elif latency.ratio is not None:
             turns = f"{latency.bundle.runs} turns"
-            self._passed("twin", f"{found.graph} takes {latency.ratio.median:.3f} of its twin's time, {turns}")
+            self._passed("twin", f"{latency.graph} takes {latency.ratio.median:.3f} of its twin's time, {turns}")
 
     def _compare(self, graph: GraphInfo, found: GraphFinding, inputs: Mapping[str, np.ndarray]) -> None:
         assert found.outputs is not None
         golden, got, prune = self._golden, dict(found.outputs), self._bundle.manifest.prune
         if graph.states:
             before = {info.name: inputs[info.name] for info in graph.states}
-            graph, golden, written = self._states(graph, before, found.states)
+            graph, golden, written = self._states(graph, found.step, before, found.states)
             got |= written
         result = graph_parity(
             self._bundle.manifest,
             graph,
             golden,
             got,
+            step=found.step,
             engine=found.engine,
             accumulator_bits=found.placement.accumulator_bits if found.placement else 32,
         )
@@ -171,9 +176,9 @@ class _Judge:
         if bad:
             notes = "".join(f"; {tensor.name}: {tensor.note}" for tensor in result.tensors if tensor.note)
             outside = f"{', '.join(bad)} outside the bound of {result.bound.precision}"
-            self._failed(f"parity of {graph.name}", f"{outside}{notes}{_ties(result)}")
+            self._failed(f"parity of {result.graph}", f"{outside}{notes}{_ties(result)}")
         else:
-            self._passed(f"parity of {graph.name}", f"{detail}, worst relative error {worst:.1e}{_ties(result)}")
+            self._passed(f"parity of {result.graph}", f"{detail}, worst relative error {worst:.1e}{_ties(result)}")
         kept = result.kept
         if kept is None:
             return
@@ -188,6 +193,7 @@ class _Judge:
     def _states(
         self,
         graph: GraphInfo,
+        step: str,
         before: Mapping[str, np.ndarray],
         after: Mapping[str, np.ndarray],
     ) -> tuple[GraphInfo, dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -197,9 +203,9 @@ class _Judge:
         wanted, written, touched = dict(golden), {}, []
         for info in graph.states:
             part = info.name.removeprefix("past_")
-            key = output_key(graph.name, part)
+            key = output_key(step, part)
             wanted.setdefault(key, golden.get(output_key(VISION_ENCODER, part), np.zeros(0)))
-            start = sum(golden[known].shape[2] for known in cache_parts(graph.name, part, golden))
+            start = sum(golden[known].shape[2] for known in cache_parts(step, part, golden))
             end = start + wanted[key].shape[2]
             written[part] = after[info.name][:, :, start:end]
             outputs[part] = msgspec.structs.replace(info, name=part, shape=written[part].shape)
@@ -265,10 +271,10 @@ class _Judge:
         manifest = self._bundle.manifest
         prune, text = manifest.prune, manifest.text
         assert text is not None
-        decoder = self._bundle.graph(TEXT_DECODER)
-        _, heads, _, width = next(info for info in decoder.cache if info.name == "past_key_0").shape
-        number = next(info for info in decoder.cache if info.name == "past_key_0").numpy_dtype.itemsize
-        layers = sum(info.name.startswith("past_key_") for info in decoder.cache)
+        keys = {info.name: info for graph in manifest.graphs for info in graph.cache if "_key_" in info.name}
+        first, layers = next(iter(keys.values())), len(keys)
+        _, heads, _, width = first.shape
+        number = first.numpy_dtype.itemsize
         prefix = manifest.frame.before
         seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
         entries = prune.cut * seen[0] + (layers - prune.cut) * seen[1]

@@ -11,8 +11,8 @@ import numpy as np
 from runtime.bundle import GraphInfo, Manifest
 from runtime.check.recovery import Moved, Recovery
 from runtime.errors import BundleError
-from runtime.generation import TEXT_PREFILL, TOKEN_EMBEDDING
-from runtime.golden import KEPT_ALTERNATIVES, KEPT_INDICES, KEPT_MARGIN, KEPT_ORDER, graph_output, input_key
+from runtime.golden import KEPT_ALTERNATIVES, KEPT_INDICES, KEPT_MARGIN, KEPT_ORDER, graph_output, input_key, step_label
+from runtime.text_graphs import TEXT_PREFILL, TOKEN_EMBEDDING
 
 # Below this norm a tensor counts as zero, so that relative errors stay finite numbers that JSON can hold.
 _TINY = 1e-12
@@ -398,19 +398,21 @@ def graph_parity(
     got: dict[str, np.ndarray],
     *,
     engine: str,
+    step: str = "",
     accumulator_bits: int = 32,
 ) -> GraphParity:
-    """All outputs of a graph against the golden's `<graph>.out.<output>`.
+    """All outputs of a graph, at a step if it has several, against the golden's `<step>.out.<output>`.
 
     Kept tokens are judged first. Their rows are then compared one by one, with what the desktop's features give for the
     engine's own choice of tokens and, where near ties fell the other way, for its own decisions; see `_compare_rows`.
     Raises BundleError when the golden lacks an output, or contradicts itself.
     """
+    step = step or graph.name
     bound = bound_for(graph, accumulator_bits=accumulator_bits)
-    expected = {info.name: graph_output(graph, info, golden) for info in graph.outputs}
+    expected = {info.name: graph_output(info, golden, step) for info in graph.outputs}
     ids_name = next((name for name in ("positions", "kept_indices") if name in got), None)
     prefix = manifest.frame.before if ids_name == "positions" else 0
-    read = golden.get(input_key(TOKEN_EMBEDDING, "ids")) if graph.name == TEXT_PREFILL else None
+    read = golden.get(input_key(TOKEN_EMBEDDING, "ids")) if step == TEXT_PREFILL and "logits" in got else None
     kept = None
     kept_indices: np.ndarray | None = None
     if ids_name is not None:
@@ -439,7 +441,7 @@ def graph_parity(
         else:
             tensors.append(compare(name, want, have, bound=bound))
     return GraphParity(
-        graph=graph.name,
+        graph=step_label(graph.name, step),
         engine=engine,
         bound=bound,
         tensors=tuple(tensors),

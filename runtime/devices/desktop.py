@@ -21,13 +21,14 @@ from runtime.devices.findings import (
     Twin,
 )
 from runtime.errors import EngineError, EngineMissingError, ImageError
-from runtime.generation import TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, Answers, open_graphs, start_answers
-from runtime.golden import ANSWER, ANSWER_MARGIN, PHOTO, PIXELS, QUESTION, graph_inputs, input_key
+from runtime.generation import Answers, open_graphs, start_answers
+from runtime.golden import ANSWER, ANSWER_MARGIN, PHOTO, PIXELS, QUESTION, graph_inputs, input_key, step_label, steps
 from runtime.image import preprocess
 from runtime.latency import AnswerTimer, device_name, measure, measure_answers, measure_pair
 from runtime.placement import Placement
 from runtime.ready_made import greedy_tokens
 from runtime.session import Session, open_session
+from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
 
 _TIMED_TOKENS = 16
 
@@ -63,8 +64,10 @@ class _Run:
 
     def findings(self, device: str) -> Findings:
         pixels, refused = self._pixels()
-        graphs = tuple(self._graph(graph) for graph in self._bundle.manifest.graphs)
         manifest = self._bundle.manifest
+        graphs = tuple(
+            self._graph(graph, step) for graph in manifest.graphs for step in steps(graph, manifest.layout) or ("",)
+        )
         asks = manifest.text is not None or manifest.layout != OWN_LAYOUT
         return Findings(
             device=device,
@@ -83,12 +86,12 @@ class _Run:
         except ImageError as err:
             return None, str(err)
 
-    def _graph(self, graph: GraphInfo) -> GraphFinding:
+    def _graph(self, graph: GraphInfo, step: str) -> GraphFinding:
         try:
-            inputs = {} if graph.is_open else graph_inputs(graph, self._golden)
+            inputs = graph_inputs(graph, self._golden, step) if step else {}
         except KeyError:
-            return GraphFinding(graph=graph.name)
-        self._say(f"checking {graph.name} in {graph.engine}")
+            return GraphFinding(graph=graph.name, step=step)
+        self._say(f"checking {step_label(graph.name, step or graph.name)} in {graph.engine}")
         outputs: dict[str, np.ndarray] | None = None
         states: dict[str, np.ndarray] = {}
         placement: Placement | None = None
@@ -99,21 +102,22 @@ class _Run:
         try:
             with open_session(self._bundle, graph.name, threads=self._job.threads) as session:
                 engine = session.engine
-                if not graph.is_open:
+                if step:
                     outputs = session.run(inputs)
                     states = {info.name: inputs[info.name].copy() for info in graph.states}
                 placement = session.placement()
                 self._executed = self._executed and placement.executed
                 if placement.emulated or placement.stand_in or not placement.executed:
                     self._timing = None
-                if self._timing is not None and not graph.is_open:
-                    latency, twin_trouble = self._timed(session, inputs, self._timing)
+                if self._timing is not None and step:
+                    latency, twin_trouble = self._timed(session, inputs, step, self._timing)
         except EngineMissingError as err:
             trouble, placement = Trouble(message=str(err), missing=True), err.placement
         except EngineError as err:
             trouble = Trouble(message=str(err))
         return GraphFinding(
             graph=graph.name,
+            step=step,
             engine=engine,
             outputs=outputs,
             states=states,
@@ -124,14 +128,15 @@ class _Run:
         )
 
     def _timed(
-        self, session: Session, inputs: dict[str, np.ndarray], timing: Timing
+        self, session: Session, inputs: dict[str, np.ndarray], step: str, timing: Timing
     ) -> tuple[GraphLatency, Trouble | None]:
         """The graph's times, and why its twin was not timed."""
         graph, twin = session.graph.name, timing.twin
-        self._say(f"timing {graph}: {timing.runs} runs" + (" in turns with its twin" if twin else ""))
+        label = step_label(graph, step)
+        self._say(f"timing {label}: {timing.runs} runs" + (" in turns with its twin" if twin else ""))
 
         def alone() -> GraphLatency:
-            return GraphLatency(graph=graph, bundle=measure(session, inputs, warmup=timing.warmup, runs=timing.runs))
+            return GraphLatency(graph=label, bundle=measure(session, inputs, warmup=timing.warmup, runs=timing.runs))
 
         if twin is None:
             return alone(), None
@@ -140,12 +145,12 @@ class _Run:
         # Each on its own inputs: behind the cut the twin's are longer.
         try:
             with open_session(twin, graph, threads=session.threads) as other:
-                theirs = graph_inputs(other.graph, twin.golden())
+                theirs = graph_inputs(other.graph, twin.golden(), step)
                 pair = measure_pair(session, inputs, other, theirs, warmup=timing.warmup, runs=timing.runs)
         except EngineError as err:
             return alone(), Trouble(message=str(err))
         self._twin_timed = True
-        return GraphLatency(graph=graph, bundle=pair.bundle, twin=pair.twin, ratio=pair.ratio), None
+        return GraphLatency(graph=label, bundle=pair.bundle, twin=pair.twin, ratio=pair.ratio), None
 
     def _answer(self) -> AnswerFinding:
         """The sample question end to end, as a phone asks it; and how long that takes."""
@@ -190,7 +195,7 @@ class _Run:
         timing: Timing,
     ) -> TimedAnswers:
         twin = timing.twin
-        if twin is not None and _why_no_twin(self._bundle, twin, TEXT_DECODER):
+        if twin is not None and _why_no_twin(self._bundle, twin, TOKEN_EMBEDDING):
             twin = None
         self._say("timing answers" + (" in turns with the twin" if twin else ""))
         timers = [AnswerTimer(answers, pixels, question, new_tokens=_TIMED_TOKENS)]

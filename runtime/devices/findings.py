@@ -18,7 +18,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GraphLatency(_Record, frozen=True):
-    """One graph's times, and its twin's from the same minutes; `ratio` is pruned over twin."""
+    """One graph's times at a step, and its twin's from the same minutes; `ratio` is pruned over twin."""
 
     graph: str
     bundle: Latency
@@ -73,13 +73,14 @@ class Trouble:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphFinding:
-    """What came of one graph. `outputs` and `states`, as they are after the run, are None where it was not run.
+    """What came of one graph at one step, "" where the golden knows none for it.
 
-    `placement` is None where neither the engine nor the file itself told who runs what. `twin_trouble` says why its
-    twin was not timed.
+    `outputs` and `states`, as they are after the run, are None where it was not run. `placement` is None where neither
+    the engine nor the file itself told who runs what. `twin_trouble` says why its twin was not timed.
     """
 
     graph: str
+    step: str
     engine: str = ""
     outputs: Mapping[str, np.ndarray] | None = None
     states: Mapping[str, np.ndarray] = field(default_factory=dict)

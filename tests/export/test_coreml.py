@@ -34,9 +34,9 @@ from runtime.bundle import GraphInfo, TensorInfo, read_bundle
 from runtime.engines import coreml as engine
 from runtime.engines.coreml import OPERATORS, read_package
 from runtime.errors import BundleError, EngineError, EngineMissingError, ExportError, RequestError
-from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
 from runtime.harness import verify
 from runtime.session import open_session
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
 from tests.conftest import CommandLine
 from tests.pruning.test_pruner_golden import CASES, HALF_OVERLAP, HALF_SCALE, _assert_golden
 from tests.tiny_llava import TINY, write_tiny

@@ -20,11 +20,11 @@ from export.quantize import SCHEMES
 from pruning import PruneSpec
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import REPORT_FILES, read_bundle
-from runtime.generation import GRAPHS
+from runtime.text_graphs import STATIC_GRAPHS
 from tests.conftest import CommandLine
 from tests.sample_bundle import noise_photo
 
-GRAPH_FILES = {f"{name}.onnx" for name in GRAPHS} | {"weights.onnx_data"}
+GRAPH_FILES = {f"{name}.onnx" for name in STATIC_GRAPHS} | {"weights.onnx_data"}
 ON_DISK = {*GRAPH_FILES, "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
 
 
@@ -84,7 +84,7 @@ def test_report_says_passed(onnx_bundle: Path) -> None:
 @pytest.mark.slow
 def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
     latency = read_json(xnnpack_bundle / "latency.json")
-    assert [graph["graph"] for graph in latency["graphs"]] == [*GRAPHS[:2], *GRAPHS[3:], GRAPHS[2]]
+    assert [graph["graph"] for graph in latency["graphs"]] == [*STATIC_GRAPHS[:2], *STATIC_GRAPHS[3:], STATIC_GRAPHS[2]]
     for graph in latency["graphs"]:
         assert graph["twin"]["runs"] == graph["bundle"]["runs"]
         assert graph["ratio"]["median"] > 0

@@ -27,8 +27,8 @@ from export.models.prompt import SampleText, read_prompt
 from export.progress import Progress
 from export.request import Request, plan
 from pruning import PruneSpec
-from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from runtime.image import preprocess
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from tests.wide_family import TINY_WIDE
 
 ATOL = 1e-4

@@ -23,7 +23,7 @@ from export.graphs.graph import Graph
 from export.quantize import SCHEMES, quantize
 from runtime.check.parity import BOUNDS
 from runtime.errors import ExportError
-from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
 from tests.tiny_llava import CONFIG, TINY
 
 # TINY, in widths that groups of 32 divide: with biases and fewer key heads than heads.

@@ -28,8 +28,8 @@ from runtime.check.parity import BOUNDS, SUMS_IN_16_BITS
 from runtime.engines.coreml import MAIN, read_package
 from runtime.engines.executorch import accumulator_bits
 from runtime.errors import ExportError
-from runtime.generation import TEXT_DECODER
 from runtime.image import preprocess
+from runtime.text_graphs import TEXT_DECODER
 from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 

@@ -24,10 +24,11 @@ import runtime.ask
 from export import cli
 from runtime.bundle import MANIFEST, Bundle, read_bundle
 from runtime.errors import BundleError, RequestError
-from runtime.generation import VISION_ENCODER, Answers, Sampling, open_graphs, start_answers
+from runtime.generation import Answers, Sampling, open_graphs, start_answers
 from runtime.image import load_photo, preprocess
 from runtime.prompt import Tokenizer, open_tokenizer
 from runtime.session import Session
+from runtime.text_graphs import VISION_ENCODER
 from tests.conftest import CommandLine
 from tests.sample_bundle import Sample, edit_manifest, make_bundle, rehash
 
@@ -628,7 +629,7 @@ def test_compare_tells_of_a_twin_that_cannot_be_read(
 @pytest.mark.slow
 def test_compare_in_executorch(xnnpack_bundle: Path, tmp_path: Path, command_line: CommandLine) -> None:
     """The demo's two bundles: the desktop's answers of both, from one command."""
-    from runtime.generation import TOKEN_EMBEDDING
+    from runtime.text_graphs import TOKEN_EMBEDDING
 
     bundles = [
         read_bundle(xnnpack_bundle.with_name(name)) for name in (xnnpack_bundle.name, "pocket-keepall-android-xnnpack")

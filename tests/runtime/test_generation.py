@@ -21,16 +21,8 @@ from pruning import PruneSpec, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
-from runtime.generation import (
-    IMAGE_PREFILL,
-    TEXT_DECODER,
-    TOKEN_EMBEDDING,
-    VISION_ENCODER,
-    Answers,
-    Prefill,
-    RunningGraph,
-    Sampling,
-)
+from runtime.generation import Answers, Prefill, Sampling
+from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, RunningGraph
 from tests.tiny_llava import TINY, write_tiny
 
 ROOM = 24
