@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import sys
@@ -32,6 +33,8 @@ _KERNEL_LIBRARY_BY_NAMESPACE = {
     "llama": "executorch.extension.llm.custom_ops.custom_ops",
 }
 _XNNPACK = "XnnpackBackend"
+# executorch::runtime::set_option(char const*, Span<BackendOption>)
+_SET_OPTION = "_ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE"
 # A float16 linear layer of 256 ones to 16 numbers; tests/runtime/test_engines.py makes it again.
 _PROBE = Path(__file__).with_name("accumulator.pte")
 # Delegates that are missing from builds, such as the wheel, made without an option.
@@ -142,7 +145,31 @@ def _bindings() -> Any:
         raise EngineMissingError(
             f"the ExecuTorch engine is not installed ({err}); pip install 'pruneport[executorch]'"
         ) from err
+    _share_weights()
     return portable_lib
+
+
+@cache
+def _share_weights() -> None:
+    """Has XNNPACK hold what it packs of a weight once, for all methods and programs that name it.
+
+    They name weights by their content. The bindings have no way to set the option, which phones' builds have on; the
+    library that they load has. Where it lacks that, weights are held once for each method, as before.
+    """
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
+    library = next((line.split(maxsplit=5)[5] for line in lines if line.endswith("/libexecutorch.so")), None)
+    set_option = None if library is None else getattr(ctypes.CDLL(library), _SET_OPTION, None)
+    if set_option is None:
+        return
+    option = _BackendOption(key=b"weight_cache_enabled", value=b"\1", kind=0)
+    set_option(_XNNPACK.encode(), ctypes.byref(option), ctypes.c_size_t(1))
+
+
+class _BackendOption(ctypes.Structure):
+    """`executorch/runtime/backend/options.h`: a name, a value of one of several kinds, and its kind, 0 for a bool."""
+
+    _fields_ = (("key", ctypes.c_char * 64), ("value", ctypes.c_char * 256), ("kind", ctypes.c_int32))
 
 
 def _placement(method: Method) -> Placement:
