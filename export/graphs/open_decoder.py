@@ -57,7 +57,7 @@ class OpenLayer(nn.Module):
         key = self._rotated(self._heads(attention.k_proj(normed), shared), cos, sin)
         value = self._heads(attention.v_proj(normed), shared)
         if heads != shared:
-            query = query.view(shared, -1, width)
+            query = query.contiguous().view(shared, -1, width)
         known_keys, known_values = (entries.view(shared, -1, width) for entries in past)
         beyond, ahead = masks
         known_scores = torch.bmm(query, known_keys.permute(0, 2, 1)) + beyond

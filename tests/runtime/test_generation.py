@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from export.checkpoints import FolderCheckpoint
 from export.graphs.decoder import Context, build_text_graphs
-from export.graphs.graph import Graph
+from export.graphs.graph import Graph, Parts
+from export.graphs.open_decoder import open_text_parts
 from export.graphs.vision import build_vision_encoder
 from export.models.prompt import read_prompt
 from pruning import PruneSpec, reference
@@ -22,7 +24,16 @@ from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
 from runtime.generation import Answers, Prefill, Sampling
-from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, RunningGraph
+from runtime.text_graphs import (
+    BLOCK,
+    DECODER_FRONT,
+    IMAGE_PREFILL,
+    LM_HEAD,
+    TEXT_DECODER,
+    TOKEN_EMBEDDING,
+    VISION_ENCODER,
+    RunningGraph,
+)
 from tests.tiny_llava import TINY, write_tiny
 
 ROOM = 24
@@ -49,8 +60,7 @@ class InTorch:
         self.runs += 1
         assert set(inputs) == {info.name for info in self.graph.inputs}
         for info in self.graph.inputs:
-            assert inputs[info.name].shape == info.shape
-            assert inputs[info.name].dtype == info.numpy_dtype
+            assert info.fits(str(inputs[info.name].dtype), inputs[info.name].shape)
         with torch.no_grad():
             out = self.module(*(torch.from_numpy(inputs[info.name]) for info in self.graph.inputs))
         arrays = [np.asarray(x) for x in (out if isinstance(out, tuple) else (out,))]
@@ -62,19 +72,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def graphs(folder: Path, spec: PruneSpec | None, *, chunk: int = 4, room: int = ROOM) -> dict[str, InTorch]:
+class Make(Protocol):
+    """Makes the graphs of one set."""
+
+    def __call__(self, spec: PruneSpec | None, *, chunk: int = 4, room: int = ROOM) -> dict[str, InTorch]: ...
+
+
+@pytest.fixture(params=["static", "open"])
+def make(request: pytest.FixtureRequest, folder: Path) -> Make:
+    return partial(_graphs, folder, request.param == "open")
+
+
+def _graphs(
+    folder: Path, opened: bool, spec: PruneSpec | None, *, chunk: int = 4, room: int = ROOM
+) -> dict[str, InTorch]:
     checkpoint = FolderCheckpoint(folder, TINY)
     frame = TINY.family.frame(read_prompt(folder, TINY.geometry, TINY).prefix_ids, TINY.geometry)
     context = Context(TINY.geometry, frame, keep=spec.keep if spec else 16, cut=2, text=room)
     modules = {
         VISION_ENCODER: build_vision_encoder(checkpoint, TINY, spec),
-        **build_text_graphs(checkpoint, context, chunk=chunk),
+        **(
+            dict(Parts(open_text_parts(checkpoint, context, chunk=chunk)))
+            if opened
+            else build_text_graphs(checkpoint, context, chunk=chunk)
+        ),
     }
     return {name: InTorch(name, module) for name, module in modules.items()}
 
 
 def answers(running: Mapping[str, RunningGraph], *, name: str = "tiny", end_ids: Sequence[int] = ()) -> Answers:
-    return Answers(running, bundle=name, first_text=TINY.prefix_tokens + 16, end_ids=end_ids)
+    return Answers(running, bundle=name, before=TINY.prefix_tokens, first_text=TINY.prefix_tokens + 16, end_ids=end_ids)
 
 
 def pixels(seed: int = 4) -> np.ndarray:
@@ -85,7 +112,7 @@ def ids(session: Answers, photo: Prefill, question: Sequence[int] = QUESTION, **
     return [token.id for token in session.answer(photo, question, **{"max_new_tokens": 8, **options})]
 
 
-def test_unpruned_answer_is_transformers_own(folder: Path) -> None:
+def test_unpruned_answer_is_transformers_own(folder: Path, make: Make) -> None:
     from transformers import LlavaForConditionalGeneration
 
     whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -99,11 +126,11 @@ def test_unpruned_answer_is_transformers_own(folder: Path) -> None:
             do_sample=False,
             eos_token_id=None,
         )[0, prompt.shape[1] :].tolist()
-    session = answers(graphs(folder, None))
+    session = answers(make(None))
     assert ids(session, session.see(pixels())) == expected
 
 
-def test_pruned_answer_is_that_of_transformers_layers_around_the_papers_loop(folder: Path) -> None:
+def test_pruned_answer_is_that_of_transformers_layers_around_the_papers_loop(folder: Path, make: Make) -> None:
     """All tokens in one sequence, no cache, nothing of ours but the loop: 8 greedy tokens, each from scratch."""
     from transformers import DynamicCache, LlavaForConditionalGeneration
 
@@ -141,55 +168,57 @@ def test_pruned_answer_is_that_of_transformers_layers_around_the_papers_loop(fol
     expected: list[int] = []
     for _ in range(8):
         expected.append(next_token([*QUESTION, *expected]))
-    session = answers(graphs(folder, SPEC))
+    session = answers(make(SPEC))
     assert ids(session, session.see(pixels())) == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 16])
-def test_chunks_change_nothing(folder: Path, chunk: int) -> None:
+def test_chunks_change_nothing(make: Make, chunk: int) -> None:
     """A question in pieces, with or without padding, is the question."""
-    one, other = answers(graphs(folder, SPEC)), answers(graphs(folder, SPEC, chunk=chunk))
+    one, other = answers(make(SPEC)), answers(make(SPEC, chunk=chunk))
     assert ids(one, one.see(pixels())) == ids(other, other.see(pixels()))
 
 
-def test_questions_share_the_photo_and_not_each_other(folder: Path) -> None:
-    running = graphs(folder, SPEC)
+def test_questions_share_the_photo_and_not_each_other(make: Make) -> None:
+    running = make(SPEC)
     session = answers(running)
     photo = session.see(pixels())
     first, second = ids(session, photo), ids(session, photo, QUESTION[::-1])
     assert first != second
     assert ids(session, photo) == first
-    assert running[VISION_ENCODER].runs == running[IMAGE_PREFILL].runs == 1
+    assert running[VISION_ENCODER].runs == 1
+    if IMAGE_PREFILL in running:
+        assert running[IMAGE_PREFILL].runs == 1
     other = session.see(pixels(5))
-    assert ids(session, other) == ids(answers(graphs(folder, SPEC)), other)
+    assert ids(session, other) == ids(answers(make(SPEC)), other)
     assert ids(session, photo) == first
 
 
-def test_cache_is_as_large_as_on_paper(folder: Path) -> None:
-    session = answers(graphs(folder, SPEC))
+def test_cache_is_as_large_as_on_paper(make: Make) -> None:
+    session = answers(make(SPEC))
     text = TINY.geometry.text
     full, kept = TINY.prefix_tokens + 16 + ROOM, TINY.prefix_tokens + 6 + ROOM
     assert session.cache_bytes == 2 * 4 * text.kv_heads * text.head_dim * (2 * full + (text.layers - 2) * kept)
 
 
-def test_prefill_outlives_the_session(folder: Path, tmp_path: Path) -> None:
-    session = answers(graphs(folder, SPEC))
+def test_prefill_outlives_the_session(make: Make, tmp_path: Path) -> None:
+    session = answers(make(SPEC))
     photo = session.see(pixels())
     photo.save(tmp_path / "photo.safetensors")
     again = Prefill.load(tmp_path / "photo.safetensors")
     assert (again.bundle, again.image_ready_ms) == (photo.bundle, photo.image_ready_ms)
-    running = graphs(folder, SPEC)
+    running = make(SPEC)
     assert ids(answers(running), again) == ids(session, photo)
     assert running[VISION_ENCODER].runs == 0
 
 
-def test_prefill_of_another_bundle_is_refused(folder: Path) -> None:
-    photo = answers(graphs(folder, SPEC), name="theirs").see(pixels())
+def test_prefill_of_another_bundle_is_refused(make: Make) -> None:
+    photo = answers(make(SPEC), name="theirs").see(pixels())
     with pytest.raises(BundleError, match="prefilled by theirs, not by tiny"):
-        answers(graphs(folder, SPEC)).answer(photo, QUESTION)
-    claimed = Prefill("tiny", answers(graphs(folder, None)).see(pixels()).caches, 1.0)
+        answers(make(SPEC)).answer(photo, QUESTION)
+    claimed = Prefill("tiny", answers(make(None)).see(pixels()).caches, 1.0)
     with pytest.raises(BundleError, match="does not fit the cache"):
-        answers(graphs(folder, SPEC)).answer(claimed, QUESTION)
+        answers(make(SPEC)).answer(claimed, QUESTION)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tensor", b"\x08\0\0\0\0\0\0\0{}      "])
@@ -201,14 +230,14 @@ def test_file_that_is_no_prefill(tmp_path: Path, content: bytes) -> None:
         Prefill.load(tmp_path / "none")
 
 
-def test_prefill_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
-    photo = answers(graphs(folder, SPEC)).see(pixels())
+def test_prefill_that_cannot_be_written(make: Make, tmp_path: Path) -> None:
+    photo = answers(make(SPEC)).see(pixels())
     with pytest.raises(OutputError, match="cannot be written"):
         photo.save(tmp_path / "none" / "photo")
 
 
-def test_what_has_no_room_is_refused_before_anything_runs(folder: Path) -> None:
-    running = graphs(folder, SPEC)
+def test_what_has_no_room_is_refused_before_anything_runs(make: Make) -> None:
+    running = make(SPEC)
     session = answers(running)
     photo = session.see(pixels())
     with pytest.raises(RequestError, match="need 25 entries of the text cache, which has 24"):
@@ -221,27 +250,58 @@ def test_what_has_no_room_is_refused_before_anything_runs(folder: Path) -> None:
     assert len(ids(session, photo, max_new_tokens=18)) == 18
 
 
-def test_answer_ends_at_an_end_token(folder: Path) -> None:
-    session = answers(graphs(folder, SPEC))
+def test_answer_ends_at_an_end_token(make: Make) -> None:
+    session = answers(make(SPEC))
     photo = session.see(pixels())
     whole = ids(session, photo)
     end = whole[3]
-    assert ids(answers(graphs(folder, SPEC), end_ids=[end]), photo) == whole[: whole.index(end)]
+    assert ids(answers(make(SPEC), end_ids=[end]), photo) == whole[: whole.index(end)]
+
+
+def test_open_graphs_of_different_exports_are_refused(folder: Path) -> None:
+    make = partial(_graphs, folder, True)
+    ours, theirs = make(SPEC), make(SPEC, room=ROOM + 1)
+    with pytest.raises(BundleError, match="different numbers of text tokens"):
+        answers({**ours, DECODER_FRONT: theirs[DECODER_FRONT]})
+    with pytest.raises(BundleError, match="do not fill the cache"):
+        answers({name: graph for name, graph in ours.items() if name != DECODER_FRONT})
+    with pytest.raises(BundleError, match="tiny has no lm_head"):
+        answers({name: graph for name, graph in ours.items() if name != LM_HEAD})
+
+
+def test_an_open_cache_grows_with_what_is_filled(folder: Path) -> None:
+    """No entry is handed over that a question of this length cannot have filled, but for what fills up a block."""
+    running = _graphs(folder, True, SPEC, chunk=4, room=3 * BLOCK)
+    session = answers(running)
+    photo, seen = session.see(pixels()), []
+    front = running[DECODER_FRONT]
+    run, prefix = front.run, TINY.prefix_tokens + 16
+
+    def noted(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append((int(inputs["filled"][0]), inputs["past_key_0"].shape[2], inputs["inputs_embeds"].shape[1]))
+        return run(inputs)
+
+    front.run = noted  # type: ignore[method-assign]
+    ids(session, photo, [5] * 6, max_new_tokens=BLOCK + 3)
+    assert [(filled, tokens) for filled, _, tokens in seen[:3]] == [(prefix, 4), (prefix + 4, 2), (prefix + 6, 1)]
+    assert all(filled <= entries <= filled + BLOCK for filled, entries, _ in seen)
+    assert len({entries for _, entries, _ in seen}) == 2  # it grew, once
 
 
 def test_graphs_of_different_exports_are_refused(folder: Path) -> None:
-    ours, theirs = graphs(folder, SPEC), graphs(folder, SPEC, room=ROOM + 1)
+    make = partial(_graphs, folder, False)
+    ours, theirs = make(SPEC), make(SPEC, room=ROOM + 1)
     with pytest.raises(BundleError, match="have different caches"):
         answers({**ours, TEXT_DECODER: theirs[TEXT_DECODER]})
-    shorter = graphs(folder, PruneSpec(grid=(4, 4), keep=5, settings=Settings(pivots=2, token_batch=3)))
+    shorter = make(PruneSpec(grid=(4, 4), keep=5, settings=Settings(pivots=2, token_batch=3)))
     with pytest.raises(BundleError, match="different numbers of text tokens"):
         answers({**ours, IMAGE_PREFILL: shorter[IMAGE_PREFILL]})
     with pytest.raises(BundleError, match="tiny has no image_prefill, text_decoder"):
         answers({name: graph for name, graph in ours.items() if name not in (IMAGE_PREFILL, TEXT_DECODER)})
 
 
-def test_sampling_is_repeatable_and_greedy_at_zero(folder: Path) -> None:
-    session = answers(graphs(folder, SPEC))
+def test_sampling_is_repeatable_and_greedy_at_zero(make: Make) -> None:
+    session = answers(make(SPEC))
     photo = session.see(pixels())
     warm = [ids(session, photo, sampling=Sampling(temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
