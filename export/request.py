@@ -319,7 +319,10 @@ def describe(plan: Plan) -> str:
     text = "none"
     if plan.text is not None:
         precision += f", text {plan.text.scheme}" if plan.text.scheme else ""
-        text = f"image_prefill, token_embedding, text_prefill, text_decoder; room for {plan.text_tokens} tokens"
+        fixed = "image_prefill, token_embedding, text_prefill, text_decoder"
+        front = "decoder_front, " if plan.cut else ""
+        names = f"token_embedding, {front}decoder_back, lm_head" if plan.backend.open_axes else fixed
+        text = f"{names}; room for {plan.text_tokens} tokens"
         if plan.backend.states:
             text += ", KV cache as states" if plan.states else ", KV cache as inputs and outputs (states are fp16)"
         elif plan.backend.text_copies > 1:
