@@ -91,7 +91,7 @@ class TokenEmbedding(Graph):
     def __init__(self, geometry: Geometry, *, tokens: int) -> None:
         super().__init__()
         self.tokens, self.width = tokens, geometry.text.hidden
-        self.embed_tokens = nn.Embedding(geometry.text.vocab, geometry.text.hidden, device="meta")
+        self.embed_tokens: nn.Module = nn.Embedding(geometry.text.vocab, geometry.text.hidden, device="meta")
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         """Name, shape and dtype of each input."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from export.blocks.attention import HIDDEN
+from export.blocks.byte_embedding import ByteEmbedding
 from export.blocks.decoder_layer import DecoderLayer
 from export.blocks.norms import RmsNorm
 from export.blocks.rope import rope_tables
@@ -223,6 +224,7 @@ def open_text_parts(
     *,
     precision: str = "fp32",
     embedding_precision: str = "fp32",
+    embedding_in_bytes: bool = False,
     quant: str | None = None,
     chunk: int,
     precise: Iterable[str] = (),
@@ -230,8 +232,9 @@ def open_text_parts(
     """Parts, for `export.graphs.graph.Parts`, of the open graphs for texts of up to `chunk` tokens at a time.
 
     Each is built and filled when it is come to. With `quant` (see export.quantize) each layer is quantised as soon as
-    it is filled, and computes in fp32 around that; `precise` names modules, such as `layers.3.mlp`, that compute in
-    float32 all the same.
+    it is filled, and computes in fp32 around that; `embedding_in_bytes` stores the rows of the token embedding in 8
+    bits (see export.blocks.byte_embedding); `precise` names modules, such as `layers.3.mlp`, that compute in float32
+    all the same.
     """
     family, geometry = checkpoint.family, checkpoint.geometry
     dtype = torch.float32 if quant is not None else PRECISIONS[precision]
@@ -285,6 +288,9 @@ def open_text_parts(
     def embedding() -> Graph:
         graph = OpenTokenEmbedding(geometry, tokens=chunk)
         fill(graph.embed_tokens, checkpoint, "embed_tokens", PRECISIONS[embedding_precision])
+        if embedding_in_bytes:
+            table = graph.embed_tokens.get_parameter("weight")
+            graph.embed_tokens = ByteEmbedding(table)
         return with_islands(graph, {})
 
     def part(name: str, build: Callable[[], Graph]) -> tuple[tuple[str, ...], Callable[[], Mapping[str, Graph]]]:
