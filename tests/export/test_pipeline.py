@@ -19,7 +19,7 @@ import pytest
 
 import export.checkpoints
 import export.golden
-import export.graphs.decoder
+import export.graphs.open_decoder
 import export.graphs.vision
 import export.models.prompt
 import runtime.harness
@@ -36,6 +36,7 @@ from export.targets import TARGETS
 from runtime.bundle import BundleWriter, DelegateCoverage, ImageInfo, PromptInfo, TensorInfo, WeightsInfo, read_bundle
 from runtime.check.verdict import Step, Verdict
 from runtime.errors import ExportError, OutputError
+from runtime.text_graphs import DECODER_BACK, DECODER_FRONT, LM_HEAD, TOKEN_EMBEDDING
 from tests.export.test_converters import TwirlingGraph
 
 WORDS = ["--model", "pocket", "--keep", "64", "--target", "android"]
@@ -104,10 +105,11 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         export.graphs.vision, "build_vision_encoder", lambda c, e, spec, **k: FakeEncoder(spec.keep if spec else 576)
     )
+    names = (DECODER_FRONT, DECODER_BACK, LM_HEAD, TOKEN_EMBEDDING)
     monkeypatch.setattr(
-        export.graphs.decoder,
-        "build_text_graphs",
-        lambda *a, **k: {name: FakeEncoder(1) for name in export.graphs.decoder.TEXT_GRAPHS},
+        export.graphs.open_decoder,
+        "open_text_parts",
+        lambda *a, **k: [((name,), lambda name=name: {name: FakeEncoder(1)}) for name in names],
     )
     set_lower(monkeypatch, fake_lower)
     monkeypatch.setattr(runtime.harness, "check_bundle", fake_check)
@@ -260,7 +262,7 @@ def test_bundle_that_appears_meanwhile_is_kept(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("light")
-@pytest.mark.parametrize("graph", ["vision_encoder", "text_decoder"])
+@pytest.mark.parametrize("graph", ["vision_encoder", "decoder_back"])
 def test_delegate_that_took_nothing_is_an_error(graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def took_nothing(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
         nothing = (DelegateCoverage(delegate="XNNPACK", partitions=0, nodes=0),)
