@@ -68,9 +68,9 @@ class Board:
         from rich.text import Text
 
         most = max(3, (options.height or console.height) - _FRAME_LINES)
-        running = {number: self._now(number) for number in self._started}
+        running = {number: self._now(number, since) for number, since in self._started.copy().items()}
         yield terminal_table(self.result(), only=self._shown(most), running=running)
-        yield Text(counted(self.result()))
+        yield Text(counted(self.result(), running=running))
 
     def result(self) -> Result:
         """What has come of the cells so far."""
@@ -90,10 +90,10 @@ class Board:
         numbers = sorted(range(len(self._cells)), key=rank)[:most]
         return sorted(numbers)
 
-    def _now(self, number: int) -> str:
+    def _now(self, number: int, since: float) -> str:
         """What a running cell has done last, by the line that its log ends with."""
         stage = last_line(self._cells[number].log, "[").split("]")[-1].split("  ")[0].strip()
-        return f"{time.monotonic() - self._started[number]:.0f} s{stage and f', done: {stage}'}"
+        return f"{time.monotonic() - since:.0f} s{stage and f', done: {stage}'}"
 
 
 def terminal_table(

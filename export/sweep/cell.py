@@ -132,7 +132,9 @@ class Cell:
 
     def judge(self, ended: Ended) -> Record:
         """What came of the process, from its exit code and the reports in the bundle."""
-        status, detail, numbers = self._judged(ended)
+        if ended.exit_code is None:
+            return self.not_run(ended.error)
+        status, detail, numbers = self._judged(ended.exit_code)
         return self._record(status, detail, numbers, ended)
 
     def not_run(self, why: str) -> Record:
@@ -141,6 +143,7 @@ class Cell:
 
     def write(self, record: Record) -> None:
         """Writes the record in one step: a sweep that is killed leaves a whole one or none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{RECORD}"
         partial.write_bytes(pretty(record))
         partial.replace(self.folder / RECORD)
@@ -169,19 +172,18 @@ class Cell:
             made_of=self.made_of,
         )
 
-    def _judged(self, ended: Ended) -> tuple[Status, str, Numbers | None]:
-        code = ended.exit_code
-        if code is None:
-            return "error", ended.error, None
+    def _judged(self, code: int) -> tuple[Status, str, Numbers | None]:
         if code < 0:
             return "error", _ended_by(-code, self.log), None
         status = _VERDICTS.get(code)
         if status is None or not (self.folder / self.bundle).is_dir():
+            if not self.log.exists():
+                return "error", f"{self.folder} is not seen here; workers must share the output folder", None
             said = last_line(self.log, "pruneport: ") or last_line(self.log) or "nothing was said"
             return "error", f"{said.removeprefix('pruneport: error: ')} (exit code {code})", None
         try:
             steps, numbers = _read_reports(self.folder / self.bundle)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, PruneportError) as error:
             return "error", f"the reports in its bundle cannot be read: {error}", None
         why = [f"{name}: {detail}" for name, found, detail in steps if found == status != "passed"]
         return status, "; ".join(why), numbers
@@ -283,6 +285,7 @@ def _ended_by(number: int, log: Path) -> str:
 
 def _read_reports(bundle: Path) -> tuple[list[tuple[str, str, str]], Numbers]:
     """The steps of the check, and the numbers."""
+    from runtime.bundle import read_bundle
     from runtime.report import LatencyFile, ParityFile
 
     parity = msgspec.json.decode((bundle / "parity.json").read_bytes(), type=ParityFile)
@@ -305,7 +308,7 @@ def _read_reports(bundle: Path) -> tuple[list[tuple[str, str, str]], Numbers]:
         ttft_ms=answers.ttft.median_ms if answers else None,
         token_ms=answers.token.median_ms if answers else None,
         kv_cache_bytes=answers.kv_cache_bytes if answers else None,
-        bundle_bytes=sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()),
+        bundle_bytes=read_bundle(bundle).size_bytes,
         device=latency.device,
     )
     return [(step.name, step.status, step.detail) for step in parity.steps], numbers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # What the check of a bundle takes while it times an answer: see `runtime.session.default_threads`.
 _MOST_THREADS = 4
+_KNOCK_S = 10.0
 
 
 class NeverFits(Exception):
@@ -95,8 +98,9 @@ class Ray:
         except ImportError as error:
             raise RequestError("--ray needs Ray, not installed here; run: pip install 'pruneport[ray]'") from error
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RequestError(
                 f"no Ray cluster answers at {address!r} ({what}); start one with `ray start --head`, or give "
@@ -156,6 +160,12 @@ class Ray:
         for task in self._tasks:
             self._ray.cancel(task, force=True)  # means nothing to one that has ended
         self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d{1,5})", address):
+        socket.create_connection((found[1], int(found[2])), timeout=_KNOCK_S).close()
 
 
 def _gib(size_bytes: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,12 @@ def summary_table(result: Result) -> Table:
     return Table(columns=(*flags, *heads), rows=tuple(rows), numeric=frozenset(heads), marks=marks)
 
 
-def counted(result: Result) -> str:
-    """`3 cells: 2 passed, 1 error`."""
-    statuses = [record.status if record else "waiting" for record in result.records]
+def counted(result: Result, *, running: Collection[int] = ()) -> str:
+    """`3 cells: 2 passed, 1 running`, with the numbers of those that run."""
+    statuses = [
+        record.status if record else "running" if number in running else "waiting"
+        for number, record in enumerate(result.records)
+    ]
     parts = [f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)]
     return f"{plural(len(statuses), 'cell')}: {', '.join(parts)}"
 
@@ -137,16 +140,17 @@ _NUMBERS: dict[str, Callable[[Numbers], str]] = {
 
 
 def _beside(record: Record | None, records: Sequence[Record | None]) -> int:
+    """How many others ran on the machine of `record` at once, at most, while it did."""
     if record is None or not record.host:
         return 0
-    return sum(
-        other is not record
-        and other.host == record.host
-        and other.started < record.started + record.seconds
-        and record.started < other.started + other.seconds
-        for other in records
-        if other is not None
-    )
+    others = [other for other in records if other is not None and other is not record and other.host == record.host]
+    # The number of those that run only grows where one begins.
+    moments = [max(record.started, other.started) for other in others]
+    return max((_run_at(moment, others) for moment in moments if _run_at(moment, [record])), default=0)
+
+
+def _run_at(moment: float, records: Sequence[Record]) -> int:
+    return sum(record.started <= moment < record.started + record.seconds for record in records)
 
 
 def _page(result: Result, results: Results) -> str:

@@ -19,6 +19,9 @@ from export.sweep.process import Ended
 from runtime.errors import OutputError
 
 _LOCK = ".lock"
+# Then it is looked again whether there is room: programs of others come and go. A signal that comes just before a
+# wait without a limit would be noticed at its end only.
+_LOOK_AGAIN_S = 1.0
 
 
 class Screen(Protocol):
@@ -104,6 +107,7 @@ def run_cells(
                 settle(number, known, before=True)
         _check_disk([cells[number] for number in waiting], output, reports_only=reports_only)
         report(result())
+        told = len(records)
         if not waiting:
             return result()
         at = place()
@@ -121,7 +125,8 @@ def run_cells(
                         running[at.start(cell.job(source, at.threads, verbose=verbose))] = number
                         screen.started(cell)
                     waiting.remove(number)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done = wait(running, timeout=_LOOK_AGAIN_S, return_when=FIRST_COMPLETED).done
+                for future in done:
                     number = running.pop(future)
                     cell = cells[number]
                     record = _come_of(cell, future)
@@ -130,7 +135,9 @@ def run_cells(
                             cell.drop_graphs()
                         cell.write(record)
                     settle(number, record)
-                report(result())
+                if len(records) > told:
+                    report(result())
+                    told = len(records)
         finally:
             at.stop()
     return result()
