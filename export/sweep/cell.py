@@ -197,11 +197,14 @@ def plan_cells(
 ) -> tuple[Cell, ...]:
     """Plans every cell, reads which weights it would be made of, and gives it its key and its folder under `output`.
 
-    Raises RequestError where a word of the matrix is refused in every cell that has it, or where two cells come out
-    the same. One that is refused only beside some other word becomes a cell that says so.
+    Raises RequestError where all cells are refused alike, where a word of the matrix is refused in every cell that has
+    it, and where two cells come out the same. One that is refused only beside some other word is a cell that says so.
     """
     identities: dict[tuple[str, str | None, int], str] = {}
     cells = [_planned(words, output, version, source, identities, tell) for words in matrix]
+    refusals = {cell.refusal for cell in cells}
+    if len(refusals) == 1 and all(refusals):  # nothing that one word could be blamed for
+        raise RequestError(refusals.pop())
     for flag, word in dict.fromkeys((flag, word) for words in matrix for flag, word in words.items()):
         having = [cell for cell in cells if cell.words.get(flag) == word]
         if all(cell.refusal for cell in having):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export.request import Request, nearest
-from runtime.errors import RequestError
+from runtime.errors import ExportError, RequestError
 from runtime.names import readable
 
 # Of one cell, by flag, in the order of the file: `keep` -> `64`.
@@ -32,7 +32,8 @@ def read_matrix(path: Path) -> tuple[Words, ...]:
     Words are what stands there, letter for letter: nothing is read as a number or as a date. What a word means is for
     `export.request.plan` to say. The last flag of a mapping varies fastest.
 
-    Raises RequestError for a file that is no such thing, that makes a cell twice, or more than MOST_CELLS of them.
+    Raises RequestError for a file that is no such thing, that makes a cell twice, or more than MOST_CELLS of them,
+    ExportError where PyYAML is not installed.
     """
     where = readable(path)
     root = _root(path, where)
@@ -81,8 +82,12 @@ def as_flags(words: Words) -> tuple[str, ...]:
 
 def _root(path: Path, where: str) -> Any:
     """The root of the YAML's nodes, None for an empty file. Scalars of nodes are text, as it stands there."""
-    import yaml
-
+    try:
+        import yaml
+    except ImportError as error:
+        raise ExportError(
+            "PyYAML, which reads a matrix, is not installed here; run: pip install 'pruneport[export]'"
+        ) from error
     form = "write lines such as `keep: [64, 128]`"
     try:
         if path.stat().st_size > MOST_BYTES:

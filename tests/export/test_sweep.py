@@ -434,6 +434,13 @@ def test_a_word_that_every_cell_refuses_is_a_mistake() -> None:
     assert "a matrix may be a list of them" in str(caught.value)
 
 
+def test_what_all_cells_are_refused_for_is_said_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = [{"model": "pocket", "weights": "random", "keep": keep} for keep in ("8", "9")]
+    with pytest.raises(RequestError, match="^.*/file is a file, so no bundle can be put under it; choose another"):
+        plan_cells(words, tmp_path / "file", version="1", source="a", tell=lambda line: None)
+
+
 def test_words_that_do_not_go_together_are_a_cell_that_says_so(tmp_path: Path) -> None:
     pocket = {"model": "pocket", "weights": "random", "keep": "8"}
     schemes = [

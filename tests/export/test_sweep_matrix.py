@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from export.request import Request
 from export.sweep.matrix import MOST_BYTES, MOST_CELLS, as_flags, as_request, read_matrix
-from runtime.errors import RequestError
+from runtime.errors import ExportError, RequestError
 
 
 def matrix(tmp_path: Path, text: str) -> Path:
@@ -126,3 +127,9 @@ def test_what_is_no_file_of_text(tmp_path: Path) -> None:
     (tmp_path / "large.yaml").write_bytes(b"#" * (MOST_BYTES + 1))
     with pytest.raises(RequestError, match="which no matrix has; split it"):
         read_matrix(tmp_path / "large.yaml")
+
+
+def test_yaml_that_cannot_be_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ExportError, match=re.escape("is not installed here; run: pip install 'pruneport[export]'")):
+        read_matrix(matrix(tmp_path, "model: pocket\nkeep: 3\n"))
