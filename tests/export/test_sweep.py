@@ -437,7 +437,7 @@ def test_a_word_that_every_cell_refuses_is_a_mistake() -> None:
 def test_what_all_cells_are_refused_for_is_said_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     words = [{"model": "pocket", "weights": "random", "keep": keep} for keep in ("8", "9")]
-    with pytest.raises(RequestError, match="^.*/file is a file, so no bundle can be put under it; choose another"):
+    with pytest.raises(RequestError, match=r"^.*/file is a file, so no bundle can be put under it; choose another"):
         plan_cells(words, tmp_path / "file", version="1", source="a", tell=lambda line: None)
 
 
