@@ -421,7 +421,7 @@ def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
     from export.sweep.matrix import read_matrix
     from export.sweep.places import Local, Place, Ray
     from export.sweep.process import source_sha256
-    from export.sweep.report import PAGE, counted, crowded, write
+    from export.sweep.report import PAGE, counted, crowded, troubles, write
     from export.sweep.walk import Result, list_cells, run_cells
 
     jobs = None if args.jobs is None else whole_number("jobs", args.jobs, 1, 1024)
@@ -473,8 +473,8 @@ def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
         from rich.text import Text
 
         console = Console()
-        console.print(terminal_table(result))
-        for line in (counted(result), crowded(result), f"report: {readable(page)}"):
+        console.print(terminal_table(result, console.width))
+        for line in (*troubles(result), counted(result), crowded(result), f"report: {readable(page)}"):
             if line:
                 console.print(Text(line), soft_wrap=True)
     return {"passed": PASSED, "failed": FAILED, "not checked": NOT_CHECKED}[result.outcome]

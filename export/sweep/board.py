@@ -8,16 +8,32 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from export.sweep.cell import Cell, Record
-from export.sweep.matrix import spelt_out
 from export.sweep.process import last_line
-from export.sweep.report import counted, summary_table, varying
+from export.sweep.report import counted, named_in, summary_table
 from export.sweep.walk import Result
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table as RichTable
 
+    from runtime.report import Table
+
 STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "running": "cyan"}
+# Columns that a narrow terminal does without, in this order; verdict and flags are always there.
+_LEFT_OUT_FIRST = (
+    "GiB",
+    "image ready ms",
+    "kept",
+    "token ms",
+    "MB",
+    "s",
+    "answer",
+    "TTFT ms",
+    "vision ms",
+    "worst rel",
+)
+# Letters: space and frame beside a column, the verdict with its own, and the least for what runs now.
+_GAP, _MARK_WIDTH, _NOW_WIDTH = 3, 15, 24
 # Beside the rows: head, lines of the frame, and the count.
 _FRAME_LINES = 6
 
@@ -57,7 +73,7 @@ class Board:
         self._records[number] = record
         if self._quiet or self._is_live:
             return
-        words = spelt_out({flag: cell.words[flag] for flag in varying(self._cells) if flag in cell.words})
+        words = named_in(cell, self._cells)
         took = "as before" if before else f"{record.seconds:.1f} s   peak {record.ram_peak_bytes / 2**30:.2f} GiB"
         head = f"[{len(self._records)}/{len(self._cells)}] {record.status:<11} {words}"
         print(f"{head:<60} {took if record.host else ''}".rstrip(), file=self._stream, flush=True)
@@ -69,7 +85,7 @@ class Board:
 
         most = max(3, (options.height or console.height) - _FRAME_LINES)
         running = {number: self._now(number, since) for number, since in self._started.copy().items()}
-        yield terminal_table(self.result(), only=self._shown(most), running=running)
+        yield terminal_table(self.result(), options.max_width, only=self._shown(most), running=running)
         yield Text(counted(self.result(), running=running))
 
     def result(self) -> Result:
@@ -97,17 +113,22 @@ class Board:
 
 
 def terminal_table(
-    result: Result, *, only: Sequence[int] | None = None, running: Mapping[int, str] | None = None
+    result: Result, width: int, *, only: Sequence[int] | None = None, running: Mapping[int, str] | None = None
 ) -> RichTable:
-    """The cells as a table for the terminal, `only` those of the given numbers; `running` says what each does now."""
+    """The cells as a table `width` letters wide, `only` those of the given numbers, with the columns that have room.
+
+    `running` says what each cell that runs does now.
+    """
     from rich.table import Table as RichTable
     from rich.text import Text
 
     table = summary_table(result)
+    columns = _fitting(table, width - _MARK_WIDTH - (0 if running is None else _NOW_WIDTH))
     shown = RichTable()
-    shown.add_column("")
-    for column in table.columns:
-        shown.add_column(column, justify="right" if column in table.numeric else "left")
+    shown.add_column("", no_wrap=True)
+    for column in columns:
+        numeric = table.columns[column] in table.numeric
+        shown.add_column(table.columns[column], justify="right" if numeric else "left", no_wrap=numeric)
     if running is not None:
         shown.add_column("now", overflow="ellipsis", no_wrap=True)
     for number, (mark, row) in enumerate(table.marked()):
@@ -115,8 +136,21 @@ def terminal_table(
             continue
         now = [] if running is None else [running.get(number, "")]
         status = "running" if running and number in running else mark
-        shown.add_row(Text(status, style=STYLES.get(status, "yellow")), *map(Text, (*row, *now)))
+        cells = [row[column] for column in columns]
+        shown.add_row(Text(status, style=STYLES.get(status, "yellow")), *map(Text, (*cells, *now)))
     return shown
+
+
+def _fitting(table: Table, width: int) -> list[int]:
+    """The numbers of the columns that have room side by side; the report has them all."""
+    needs = {
+        name: max(map(len, (name, *(row[column] for row in table.rows)))) + _GAP
+        for column, name in enumerate(table.columns)
+    }
+    for name in _LEFT_OUT_FIRST:
+        if sum(needs.values()) > width:
+            needs.pop(name, None)
+    return [column for column, name in enumerate(table.columns) if name in needs]
 
 
 def _terminal(stream: TextIO) -> Console | None:

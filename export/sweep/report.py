@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from export.sweep.cell import Cell, Numbers, Record, pretty
-from export.sweep.matrix import Words, as_flags
+from export.sweep.matrix import Words, as_flags, spelt_out
 from export.sweep.walk import Result
 from runtime.names import plural, readable
 from runtime.report import Table
@@ -71,6 +71,20 @@ def varying(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The flags in which cells differ, or the first two where there is one cell only."""
     flags = tuple(dict.fromkeys(flag for cell in cells for flag in cell.words))
     return tuple(flag for flag in flags if len({cell.words.get(flag) for cell in cells}) > 1) or flags[:2]
+
+
+def named_in(cell: Cell, cells: Sequence[Cell]) -> str:
+    """What tells a cell from the others: `keep=64 backend=onnx`."""
+    return spelt_out({flag: cell.words[flag] for flag in varying(cells) if flag in cell.words})
+
+
+def troubles(result: Result) -> list[str]:
+    """A line for every cell that has come to something else than passed."""
+    return [
+        f"{record.status}: {named_in(cell, result.cells)}: {record.detail}"
+        for cell, record in zip(result.cells, result.records, strict=True)
+        if record is not None and record.status != "passed"
+    ]
 
 
 def summary_table(result: Result) -> Table:

@@ -28,7 +28,7 @@ from export.sweep.cell import RECORD, Cell, Record, plan_cells
 from export.sweep.matrix import Words
 from export.sweep.places import Local, NeverFits, Place
 from export.sweep.process import LOG, Ended, Job, last_line, run, source_sha256
-from export.sweep.report import PAGE, RESULTS, Results, crowded, write
+from export.sweep.report import PAGE, RESULTS, Results, crowded, troubles, write
 from export.sweep.walk import Result, list_cells, run_cells
 from runtime.bundle import MANIFEST, REPORT_FILES, BundleWriter
 from runtime.errors import OutputError, RequestError
@@ -452,6 +452,8 @@ def test_words_that_do_not_go_together_are_a_cell_that_says_so(tmp_path: Path) -
     refused = [(cell.words["backend"], cell.words["quant-text"]) for cell in cells if cell.refusal]
     assert refused == [("onnx", "8da4w"), ("xnnpack", "int4")]
     result = sweep((cells[1],), tmp_path, Asked())
+    (trouble,) = troubles(result)
+    assert trouble.startswith("error: model=pocket weights=random: unknown onnx quant_text '8da4w'")
     assert statuses(result) == ["error"]
     assert result.outcome == "failed"
     assert "unknown onnx quant_text '8da4w'" in html.unescape((tmp_path / PAGE).read_text(encoding="utf-8"))
@@ -651,8 +653,39 @@ def test_the_live_table_shows_what_runs_however_low_the_terminal() -> None:
     assert "running" in text
     assert "50 cells: 40 passed, 9 waiting, 1 running" in text
     with console.capture() as capture:
-        console.print(terminal_table(board.result()))
+        console.print(terminal_table(board.result(), 100))
     assert len(capture.get().splitlines()) > 50
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_narrow_terminal_leaves_columns_out_and_cuts_nothing(width: int, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    cells = cells_of(tmp_path, 1, 1)
+    result = sweep(cells, tmp_path, Asked(0, bundles=True))
+    for record in result.records:
+        assert record is not None
+        assert record.numbers is not None
+    full = msgspec.structs.replace(
+        result.records[0].numbers,  # type: ignore[union-attr, type-var]
+        answer_same=64,
+        answer_tokens=64,
+        image_ready_ms=12345.6,
+        ttft_ms=1234.5,
+        token_ms=123.45,
+        bundle_bytes=10**10,
+    )
+    records = tuple(
+        msgspec.structs.replace(record, numbers=full, seconds=1000.0) for record in result.records if record
+    )
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(terminal_table(Result(cells, records), width))
+    text = capture.get()
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "TTFT" in text
+    assert ("GiB" in text) == (width == 200)
 
 
 # --- the command ---
