@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
-from runtime.names import readable
+from runtime.names import readable, stored_name
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -33,6 +33,10 @@ EXIT_CODES = """\
 exit codes: 0 checked and equal, 1 the engine's outputs differ from the desktop's, 2 the request or a file cannot be
 used, 3 a step could not be checked on this machine, 130 interrupted"""
 
+
+SWEEP_EXIT_CODES = """\
+exit codes: 0 every cell passed, 1 a cell failed or could not be run, 2 the matrix or a file cannot be used, 3 a cell
+could not be checked whole on this machine, 130 interrupted"""
 
 OPTIMUM_PROG = "optimum-cli export pruneport"
 
@@ -59,6 +63,7 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
         "verify": _add_verify(verbs),
         "ask": _add_ask(verbs),
         "explain": _add_explain(verbs),
+        "sweep": _add_sweep(verbs),
         "clean": _add_clean(verbs),
     }
 
@@ -174,6 +179,27 @@ def _add_explain(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
+def _add_sweep(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    verb = verbs.add_parser(
+        "sweep",
+        help="export every cell of a matrix of flags, with one report",
+        description="Exports every cell of a matrix of flags and reports on all of them; goes on where it was stopped.",
+        epilog=SWEEP_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verb.add_argument("matrix", metavar="MATRIX", help="YAML: flags of export, each with a word or a list of words")
+    verb.add_argument(
+        "--output-dir", metavar="DIR", help="where cells and report go (default sweeps/ and MATRIX's name)"
+    )
+    verb.add_argument("--jobs", metavar="N", help="cells to run side by side (default: one for every 4 cores)")
+    verb.add_argument("--ray", metavar="ADDRESS", help="run cells on a Ray cluster: its address, auto or local")
+    verb.add_argument("--retry-failed", action="store_true", help="run cells again that failed before")
+    verb.add_argument("--reports-only", action="store_true", help="remove a bundle's graphs when it is checked")
+    verb.add_argument("--dry-run", action="store_true", help="list the cells and what they need, then stop")
+    _add_verbosity(verb)
+    return verb
+
+
 def _add_clean(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     verb = verbs.add_parser(
         "clean",
@@ -259,6 +285,8 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         return _ask(args, output)
     if args.verb == "clean":
         return _clean(args)
+    if args.verb == "sweep":
+        return _sweep(args, version, output)
     return _explain(args)
 
 
@@ -383,6 +411,73 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
     with library_noise(shown=args.verbose):
         ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
     return PASSED
+
+
+def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
+    from export.progress import library_noise
+    from export.request import whole_number
+    from export.sweep.board import Board, terminal_table
+    from export.sweep.cell import plan_cells
+    from export.sweep.matrix import read_matrix
+    from export.sweep.places import Local, Place, Ray
+    from export.sweep.process import source_sha256
+    from export.sweep.report import PAGE, counted, crowded, troubles, write
+    from export.sweep.walk import Result, list_cells, run_cells
+
+    jobs = None if args.jobs is None else whole_number("jobs", args.jobs, 1, 1024)
+    if args.ray is not None and jobs is not None:
+        raise RequestError("--jobs means nothing with --ray, whose cluster decides; leave one of them out")
+    matrix = Path(args.matrix)
+    words = read_matrix(matrix)
+    folder = Path(args.output_dir or Path("sweeps") / matrix.stem)
+    source = source_sha256()
+
+    def tell(line: str) -> None:
+        if not args.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def place() -> Place:
+        return Local(jobs) if args.ray is None else Ray(args.ray)
+
+    def report(result: Result) -> None:
+        write(result, folder, matrix=stored_name(matrix), version=version)
+
+    with library_noise(shown=args.verbose):
+        cells = plan_cells(words, folder, version=version, source=source, tell=tell)
+        if args.dry_run:
+            for line in list_cells(cells):
+                print(line)
+            return PASSED
+        board = Board(cells, stream=sys.stderr, quiet=args.quiet)
+        try:
+            with _ended_by_any_signal(), board.live():
+                result = run_cells(
+                    cells,
+                    folder,
+                    place=place,
+                    source=source,
+                    screen=board,
+                    report=report,
+                    verbose=args.verbose,
+                    retry_failed=args.retry_failed,
+                    reports_only=args.reports_only,
+                )
+        except KeyboardInterrupt:
+            print(f"pruneport: interrupted, {counted(board.result())}; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
+    page = folder / PAGE
+    if args.quiet:
+        output.write_path(page)
+    else:
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console()
+        console.print(terminal_table(result, console.width))
+        for line in (*troubles(result), counted(result), crowded(result), f"report: {readable(page)}"):
+            if line:
+                console.print(Text(line), soft_wrap=True)
+    return {"passed": PASSED, "failed": FAILED, "not checked": NOT_CHECKED}[result.outcome]
 
 
 def _clean(args: argparse.Namespace) -> int:

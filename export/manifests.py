@@ -79,7 +79,7 @@ def manifest_of(
         prompt=prompt,
         frame=FrameInfo(before=len(frame.prefix_ids), image=len(frame.slots), first_text=frame.first_text),
         golden=golden,
-        tools={"pruneport": version, **_tool_versions()},
+        tools={"pruneport": version, **tool_versions()},
         text=text,
         layout=plan.layout.runtime if plan.layout else OWN_LAYOUT,
         ranges=ranges,
@@ -113,7 +113,7 @@ def _calibration_info(plan: Plan) -> CalibrationInfo | None:
     return CalibrationInfo(photos=len(plan.calibration), sha256=photos_digest(plan.calibration), method=METHOD)
 
 
-def _tool_versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     versions = {name: metadata.version(name) for name in TOOLS if name in installed}
     return {"python": platform.python_version(), **versions}

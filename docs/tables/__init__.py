@@ -15,6 +15,7 @@ from docs.tables import api, backends, bounds, errors, flags, interfaces, measur
 PARTS: Mapping[str, Callable[[], str]] = {
     "flags of export": partial(flags.table, "export"),
     "flags of ask": partial(flags.table, "ask"),
+    "flags of sweep": partial(flags.table, "sweep"),
     "verbs": flags.verbs,
     "models": flags.models,
     "methods": methods.table,

@@ -134,9 +134,12 @@ def first_cells(text: str, title: str) -> list[str]:
 
 
 def test_every_flag_is_listed(pages: dict[str, str]) -> None:
-    text = filled(pages["flags.md"])
-    for verb in ("export", "ask"):
-        listed = set(re.findall(r"--[a-z-]+", " ".join(first_cells(text, f"Flags of {verb}"))))
+    for page, title, verb in (
+        ("flags.md", "Flags of export", "export"),
+        ("flags.md", "Flags of ask", "ask"),
+        ("sweeps.md", "Flags", "sweep"),
+    ):
+        listed = set(re.findall(r"--[a-z-]+", " ".join(first_cells(filled(pages[page]), title))))
         spoken = set(re.findall(r"(?<![\w-])--[a-z-]+", build_parser()[1][verb].format_help())) - {"--help"}
         assert listed == spoken
 

@@ -43,7 +43,10 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["exprot"], "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, explain, clean"),
+        (
+            ["exprot"],
+            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, explain, sweep, clean",
+        ),
         (
             ["export", "--modle", "x"],
             "unknown argument '--modle', did you mean '--model'?; see pruneport export --help",

@@ -190,7 +190,8 @@ HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "executorch", "coremlto
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["export", "--help"], ["verify", "--help"], ["explain", "--help"], ["--version"]]
+    "words",
+    [["--help"], ["export", "--help"], ["verify", "--help"], ["explain", "--help"], ["sweep", "--help"], ["--version"]],
 )
 def test_help_loads_nothing_heavy(root: Path, words: list[str]) -> None:
     program = f"""
