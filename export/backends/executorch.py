@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from export.backends import replays
 from export.backends.backend import LoweredGraph
 from export.backends.tracing import converting, trace
 
@@ -87,7 +88,7 @@ def write_program(
         partitioner, passes = delegate.load()
         for name, graph in graphs.items():
             traced = {name: trace(graph)}
-            with converting("ExecuTorch", traced), delegate.serialising():
+            with converting("ExecuTorch", traced), delegate.serialising(), replays.left_out():
                 edge = to_edge_transform_and_lower(
                     traced,
                     partitioner={name: [partitioner]},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends import executorch
+from export.backends import executorch, replays
 from export.backends.backend import Backend, LoweredGraph
 from export.backends.executorch import Delegate
 
@@ -36,8 +36,31 @@ def _said(record: logging.LogRecord) -> tuple[str, str] | None:
     return None if getattr(said, "node", None) is None else (said.node.name, str(said.reason).rstrip("."))
 
 
-def _serialising() -> AbstractContextManager[None]:
-    return _half_stored()
+@contextmanager
+def _serialising() -> Iterator[None]:
+    with _half_stored(), _needed_patterns():
+        yield
+
+
+# Two of XNNPACK's passes look for patterns that they make by exporting small modules, which takes as long as lowering a
+# small graph does; a part of a program without these operators holds none of them.
+SIGNS = {"ConvertToUpsampleBilinear2d": "aten::upsample_bilinear2d.vec", "ConvertToSDPAPass": "aten::logical_not"}
+
+
+@contextmanager
+def _needed_patterns() -> Iterator[None]:
+    """Has a pass of SIGNS run only on programs that hold its sign."""
+    from executorch.backends.xnnpack._passes import XNNPACKPassManager
+
+    usual = XNNPACKPassManager.transform
+
+    def transform(self: Any) -> Any:
+        there = {getattr(node.target, "_name", None) for node in self.exported_program.graph.nodes}
+        self.passes = [one for one in self.passes if SIGNS.get(one.__name__) in (None, *there)]
+        return usual(self)
+
+    with replays.replaced(XNNPACKPassManager, "transform", transform):
+        yield
 
 
 @contextmanager
