@@ -10,10 +10,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -63,12 +64,8 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
         if bindings._threadpool_get_thread_count() != threads:
             bindings._unsafe_reset_threadpool(threads)
         try:
-            program = bindings._load_program(
-                str(file),
-                program_verification=bindings.Verification.InternalConsistency,
-                data_path=str(extra_files[0]) if extra_files else None,
-            )
-            loaded = program.load_method(method.name)
+            program = _open_program(bindings, file, extra_files[0] if extra_files else None)
+            loaded = program.opened.load_method(method.name)
             meta = loaded.method_meta()
         except (RuntimeError, ValueError) as err:
             reason = "; ".join(log()[-3:])
@@ -80,13 +77,38 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
     return LoadedProgram(bindings, program, loaded, method, file)
 
 
+@dataclass(eq=False)
+class _Program:
+    """A program file in memory, whose constants the bindings lock there; closed with the last method of it."""
+
+    opened: Any
+
+
+_open_programs: WeakValueDictionary[tuple[object, ...], _Program] = WeakValueDictionary()
+
+
+def _open_program(bindings: Any, file: Path, data: Path | None) -> _Program:
+    """The program that is open already where another method of the same file is, else opened."""
+    stat = file.stat()
+    key = (file.resolve(), data, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    program = _open_programs.get(key)
+    if program is None:
+        opened = bindings._load_program(
+            str(file),
+            program_verification=bindings.Verification.InternalConsistency,
+            data_path=str(data) if data else None,
+        )
+        program = _open_programs[key] = _Program(opened)
+    return program
+
+
 class LoadedProgram:
     """One method of a program, ready to run."""
 
-    def __init__(self, bindings: Any, program: Any, loaded: Any, method: Method, file: Path) -> None:
+    def __init__(self, bindings: Any, program: _Program, loaded: Any, method: Method, file: Path) -> None:
         self.engine = f"executorch {importlib.metadata.version('executorch')}"
         self._bindings = bindings
-        self._program = program  # owns the memory the method runs in
+        self._program: _Program | None = program  # owns the memory the method runs in
         self._loaded = loaded
         self._method = method
         self._file = file
