@@ -15,7 +15,6 @@ import numpy as np
 from runtime.bundle import OWN_LAYOUT, Bundle, read_bundle
 from runtime.errors import BundleError, OutputError, RequestError
 from runtime.generation import (
-    VISION_ENCODER,
     Prefill,
     Sampling,
     Token,
@@ -127,7 +126,7 @@ class OpenBundle:
         with ExitStack() as stack:
             graphs = stack.enter_context(open_graphs(bundle, threads=threads))
             self._answers = start_answers(bundle, graphs)
-            self.emulated = graphs[VISION_ENCODER].placement().emulated
+            self.emulated = any(graph.placement().emulated for graph in graphs.values())
             self._open = stack.pop_all()
         self._closed = False
         self._last: tuple[np.ndarray, Prefill] | None = None

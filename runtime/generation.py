@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.bundle import Bundle, GraphInfo, TensorInfo
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
+from runtime.hand_over import hand_over_fault
 from runtime.session import Session, open_session
 
 VISION_ENCODER = "vision_encoder"
@@ -153,7 +154,14 @@ class Token:
 
 @contextmanager
 def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[str, Session]]:
-    """All graphs of a bundle, open in their engine. Raises what `open_session` raises."""
+    """All graphs of a bundle, open in their engines. Raises what `open_session` raises.
+
+    BundleError, before any is opened, where the vision graph does not hand on what the text graphs take.
+    """
+    if bundle.manifest.text is not None:
+        vision, image, text = (bundle.graph(name) for name in (VISION_ENCODER, IMAGE_PREFILL, TEXT_PREFILL))
+        if fault := hand_over_fault(vision, image, text.cache):
+            raise BundleError(f"{bundle.manifest.name}: {fault}; its graphs are of different exports: export again")
     with ExitStack() as stack:
         yield {
             graph.name: stack.enter_context(open_session(bundle, graph.name, threads=threads))

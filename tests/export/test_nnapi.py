@@ -53,7 +53,7 @@ def _request(folder: Path, **words: Any) -> Request:
 
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
-    assert (planned.bundle.name, planned.precision) == ("pocket-keep64-android-nnapi", "fp32")
+    assert (planned.bundle.name, planned.vision.precision) == ("pocket-keep64-android-nnapi", "fp32")
     with pytest.raises(RequestError, match=r"unknown nnapi precision 'fp16'.*allowed: fp32"):
         plan(_request(tmp_path, precision="fp16"))
 

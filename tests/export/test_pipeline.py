@@ -74,6 +74,13 @@ class FakeEncoder:
         return (TensorInfo(name="hidden", shape=(1, 35 + self.keep, 8), dtype="float32"),)
 
 
+class FakeText(FakeEncoder):
+    """A graph that goes on with what a fake encoder hands on, and that nobody traces."""
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return self.output_infos()
+
+
 def fake_golden(checkpoint: object, entry: object, spec: Any, **rest: object) -> dict[str, np.ndarray]:
     return {} if spec is None else {"kept_indices": np.arange(spec.keep)}
 
@@ -107,7 +114,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         export.graphs.decoder,
         "build_text_graphs",
-        lambda *a, **k: {name: FakeEncoder(1) for name in export.graphs.decoder.TEXT_GRAPHS},
+        lambda checkpoint, context, **k: dict.fromkeys(export.graphs.decoder.TEXT_GRAPHS, FakeText(context.keep)),
     )
     set_lower(monkeypatch, fake_lower)
     monkeypatch.setattr(runtime.harness, "check_bundle", fake_check)
