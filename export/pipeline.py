@@ -372,6 +372,7 @@ class _Making:
             quant_layers=plan.shared_scheme,
             arithmetic=plan.vision.backend.pruner_arithmetic,
             cache=plan.cache,
+            index=plan.index,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length

@@ -167,6 +167,11 @@ class Plan:
         """The dtype of the KV cache. The text graphs decide it, and the vision graph hands on what they take."""
         return None if self.text is None else "float16" if self.text.traced == "fp16" else "float32"
 
+    @property
+    def index(self) -> str | None:
+        """The dtype of the positions that are handed on: between two engines int32, which all have; else its own."""
+        return "int32" if self.mixed else None
+
     def recipe(self, graph: str) -> Recipe:
         """How a graph is made: as its part, but that the token embedding, a table of rows, is never quantised."""
         from runtime.generation import TOKEN_EMBEDDING, VISION_ENCODER

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from runtime.bundle import TensorInfo
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32}
 
 
 class VisionEncoder(Graph):
@@ -46,7 +46,7 @@ class VisionEncoder(Graph):
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
 
-    Engines that compute in float16 have no int64: `positions` and `kept_indices` are int32 then.
+    Engines that compute in float16 have no int64: `positions` and `kept_indices` are int32 then, or what `index` says.
 
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
@@ -74,6 +74,7 @@ class VisionEncoder(Graph):
         framed: bool,
         arithmetic: Arithmetic = "float32",
         cache: str | None = None,
+        index: str | None = None,
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
@@ -85,7 +86,7 @@ class VisionEncoder(Graph):
         self.spec = spec
         self._cache = cache
         # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
-        self.index_dtype = torch.int32 if arithmetic == "float16" else torch.int64
+        self.index_dtype = DTYPES[index or ("int32" if arithmetic == "float16" else "int64")]
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = family.tower(geometry)
         self.decoder_layers = nn.ModuleList(family.layer(geometry) for _ in range(cut))
@@ -219,12 +220,14 @@ def build_vision_encoder(
     quant_layers: str | None = None,
     arithmetic: Arithmetic = "float32",
     cache: str | None = None,
+    index: str | None = None,
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
     `arithmetic` is what the engine computes the pruner in, `cache` the dtype that keys and values are handed on in, as
-    the text graphs take them: `float32` or `float16`, by default what the decoder layers compute in.
+    the text graphs take them: `float32` or `float16`, by default what the decoder layers compute in. `index` is the
+    dtype of positions, `int64` or `int32`, by default as the engine has them.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `cut` is the first decoder
@@ -250,6 +253,7 @@ def build_vision_encoder(
             framed=framed,
             arithmetic=arithmetic,
             cache=cache,
+            index=index,
         )
         fill(encoder.tower, checkpoint, "tower", dtype)
         encoder.tower.to(dtype)
