@@ -326,6 +326,12 @@ class _Making:
             text=plan.text_tokens,
             index=encoder.index_name,
         )
+        most = plan.vision.backend.most_positions
+        if most is not None and context.first_text > most:
+            raise ExportError(
+                f"prompt and image take {context.first_text} positions; backend {plan.vision.backend.name} counts them "
+                f"in float16, which is exact up to {most}; take another --backend for the vision graph"
+            )
         most = plan.text.backend.most_positions
         if most is not None and context.positions > most:
             raise ExportError(

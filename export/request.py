@@ -227,7 +227,7 @@ def plan(request: Request) -> Plan:
     if request.only is not None:
         _known("part", request.only, ALONE)
     whole = request.only is None
-    backends = _backends(request, target, PARTS if whole else (request.only or "",))
+    backends = _backends(request, target, PARTS if request.only is None else (request.only,))
     backend, text_backend = backends["vision"], backends.get("text", backends["vision"])
     mixed = text_backend is not backend
     layout = _layout(request.layout, backends, target)

@@ -22,7 +22,7 @@ from runtime.errors import BundleError, NotYetError, RequestError
 from runtime.generation import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER, open_graphs, start_answers
 from runtime.golden import ANSWER, PIXELS, QUESTION, input_key
 from runtime.harness import verify
-from tests.conftest import CommandLine, needs_chromium
+from tests.conftest import needs_chromium
 from tests.sample_bundle import edit_manifest
 from tests.wide_family import TINY_WIDE
 
@@ -301,7 +301,6 @@ def test_graphs_that_do_not_belong_together_are_refused(
     message: str,
     mixed: pipeline.Made,
     tmp_path: Path,
-    command_line: CommandLine,
 ) -> None:
     broken = shutil.copytree(mixed.bundle.path, tmp_path / mixed.bundle.path.name)
     graphs = msgspec.to_builtins(mixed.bundle.manifest.graphs)
@@ -312,6 +311,16 @@ def test_graphs_that_do_not_belong_together_are_refused(
         pass
     assert message in str(caught.value)
     assert str(caught.value).endswith("its graphs are of different exports: export again")
+
+
+def test_a_check_refuses_such_a_bundle_too(mixed: pipeline.Made, tmp_path: Path) -> None:
+    broken = shutil.copytree(mixed.bundle.path, tmp_path / mixed.bundle.path.name)
+    graphs = msgspec.to_builtins(mixed.bundle.manifest.graphs)
+    (info,) = (info for info in graphs[0]["outputs"] if info["name"] == "key_0")
+    info["dtype"] = "float16"
+    edit_manifest(broken, graphs=graphs)
+    with pytest.raises(BundleError, match=r"hands on key_0 float16.*export again"):
+        verify(broken)
 
 
 @pytest.mark.slow

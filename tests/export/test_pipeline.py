@@ -282,6 +282,65 @@ def test_delegate_that_took_nothing_is_an_error(graph: str, tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(
+    ("most", "message"),
+    [
+        (610, "prompt and image take 611 positions; backend xnnpack counts them in float16, which is exact up to 610"),
+        (1122, "prompt, image and text_tokens=512 take 1123 positions; backend xnnpack counts them in float16"),
+    ],
+)
+def test_more_positions_than_the_engine_can_count(
+    most: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(XNNPACK, lower=fake_lower, most_positions=most)
+    monkeypatch.setitem(TARGETS, "android", replace(TARGETS["android"], backends=(few,)))
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(ExportError) as caught:
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert message in str(caught.value)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_each_part_goes_to_its_backend_and_lies_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both call their file alike."""
+    asked: dict[str, list[str]] = {}
+
+    def lowering(name: str) -> Callable[..., dict[str, LoweredGraph]]:
+        def lower(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
+            asked[name] = list(graphs)
+            return fake_lower(graphs, out_dir)
+
+        return lower
+
+    pair = replace(XNNPACK, lower=lowering("xnnpack")), replace(ONNX, lower=lowering("onnx"))
+    monkeypatch.setitem(TARGETS, "android", replace(TARGETS["android"], backends=pair))
+    words = {"model": "pocket", "keep": "64", "target": "android", "output_dir": str(tmp_path)}
+    planned = plan(Request(backend="vision=onnx,text=xnnpack", **words))
+    made = pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert asked == {"onnx": ["vision_encoder"], "xnnpack": list(export.graphs.decoder.TEXT_GRAPHS)}
+    graphs = made.bundle.manifest.graphs
+    assert {(graph.name == "vision_encoder", graph.engine, graph.file) for graph in graphs} == {
+        (True, "onnxruntime", "vision/model.pte"),
+        (False, "executorch", "text/model.pte"),
+    }
+
+
+@pytest.mark.usefixtures("light")
+def test_graphs_that_do_not_fit_together_are_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {name: FakeText(65) for name in export.graphs.decoder.TEXT_GRAPHS}
+    monkeypatch.setattr(export.graphs.decoder, "build_text_graphs", lambda *a, **k: others)
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(
+        ExportError, match=r"vision_encoder hands on hidden float32\[1, 99, 8\], but image_prefill takes"
+    ):
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
 def test_pruning_that_did_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.golden, "make_golden", lambda *a, **k: {"kept_indices": np.arange(576)})
     planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
