@@ -84,11 +84,12 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     what.add_argument(
         "--backend",
         metavar="B",
-        help="android: xnnpack (default), vulkan, onnx, webgpu, nnapi, qnn; ios: coreml, executorch",
+        help="android: xnnpack (default), vulkan, onnx, webgpu, nnapi, qnn; ios: coreml, executorch; "
+        "vision=B,text=B for each part its own",
     )
     what.add_argument("--soc", metavar="CHIP", help="the one chip to compile for, e.g. snapdragon-8-gen-3 (qnn)")
     what.add_argument("--min-ios", metavar="V", help="ios: the oldest version that runs it, 18 (default) or 17")
-    what.add_argument("--precision", metavar="P", help="fp32 or fp16")
+    what.add_argument("--precision", metavar="P", help="fp32 or fp16; vision=P,text=P where parts differ")
     what.add_argument("--quant-vision", metavar="Q", help="vision graph: 8da8w; coreml: int8, int4, pal4; qnn: a16w8")
     what.add_argument(
         "--quant-text",

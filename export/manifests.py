@@ -14,6 +14,7 @@ from runtime.bundle import (
     GoldenInfo,
     GraphInfo,
     ImageInfo,
+    MadeInfo,
     Manifest,
     PruneInfo,
     RangesInfo,
@@ -64,15 +65,7 @@ def manifest_of(
         family=plan.entry.family.name,
         created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         weights=checkpoint.identity(),
-        target=TargetInfo(
-            name=plan.target.name,
-            backend=plan.backend.name,
-            precision=plan.precision,
-            quant_vision=plan.vision.scheme,
-            quant_text=plan.text.scheme if plan.text else None,
-            soc=plan.backend.soc,
-            min_os=plan.backend.min_os,
-        ),
+        target=_target_info(plan),
         prune=_prune_info(plan, bundle),
         graphs=graphs,
         image=image,
@@ -88,6 +81,22 @@ def manifest_of(
     )
 
 
+def _target_info(plan: Plan) -> TargetInfo:
+    vision, text = plan.vision.backend, plan.text.backend if plan.text and plan.mixed else None
+    return TargetInfo(
+        name=plan.target.name,
+        backend=vision.name,
+        precision=plan.vision.precision,
+        quant_vision=plan.vision.scheme,
+        quant_text=plan.text.scheme if plan.text else None,
+        soc=vision.soc,
+        min_os=vision.min_os,
+        text=None
+        if plan.text is None or text is None
+        else MadeInfo(backend=text.name, precision=plan.text.precision, soc=text.soc, min_os=text.min_os),
+    )
+
+
 def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
     from pruning import settings_numbers
 
@@ -100,7 +109,7 @@ def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
         pruned=spec is not None,
         method=None if spec is None else spec.method,
         settings={} if spec is None else settings_numbers(spec),
-        arithmetic=plan.backend.pruner_arithmetic,
+        arithmetic=plan.vision.backend.pruner_arithmetic,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING
 
 from runtime.errors import ExportError
+from runtime.hand_over import hand_over_fault, text_side
 from runtime.ready_made import EMBED_TOKENS
 from runtime.text_graphs import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from export.backends.backend import Backend, LoweredGraph, Recipe
     from export.families.family import Checkpoint
     from export.graphs.graph import Graph, Parts
     from export.graphs.vision import VisionEncoder
@@ -189,7 +191,9 @@ class _Making:
             )
         # Serialised in memory first: a full disk is then an OSError like any other.
         (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": self.plan.photo}))
-        return device, None if watch is None else self._ranges_info(watch.ranges(), (plan.photo_name,))
+        if watch is None or plan.text is None:
+            return device, None
+        return device, self._ranges_info(watch.ranges(), (plan.photo_name,), plan.text)
 
     def _desktop_pixels(self) -> NDArray[np.float32]:
         """The photo as transformers' own image processor prepares it: (1, 3, height, width) float32.
@@ -232,15 +236,21 @@ class _Making:
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
             graphs = self._build(bundle, stage, islands, noted)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            lowered = plan.backend.lower(graphs if plan.backend.one_by_one else dict(graphs), folder)
-            for name in graphs:
-                self._check_taken(name, lowered[name].coverage, stage)
-        return tuple(
+            lowered: dict[str, LoweredGraph] = {}
+            places: dict[str, str] = {}
+            for backend, group, place in self._by_backend(graphs):
+                (folder / place).mkdir(exist_ok=True)
+                lowered |= backend.lower(group if backend.one_by_one else dict(group), folder / place)
+                places |= dict.fromkeys(group, place)
+                for name in group:
+                    self._check_taken(name, lowered[name].coverage, stage)
+                gc.collect()
+        graph_infos = tuple(
             GraphInfo(
                 name=name,
-                file=lowered[name].file,
-                extra_files=lowered[name].extra_files,
-                engine=plan.backend.engine,
+                file=f"{places[name]}{lowered[name].file}",
+                extra_files=tuple(f"{places[name]}{file}" for file in lowered[name].extra_files),
+                engine=plan.recipe(name).backend.engine,
                 arithmetic=plan.arithmetic(name),
                 inputs=lowered[name].inputs or inputs,
                 outputs=lowered[name].outputs or outputs,
@@ -249,6 +259,20 @@ class _Making:
             )
             for name, (inputs, outputs) in infos.items()
         )
+        if plan.text is not None:
+            by_name = {graph.name: graph for graph in graph_infos}
+            fault = hand_over_fault(by_name[VISION_ENCODER], *text_side(by_name))
+            if fault:
+                raise ExportError(f"{fault}; please report this")
+        return graph_infos
+
+    def _by_backend(self, graphs: Parts) -> Iterator[tuple[Backend, Parts, str]]:
+        """What each backend is to lower, and where: two of them may call their files alike, and get a folder each."""
+        if not self.plan.mixed:
+            yield self.plan.vision.backend, graphs, ""
+            return
+        for (part, recipe), group in zip(self.plan.parts.items(), graphs.apart(), strict=True):
+            yield recipe.backend, group, f"{part}/"
 
     def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
         plan = self.plan
@@ -303,11 +327,17 @@ class _Making:
             text=plan.text_tokens,
             index=encoder.index_name,
         )
-        most = plan.backend.most_positions
+        most = plan.vision.backend.most_positions
+        if most is not None and context.first_text > most:
+            raise ExportError(
+                f"prompt and image take {context.first_text} positions; backend {plan.vision.backend.name} counts them "
+                f"in float16, which is exact up to {most}; take another --backend for the vision graph"
+            )
+        most = plan.text.backend.most_positions
         if most is not None and context.positions > most:
             raise ExportError(
                 f"prompt, image and text_tokens={plan.text_tokens} take {context.positions} positions; "
-                f"backend {plan.backend.name} counts them in float16, which is exact up to {most}; "
+                f"backend {plan.text.backend.name} counts them in float16, which is exact up to {most}; "
                 "give fewer --text-tokens"
             )
         if context.positions > geometry.text.max_positions:
@@ -317,7 +347,7 @@ class _Making:
                 "give fewer --text-tokens"
             )
         quant = plan.text.module_scheme
-        if plan.backend.open_axes:
+        if plan.text.backend.open_axes:
             parts = open_text_parts(
                 self.checkpoint,
                 context,
@@ -357,8 +387,10 @@ class _Making:
             cut=plan.cut,
             framed=plan.framed,
             precision=plan.vision.traced,
-            quant_layers=plan.text.module_scheme if plan.text else None,
-            arithmetic=plan.backend.pruner_arithmetic,
+            quant_layers=plan.shared_scheme,
+            arithmetic=plan.vision.backend.pruner_arithmetic,
+            cache=plan.cache,
+            index=plan.index,
         )
         keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
@@ -393,27 +425,31 @@ class _Making:
         from runtime.image import preprocess
 
         # The pruner is none of it, and quantised decoder layers compute in float32.
-        cut = 0 if plan.text and plan.text.module_scheme else plan.cut
+        cut = 0 if plan.shared_scheme else plan.cut
         precise = build_vision_encoder(checkpoint, plan.entry, None, cut=cut, framed=cut > 0)
         # Spread over the whole set: photos first, then scenes from night to glare.
         photos = default_photos(RANGE_PHOTOS) | {plan.photo_name: plan.photo}
         image = plan.entry.family.image(checkpoint.folder, checkpoint.geometry)
         pixels = (torch.from_numpy(preprocess(photo, image)) for photo in photos.values())
-        info = self._ranges_info(measure(precise, pixels), tuple(photos))
+        info = self._ranges_info(measure(precise, pixels), tuple(photos), plan.vision)
         return _Half(info, {name: precise.get_submodule(name) for name in info.islands})
 
-    def _ranges_info(self, ranges: Ranges, photos: tuple[str, ...]) -> RangesInfo:
-        """What was measured on `photos`, for the manifest; ExportError where the backend cannot compute an island."""
+    def _ranges_info(self, ranges: Ranges, photos: tuple[str, ...], recipe: Recipe) -> RangesInfo:
+        """What was measured on `photos`, for the manifest; ExportError where the backend cannot compute an island.
+
+        `recipe` is how the part is made that was measured.
+        """
         from export.ranges import SAFETY
         from runtime.bundle import FLOAT16_LARGEST, RangesInfo
 
         plan = self.plan
-        if ranges.beyond and plan.vision.traced != plan.vision.computes:
+        if ranges.beyond and recipe.traced != recipe.computes:
             others = [other.name for other in plan.target.backends if other.traced_precision is None]
             raise ExportError(
                 f"{ranges.worst} of the {ranges.graph} reaches {ranges.largest[ranges.worst]:.3g}; backend "
-                f"{plan.backend.name} computes everything in float16, which holds {FLOAT16_LARGEST:.0f} (with a safety "
-                f"factor of {SAFETY:g}); take a backend that can compute such modules in float32: {', '.join(others)}"
+                f"{recipe.backend.name} computes everything in float16, which holds {FLOAT16_LARGEST:.0f} (with a "
+                f"safety factor of {SAFETY:g}); take a backend that can compute such modules in float32: "
+                + ", ".join(others)
             )
         return RangesInfo(
             worst_module=ranges.worst,
@@ -432,8 +468,8 @@ class _Making:
         # Looking a row up in a table is nothing that a delegate would be faster at.
         if name not in (TOKEN_EMBEDDING, EMBED_TOKENS) and not any(coverage.nodes for coverage in coverages):
             raise ExportError(
-                f"backend {self.plan.backend.name} took no node of {name}: the phone would run it without any "
-                "acceleration; run again with -v to see why, or choose another --backend"
+                f"backend {self.plan.recipe(name).backend.name} took no node of {name}: the phone would run it without "
+                "any acceleration; run again with -v to see why, or choose another --backend"
             )
 
     def _carry(self, folder: Path) -> None:

@@ -134,8 +134,8 @@ def measure(encoder: VisionEncoder, pixel_values: Iterable[Tensor]) -> Ranges:
         for handle in recorder.handles:
             handle.remove()
     ranges = _ranges(recorder.largest, recorder.norm_inputs, "vision graph")
-    worst = max(recorder.offsets, key=recorder.offsets.__getitem__)
-    if recorder.offsets[worst] > LARGEST_OFFSET:
+    worst = max(recorder.offsets, key=recorder.offsets.__getitem__, default="")  # a tower may have none
+    if recorder.offsets.get(worst, 0.0) > LARGEST_OFFSET:
         raise ExportError(
             f"{worst} of the vision graph takes the mean out of numbers whose mean is {recorder.offsets[worst]:.3g} "
             f"times their deviation; float16 would leave little of them (at most {LARGEST_OFFSET:g}): "

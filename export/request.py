@@ -49,7 +49,9 @@ RAM_PER_QUANTISED_WEIGHT = 2.6
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 
-PARTS = ("vision",)
+PARTS = ("vision", "text")
+# What can be exported without the rest.
+ALONE = ("vision",)
 
 # Room for text in the KV cache. The least is what the check needs: a prompt chunk, or a question and its answer.
 DEFAULT_TEXT_TOKENS = 512
@@ -109,16 +111,14 @@ class Needs:
 class Plan:
     """An export with every name resolved; `twin` is made first, in the same run, and compared with `bundle`.
 
-    `vision` and `text` say how the two parts are made, `layout` for whose runtime; `text` is None where no text graphs
-    are made, and so is `text_tokens`, the room for text in the KV cache. `calibration` are the photos that the vision
-    graph's quantisation is measured on, None where it needs none.
+    `vision` and `text` say how the two parts are made and by which backend, `layout` for whose runtime; `text` is None
+    where no text graphs are made, and so is `text_tokens`, the room for text in the KV cache. `calibration` are the
+    photos that the vision graph's quantisation is measured on, None where it needs none.
     """
 
     request: Request
     entry: ModelEntry
     target: Target
-    backend: Backend
-    precision: Precision
     vision: Recipe
     text: Recipe | None
     text_tokens: int | None
@@ -143,30 +143,60 @@ class Plan:
         """True where the vision graph hands on the prompt before the image, too: our text graphs take both."""
         return self.cut > 0 or (self.text is not None and self.layout is None)
 
+    @property
+    def parts(self) -> Mapping[str, Recipe]:
+        """How each part that is made is made, by its name."""
+        return {"vision": self.vision} | ({"text": self.text} if self.text is not None else {})
+
+    @property
+    def mixed(self) -> bool:
+        """True where the parts are made by different backends, each with files and weights of its own."""
+        return self.text is not None and self.text.backend.name != self.vision.backend.name
+
+    @property
+    def shared_scheme(self) -> str | None:
+        """What quantises the decoder layers below the cut with the text graphs, whose weights they share.
+
+        None where nothing does, and where another backend makes the text graphs: these layers are then made as the rest
+        of the vision graph.
+        """
+        return None if self.text is None or self.mixed else self.text.module_scheme
+
+    @property
+    def cache(self) -> str | None:
+        """The dtype of the KV cache. The text graphs decide it, and the vision graph hands on what they take."""
+        return None if self.text is None else "float16" if self.text.traced == "fp16" else "float32"
+
+    @property
+    def index(self) -> str | None:
+        """The dtype of the positions that are handed on: between two engines int32, which all have; else its own."""
+        return "int32" if self.mixed else None
+
     def recipe(self, graph: str) -> Recipe:
         """How a graph is made: as its part, but that the token embedding, a table of rows, is never quantised."""
         from runtime.ready_made import EMBED_TOKENS
         from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
 
-        if graph == VISION_ENCODER:
+        if graph == VISION_ENCODER or self.text is None:
             return self.vision
-        if graph in (TOKEN_EMBEDDING, EMBED_TOKENS) or self.text is None:
-            return self.backend.recipe(self.precision, None)
-        return self.text
+        return self.text.unquantised if graph in (TOKEN_EMBEDDING, EMBED_TOKENS) else self.text
 
     def arithmetic(self, graph: str) -> tuple[str, ...]:
-        """What a graph's numbers pass through: decoder layers below the cut are made as the text graphs' are."""
+        """What a graph's numbers pass through: decoder layers below the cut may be made as the text graphs' are."""
         from runtime.text_graphs import VISION_ENCODER
 
         named = [self.recipe(graph).arithmetic]
-        if graph == VISION_ENCODER and self.cut and self.text is not None and self.text.module_scheme:
-            named.append(self.text.arithmetic)
+        if graph == VISION_ENCODER and self.cut:
+            if self.shared_scheme:
+                named.append(self.shared_scheme)
+            if self.cache == "float16" and self.vision.traced == "fp32":  # keys and values are rounded as they leave
+                named.append("fp16")
         return tuple(dict.fromkeys(named))
 
     @property
     def states(self) -> bool:
         """Whether the engine keeps the KV cache: its states are float16."""
-        return self.backend.states and self.text is not None and self.text.in_half
+        return self.text is not None and self.text.backend.states and self.text.in_half
 
     @property
     def bundles(self) -> tuple[BundlePlan, ...]:
@@ -194,53 +224,63 @@ def plan(request: Request) -> Plan:
 
     entry = MODELS[_known("model", request.model, MODELS)]
     target = TARGETS[_known("target", request.target, TARGETS)]
-    backends = {backend.name: backend for backend in target.backends}
-    backend = backends[_known(f"{target.name} backend", request.backend or next(iter(backends)), backends)]
-    backend = _variant(request, backend, target)
     if request.only is not None:
-        _known("part", request.only, PARTS)
+        _known("part", request.only, ALONE)
     whole = request.only is None
-    layout = _layout(request.layout, backend, target, whole=whole)
+    backends = _backends(request, target, PARTS if request.only is None else (request.only,))
+    backend, text_backend = backends["vision"], backends.get("text", backends["vision"])
+    mixed = text_backend is not backend
+    layout = _layout(request.layout, backends, target)
     cut = _cut(request.cut, entry, layout)
-    schemes = layout.quant_text if layout else backend.quant_text
+    schemes = layout.quant_text if layout else text_backend.quant_text
     quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
-        if layout and wanted in backend.quant_text and wanted not in (*schemes, NONE):
+        if layout and wanted in text_backend.quant_text and wanted not in (*schemes, NONE):
             raise RequestError(
                 f"quant_text={wanted} does not go with layout={layout.runtime}, which takes {', '.join(schemes)}"
             )
-        quant_text = _quantisation("quant_text", wanted, schemes, backend, target)
+        quant_text = _quantisation("quant_text", wanted, schemes, text_backend, target)
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
-    all_quantised = not backend.compresses and bool(quant_vision) and (not whole or bool(quant_text))
-    usual = entry.precision if entry.precision in backend.precisions else backend.precisions[0]
-    default_precision = "fp32" if all_quantised else usual
-    precision = _known(f"{backend.name} precision", request.precision or default_precision, backend.precisions)
+    asked = _precisions(request.precision, backends)
+    all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
+    default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)
+    precision = _known(f"{backend.name} precision", asked["vision"] or default_precision, backend.precisions)
     if all_quantised and precision != "fp32":
         raise RequestError(
             f"precision={precision} does not go with quant_vision={quant_vision}: {backend.name} quantises only "
             "what comes in fp32, and computes the rest in fp32; leave --precision or --quant-vision out"
         )
+    text_precision, default_text_precision = precision, precision
+    if mixed:
+        default_text_precision = _usual_precision(entry, text_backend)
+        wanted = asked["text"] or default_text_precision
+        text_precision = _known(f"{text_backend.name} precision", wanted, text_backend.precisions)
     text_tokens = _text_tokens(request.text_tokens, entry) if whole else None
     tokens = entry.geometry.image_tokens
     keep = _keep(request.keep, tokens, entry.name)
     seed = whole_number("seed", request.seed, 0, 2**32 - 1)
     if request.twin and keep == tokens:
         raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
-    _check_size(backend, entry, cut, precision, text=whole)
+    _check_size("vision_encoder", entry.vision_parameter_count(cut), backend, entry, precision)
+    if whole:
+        _check_size("text_prefill", entry.text_parameter_count(), text_backend, entry, text_precision)
     _check_weights(request.weights)
-    _check_installed(backend)
+    for each in dict.fromkeys((backend, text_backend)):
+        _check_installed(each)
     method = _method(request.method, cut, pruned=keep < tokens)
     photo_path = _photo_path(request.image)
     calibration = _calibration(request.calibration, backend, quant_vision)
 
     choices = [
         backend.variant,
+        text_backend.variant if mixed else "",
         precision if precision != default_precision else "",
         quant_vision or "",
+        f"text-{text_precision}" if text_precision != default_text_precision else "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
         f"cut{cut}" if cut != PAPER_CUT and layout is None else "",
@@ -258,7 +298,8 @@ def plan(request: Request) -> Plan:
     def bundle_plan(keep: int) -> BundlePlan:
         kept = f"keep{keep}" if keep < tokens else "keepall"
         by = method if keep < tokens and request.method not in (None, DEFAULT_METHOD) else ""
-        parts = (entry.name, kept, target.name, backend.name, *(choice for choice in (by, *choices) if choice))
+        made_by = f"vision-{backend.name}-text-{text_backend.name}" if mixed else backend.name
+        parts = (entry.name, kept, target.name, made_by, *(choice for choice in (by, *choices) if choice))
         spec = _prune_spec(entry, keep, method) if keep < tokens else None
         return BundlePlan(path=folder / "-".join(parts), spec=spec)
 
@@ -273,8 +314,10 @@ def plan(request: Request) -> Plan:
         precision,
         text=whole,
         quant_text=quant_text,
-        text_copies=backend.text_copies,
+        text_precision=text_precision,
+        text_copies=text_backend.text_copies,
         ram_factor=backend.ram_factor,
+        text_ram_factor=text_backend.ram_factor,
         bundles=2 if twin else 1,
         folder=folder,
     )
@@ -290,10 +333,8 @@ def plan(request: Request) -> Plan:
         request=request,
         entry=entry,
         target=target,
-        backend=backend,
-        precision=precision,
         vision=backend.recipe(precision, quant_vision),
-        text=backend.recipe(precision, quant_text) if whole else None,
+        text=text_backend.recipe(text_precision, quant_text) if whole else None,
         text_tokens=text_tokens,
         cut=cut,
         layout=layout,
@@ -315,17 +356,19 @@ def describe(plan: Plan) -> str:
     where = f"before decoder layer {plan.cut}" if plan.cut else "after the projector"
     kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
     kept += f", chosen by {spec.method}" if spec else ""
-    precision = plan.precision + (f", vision {plan.vision.scheme}" if plan.vision.scheme else "")
+    schemes = [f"{part} {recipe.scheme}" for part, recipe in plan.parts.items() if recipe.scheme]
+    makers = _maker(plan.vision, *schemes)
+    if plan.mixed:
+        makers = "; ".join(f"{part} {_maker(recipe, recipe.scheme or '')}" for part, recipe in plan.parts.items())
     text = "none"
     if plan.text is not None:
-        precision += f", text {plan.text.scheme}" if plan.text.scheme else ""
         fixed = "image_prefill, token_embedding, text_prefill, text_decoder"
         front = "decoder_front, " if plan.cut else ""
-        names = f"token_embedding, {front}decoder_back, lm_head" if plan.backend.open_axes else fixed
+        names = f"token_embedding, {front}decoder_back, lm_head" if plan.text.backend.open_axes else fixed
         text = f"{names}; room for {plan.text_tokens} tokens"
-        if plan.backend.states:
+        if plan.text.backend.states:
             text += ", KV cache as states" if plan.states else ", KV cache as inputs and outputs (states are fp16)"
-        elif plan.backend.text_copies > 1:
+        elif plan.text.backend.text_copies > 1:
             text += ", KV cache as inputs and outputs, weights stored for each graph"
         if plan.layout:
             text = f"as {plan.layout.runtime} expects it; room for {plan.text_tokens} tokens"
@@ -343,8 +386,7 @@ def describe(plan: Plan) -> str:
         *([f"           {plan.twin.path} (unpruned twin)"] if plan.twin else []),
         f"  vision   vision_encoder, {kept}",
         f"  text     {text}",
-        f"  target   {plan.target.name}, {plan.backend.name} ({plan.backend.engine}), {precision}"
-        + (f", for {plan.backend.made_for}" if plan.backend.made_for else ""),
+        f"  target   {plan.target.name}, {makers}",
         f"  weights  {weights}",
         f"  photo    {plan.photo_name}, {width} x {height}",
         *([] if plan.calibration is None else [f"  ranges   from {len(plan.calibration)} photos"]),
@@ -359,17 +401,26 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _maker(recipe: Recipe, *schemes: str) -> str:
+    """Who makes a part, in what and for what."""
+    backend = recipe.backend
+    made_for = f"for {backend.made_for}" if backend.made_for else ""
+    return ", ".join(filter(None, (f"{backend.name} ({backend.engine})", recipe.precision, *schemes, made_for)))
+
+
 def check_memory(planned: Plan) -> None:
     """Refuses an export that the system would stop half-way for want of memory; RequestError says what needs less."""
     needs, request = planned.needs, planned.request
     if request.force or needs.ram_bytes <= needs.ram_available_bytes:
         return
-    vision = replace(request, only="vision", quant_text=None)
+    vision = replace(request, only="vision", quant_text=None, backend=planned.vision.backend.name)
+    alone = f"--only vision --backend {planned.vision.backend.name}" if planned.mixed else "--only vision"
+    text = planned.text or planned.vision
     others = {
         "--precision fp16": replace(request, precision="fp16"),
-        **{f"--quant-text {name}": replace(request, quant_text=name) for name in planned.backend.quant_text[:1]},
-        "--only vision": vision,
-        "--cut 0 --only vision": replace(vision, cut="0", layout=OWN),
+        **{f"--quant-text {name}": replace(request, quant_text=name) for name in text.backend.quant_text[:1]},
+        alone: vision,
+        f"--cut 0 {alone}": replace(vision, cut="0", layout=OWN),
     }
     less = []
     for words, other in others.items():
@@ -394,14 +445,64 @@ def _known(what: str, word: str, known: Iterable[Word]) -> Word:
     return names[names.index(word)]
 
 
-def _variant(request: Request, backend: Backend, target: Target) -> Backend:
-    """The backend as it makes graphs for the chip or system that was asked for; it must have what else was."""
+def _by_part(what: str, word: str, parts: tuple[str, ...]) -> dict[str, str]:
+    """What a word says of each part that is made: one word of all of them, or `vision=...,text=...`."""
+    if not {"=", ","} & set(word):
+        return dict.fromkeys(parts, word)
+    form = ",".join(f"{part}=..." for part in parts)
+    said: dict[str, str] = {}
+    for piece in word.split(","):
+        part, _, value = piece.partition("=")
+        if not part or not value:
+            raise RequestError(f"{what}={word!r} has no part or no name in {piece!r}; write {form}, or one word")
+        _known("part", part, PARTS)
+        if part not in parts:
+            raise RequestError(f"{what}={word!r} names the {part} graphs, which --only leaves out; write {form}")
+        if part in said:
+            raise RequestError(f"{what}={word!r} names {part} twice; write {form}")
+        said[part] = value
+    if missing := [part for part in parts if part not in said]:
+        raise RequestError(f"{what}={word!r} says nothing of {', '.join(missing)}; write {form}, or one word for all")
+    return said
+
+
+def _backends(request: Request, target: Target, parts: tuple[str, ...]) -> dict[str, Backend]:
+    """Who makes each part: one and the same object where one backend makes all."""
+    known = {backend.name: backend for backend in target.backends}
+    named = _by_part("backend", request.backend or next(iter(known)), parts)
+    for name in named.values():
+        _known(f"{target.name} backend", name, known)
+    names = list(dict.fromkeys(named.values()))
     for flag, word in (("soc", request.soc), ("min_ios", request.min_ios)):
-        if word is not None and (backend.variants is None or backend.variants.flag != flag):
+        if word is not None and flag not in [variants.flag for name in names if (variants := known[name].variants)]:
             raise RequestError(
-                f"{flag}={word} means nothing to backend {backend.name} of target {target.name}; leave "
+                f"{flag}={word} means nothing to backend {' or '.join(names)} of target {target.name}; leave "
                 f"--{flag.replace('_', '-')} out"
             )
+    made = {name: _variant(request, known[name], [part for part in parts if named[part] == name]) for name in names}
+    return {part: made[name] for part, name in named.items()}
+
+
+def _precisions(word: str | None, backends: Mapping[str, Backend]) -> Mapping[str, str | None]:
+    """The precision that was asked for each part, None where none was."""
+    if word is None:
+        return dict.fromkeys(backends)
+    said = _by_part("precision", word, tuple(backends))
+    names = {backend.name for backend in backends.values()}
+    if len(names) == 1 < len(set(said.values())):
+        raise RequestError(
+            f"precision={word!r} names two precisions, but backend {names.pop()} makes both parts in one; write one "
+            "word, or give the parts different backends"
+        )
+    return said
+
+
+def _usual_precision(entry: ModelEntry, backend: Backend) -> Precision:
+    return entry.precision if entry.precision in backend.precisions else backend.precisions[0]
+
+
+def _variant(request: Request, backend: Backend, parts: Iterable[str]) -> Backend:
+    """The backend as it makes graphs for the chip or system that was asked for; it must have its parts' schemes."""
     variants = backend.variants
     if variants is None:
         return backend
@@ -411,8 +512,8 @@ def _variant(request: Request, backend: Backend, target: Target) -> Backend:
         raise RequestError(f"backend {backend.name} {variants.why}; name it with --{flag}: {', '.join(known)}")
     name = _known(flag, word or variants.default or "", known)
     chosen = known[name]
-    for what, scheme in (("quant_vision", request.quant_vision), ("quant_text", request.quant_text)):
-        had = getattr(chosen, what)
+    for what in (f"quant_{part}" for part in parts):
+        scheme, had = getattr(request, what), getattr(chosen, what)
         others = [other for other, made in known.items() if scheme in getattr(made, what)]
         if others and scheme not in had:
             raise RequestError(
@@ -438,19 +539,20 @@ def _quantisation(
     return _known(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
-def _layout(word: str, backend: Backend, target: Target, *, whole: bool) -> Layout | None:
+def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layout | None:
     """The layout of another runtime that `word` names; None for our own."""
     from export.targets import LAYOUTS
 
     made = {name: layout for name, layout in LAYOUTS.items() if layout.backend in target.backends}
     if _known("layout", word, (OWN, *made)) == OWN:
         return None
-    if backend != made[word].backend:
+    names = dict.fromkeys(backend.name for backend in backends.values())
+    if list(names) != [made[word].backend.name]:
         raise RequestError(
-            f"layout={word} is not made by backend {backend.name}; take --backend {made[word].backend.name}, or leave "
-            "--layout out"
+            f"layout={word} is not made by backend {' and '.join(names)}; take --backend {made[word].backend.name}, or "
+            "leave --layout out"
         )
-    if not whole:
+    if "text" not in backends:
         raise RequestError(f"layout={word} has nothing to lay out: no text graphs are made here; leave --only out")
     return made[word]
 
@@ -538,21 +640,15 @@ def _prune_spec(entry: ModelEntry, keep: int, method: str) -> PruneSpec:
         raise RequestError(str(error)) from error
 
 
-def _check_size(backend: Backend, entry: ModelEntry, cut: int, precision: Precision, *, text: bool) -> None:
-    """Refuses graphs whose weights do not fit into one file of the backend."""
-    if backend.most_graph_bytes is None:
-        return
-    size = 2 if precision == "fp16" else 4
-    weights = {"vision_encoder": entry.vision_parameter_count(cut) * size}
-    if text:
-        weights["text_prefill"] = entry.text_parameter_count() * size
-    for graph, size_bytes in weights.items():
-        if size_bytes > backend.most_graph_bytes:
-            raise RequestError(
-                f"{graph} of {entry.name} has about {_gib(size_bytes)} of weights in {precision}; a file of backend "
-                f"{backend.name} holds its weights itself and at most {_gib(backend.most_graph_bytes)}; take another "
-                "--backend, or the smaller graph of --cut 0 --only vision"
-            )
+def _check_size(graph: str, parameters: int, backend: Backend, entry: ModelEntry, precision: Precision) -> None:
+    """Refuses a graph whose weights do not fit into one file of its backend."""
+    size_bytes = parameters * (2 if precision == "fp16" else 4)
+    if backend.most_graph_bytes is not None and size_bytes > backend.most_graph_bytes:
+        raise RequestError(
+            f"{graph} of {entry.name} has about {_gib(size_bytes)} of weights in {precision}; a file of backend "
+            f"{backend.name} holds its weights itself and at most {_gib(backend.most_graph_bytes)}; take another "
+            "--backend, or the smaller graph of --cut 0 --only vision"
+        )
 
 
 def _check_weights(weights: str | None) -> None:
@@ -614,8 +710,10 @@ def _needs(
     *,
     text: bool,
     quant_text: str | None,
+    text_precision: Precision,
     text_copies: int,
     ram_factor: float,
+    text_ram_factor: float,
     bundles: int,
     folder: Path,
 ) -> Needs:
@@ -625,11 +723,13 @@ def _needs(
     graph_bytes = entry.vision_parameter_count(cut) * size
     text_ram_bytes, text_bytes = 0.0, 0
     if text:
+        size = 2 if text_precision == "fp16" else 4
         weights = entry.text_parameter_count()
         text_bytes = text_copies * (weights if quant_text else weights * size)
         text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
     return Needs(
-        ram_bytes=BASE_RAM_BYTES + int(ram_factor * (RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_bytes)),
+        ram_bytes=BASE_RAM_BYTES
+        + int(ram_factor * RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_factor * text_ram_bytes),
         ram_available_bytes=available_bytes(),
         disk_bytes=bundles * (graph_bytes + text_bytes + BUNDLE_EXTRA_BYTES),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,

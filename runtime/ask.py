@@ -18,7 +18,6 @@ from runtime.generation import Prefill, Sampling, Token, check_room, open_graphs
 from runtime.image import load_photo, preprocess
 from runtime.latency import peak_rss_bytes
 from runtime.prompt import open_tokenizer
-from runtime.text_graphs import VISION_ENCODER
 
 PREFILL_SUFFIX = ".safetensors"
 
@@ -120,7 +119,7 @@ class OpenBundle:
         with ExitStack() as stack:
             graphs = stack.enter_context(open_graphs(bundle, threads=threads))
             self._answers = start_answers(bundle, graphs)
-            self.emulated = graphs[VISION_ENCODER].placement().emulated
+            self.emulated = any(graph.placement().emulated for graph in graphs.values())
             self._open = stack.pop_all()
         self._closed = False
         self._last: tuple[np.ndarray, Prefill] | None = None

@@ -118,13 +118,14 @@ class DelegateCoverage(_Record, frozen=True):
     """How much of a graph one delegate took when it was lowered.
 
     `runs`, where the order is known: in the order they are executed, the nodes of each partition, and as negative
-    numbers those outside between two of them.
+    numbers those outside between two of them. `by_list`: no converter and no engine said so, but a list of operators.
     """
 
     delegate: Name
     partitions: Count
     nodes: Count
     outside: tuple[OutsideOp, ...] = ()
+    by_list: bool = False
     runs: tuple[Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)], ...] = ()
 
     def __post_init__(self) -> None:
@@ -364,11 +365,21 @@ class GoldenInfo(_Record, frozen=True):
         _safe_relative(self.file)
 
 
+class MadeInfo(_Record, frozen=True):
+    """Which backend lowered the graphs of one part, in what and for what: see TargetInfo."""
+
+    backend: Name
+    precision: Literal["fp32", "fp16"]
+    soc: Name | None = None
+    min_os: Name | None = None
+
+
 class TargetInfo(_Record, frozen=True):
     """What the graphs were lowered for; `precision` is that of graphs without a quantisation scheme.
 
     A quantised graph computes in fp32 what is not quantised. `soc` is the one chip that they run on, None for any;
     `min_os` the oldest version of the phone's system that runs them, `17` for iOS 17, None where that is not known.
+    Where the text graphs are another backend's, `text` says all that of them, and the fields here of the vision graph.
     """
 
     name: Name
@@ -378,6 +389,13 @@ class TargetInfo(_Record, frozen=True):
     min_os: Name | None = None
     quant_vision: Name | None = None
     quant_text: Name | None = None
+    text: MadeInfo | None = None
+
+    @property
+    def parts(self) -> dict[str, tuple[MadeInfo, str | None]]:
+        """Who made each part, and its quantisation scheme, by the part's name."""
+        vision = MadeInfo(backend=self.backend, precision=self.precision, soc=self.soc, min_os=self.min_os)
+        return {"vision": (vision, self.quant_vision), "text": (self.text or vision, self.quant_text)}
 
 
 class RangesInfo(_Record, frozen=True):

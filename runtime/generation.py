@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
+from runtime.hand_over import hand_over_fault, text_side
 from runtime.session import Session, open_session
 from runtime.text_graphs import VISION_ENCODER, RunningGraph, text_graphs
 
@@ -136,7 +137,18 @@ class Token:
 
 @contextmanager
 def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[str, Session]]:
-    """All graphs of a bundle, open in their engine. Raises what `open_session` raises."""
+    """All graphs of a bundle, open in their engines. Raises what `open_session` raises.
+
+    BundleError, before any is opened, where the vision graph does not hand on what the text graphs take.
+    """
+    if bundle.manifest.text is not None:
+        infos = {graph.name: graph for graph in bundle.manifest.graphs}
+        try:
+            fault = hand_over_fault(infos[VISION_ENCODER], *text_side(infos))
+        except KeyError as err:
+            raise BundleError(f"{bundle.manifest.name} has no {err.args[0]}; export it whole, without --only") from err
+        if fault:
+            raise BundleError(f"{bundle.manifest.name}: {fault}; its graphs are of different exports: export again")
     with ExitStack() as stack:
         yield {
             graph.name: stack.enter_context(open_session(bundle, graph.name, threads=threads))

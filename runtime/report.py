@@ -16,7 +16,6 @@ from runtime.bundle import OWN_LAYOUT, SCHEMA_VERSION
 from runtime.check.parity import AnswerParity, GraphParity
 from runtime.check.verdict import GraphPlacement, Step, Verdict
 from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
-from runtime.engines.onnxruntime import NNAPI
 from runtime.errors import BundleError, EngineError, OutputError
 from runtime.explain import lints, rewrite_for
 from runtime.image import view
@@ -27,7 +26,7 @@ from runtime.text_graphs import VISION_ENCODER
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from runtime.bundle import Bundle, DelegateCoverage, TensorInfo, TextInfo
+    from runtime.bundle import Bundle, DelegateCoverage, MadeInfo, TensorInfo, TextInfo
     from runtime.check.parity import Bound, KeptParity, TextParity
     from runtime.latency import AnswerLatency
 
@@ -202,7 +201,7 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
             rows.append(("program", f"{delegate}, {text}"))
             continue
         graphs = f" of {len(parts)} graphs" if len(parts) > 1 else ""
-        if delegate == NNAPI:
+        if any(coverage.by_list for coverage in parts):
             graphs += " (by a list, not measured)"
         rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
     rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
@@ -336,13 +335,19 @@ def _status(verdict: Verdict) -> str:
 
 def _subtitle(bundle: Bundle) -> str:
     manifest = bundle.manifest
-    schemes = (("vision", manifest.target.quant_vision), ("text", manifest.target.quant_text))
-    quant = "".join(f", {part} {scheme}" for part, scheme in schemes if scheme)
-    chip = f", {manifest.target.soc}" if manifest.target.soc else ""
-    system = f"{manifest.target.name} {manifest.target.min_os or ''}".strip()
+    target = manifest.target
+    parts = target.parts
+    if target.text is None:
+        how = _how(parts["vision"][0], *(f"{part} {scheme}" for part, (_, scheme) in parts.items() if scheme))
+    else:
+        how = "; ".join(f"{part} {_how(made, scheme or '')}" for part, (made, scheme) in parts.items())
+    system = f"{target.name} {target.min_os or ''}".strip()
     where = f"pruned at cut {manifest.prune.cut}" if manifest.prune.pruned else "unpruned twin"
-    how = f"{manifest.target.backend}, {manifest.target.precision}{quant}{chip}"
     return f"{manifest.model} for {system} ({how}), {where}"
+
+
+def _how(made: MadeInfo, *schemes: str) -> str:
+    return ", ".join(filter(None, (made.backend, made.precision, *schemes, made.soc)))
 
 
 def _token_change(bundle: Bundle) -> str:

@@ -214,7 +214,7 @@ class OpenTextGraphs:
         out = self._graphs[DECODER_BACK].run(
             {
                 "hidden": seen["hidden"][:, start:end],
-                "positions": seen["positions"][:, start:end].astype(np.int64),
+                "positions": seen["positions"][:, start:end],
                 "filled": np.asarray([start], np.int64),
                 **{f"past_{name}": past[name] for name in self._back},
             }
@@ -249,11 +249,12 @@ class OpenTextGraphs:
             graph = self._graphs[name]
             takes, gives = graph.graph.inputs[0].name, graph.graph.outputs[0].name
             parts = _parts(graph.graph)
+            whole = graph.graph.inputs[1].numpy_dtype  # of positions
             filled = self._image_entries[parts[0]] + done
             out = graph.run(
                 {
                     takes: hidden,
-                    "positions": positions,
+                    "positions": positions.astype(whole),
                     "filled": np.asarray([filled], np.int64),
                     **{f"past_{part}": self._past[part] for part in parts},
                 }

@@ -48,13 +48,16 @@ class Lower(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one part of a model, vision or text, is made for a backend.
+    """How one part of a model, vision or text, is made, by which backend.
 
-    `traced` is the precision that its graphs are built and handed over in, `computes` the one that they end up in.
+    `precision` is what was asked for, and what graphs without a scheme compute in. `traced` is the precision that its
+    graphs are built and handed over in, `computes` the one that they end up in.
     `scheme` quantises its linear layers, None for none; `packed` says who does it: "before tracing" quantises the
     modules, and what is left computes in float32; "while lowering" is up to the backend.
     """
 
+    backend: Backend
+    precision: Precision
     computes: Precision
     traced: Precision
     scheme: str | None
@@ -74,6 +77,11 @@ class Recipe:
     def in_half(self) -> bool:
         """True where numbers between operators are float16."""
         return self.computes == "fp16"
+
+    @property
+    def unquantised(self) -> Recipe:
+        """The same without a scheme."""
+        return self.backend.recipe(self.precision, None)
 
     @property
     def arithmetic(self) -> str:
@@ -147,6 +155,6 @@ class Backend:
     def recipe(self, precision: Precision, scheme: str | None) -> Recipe:
         """How a part is made that was asked for in a precision and with a scheme."""
         if scheme is not None and not self.compresses:
-            return Recipe(computes="fp32", traced="fp32", scheme=scheme, packed="before tracing")
+            return Recipe(self, precision, computes="fp32", traced="fp32", scheme=scheme, packed="before tracing")
         traced = self.traced_precision or precision
-        return Recipe(computes=precision, traced=traced, scheme=scheme, packed="while lowering")
+        return Recipe(self, precision, computes=precision, traced=traced, scheme=scheme, packed="while lowering")

@@ -104,6 +104,7 @@ def coverage_of(file: Path) -> DelegateCoverage:
         partitions=len(found.supported_groups),
         nodes=sum(len(group) for group in found.supported_groups),
         outside=tuple(OutsideOp(op=op, count=count, reason=LEFT) for op, count in outside.most_common()),
+        by_list=True,
     )
 
 

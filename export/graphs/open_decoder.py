@@ -128,7 +128,7 @@ class OpenDecoder(Graph):
 
         return (
             TensorInfo(name=self.takes, shape=(1, self.tokens, self.width), dtype="float32", dynamic=(1,)),
-            TensorInfo(name="positions", shape=(1, self.tokens), dtype="int64", dynamic=(1,)),
+            TensorInfo(name="positions", shape=(1, self.tokens), dtype=self.context.index, dynamic=(1,)),
             TensorInfo(name="filled", shape=(1,), dtype="int64"),
             *self._cache("past_", self.entries),
         )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.bundle import TensorInfo
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32}
 
 
 class VisionEncoder(Graph):
@@ -32,7 +33,8 @@ class VisionEncoder(Graph):
     the rotary embedding, all key heads side by side) and on its raw output. The prompt in front of the image is always
     the same, and causal attention never looks ahead, so its hidden states, keys and values are constants of the graph.
     Outputs: `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
-    (1, Hkv, P + N, d) for each layer i below the cut, in the precision that the layers compute in.
+    (1, Hkv, P + N, d) for each layer i below the cut, in the dtype of the text graphs' cache, by default the precision
+    that the layers compute in.
 
     At cut 0 no decoder layer has run, so its keys do not exist yet; in their place stand the keys of the tower's last
     layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far from each other. Keys of
@@ -44,7 +46,7 @@ class VisionEncoder(Graph):
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
 
-    Engines that compute in float16 have no int64: `positions` and `kept_indices` are int32 then.
+    Engines that compute in float16 have no int64: `positions` and `kept_indices` are int32 then, or what `index` says.
 
     In fp16 the norms scale before they square, GELU and everything in the pruner run in float32, and so do the
     outputs `hidden` and `image_features`.
@@ -71,6 +73,8 @@ class VisionEncoder(Graph):
         cut: int,
         framed: bool,
         arithmetic: Arithmetic = "float32",
+        cache: str | None = None,
+        index: str | None = None,
     ) -> None:
         """Builds everything on the meta device; `build_vision_encoder` fills it."""
         super().__init__()
@@ -80,8 +84,9 @@ class VisionEncoder(Graph):
         self.prefix_length = len(frame.prefix_ids) if framed else 0
         self.image_tokens = geometry.image_tokens
         self.spec = spec
+        self._cache = cache
         # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
-        self.index_dtype = torch.int32 if arithmetic == "float16" else torch.int64
+        self.index_dtype = DTYPES[index or ("int32" if arithmetic == "float16" else "int64")]
         self.keep = self.image_tokens if spec is None else int(spec.keep)
         self.tower = family.tower(geometry)
         self.decoder_layers = nn.ModuleList(family.layer(geometry) for _ in range(cut))
@@ -114,6 +119,11 @@ class VisionEncoder(Graph):
         return self.cos.dtype if self.cut else self.dtype
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """The precision that keys and values are handed on in."""
+        return self.layers_dtype if self._cache is None else DTYPES[self._cache]
+
+    @property
     def index_name(self) -> str:
         """The dtype of positions and indices, by its name in a manifest."""
         return str(self.index_dtype).removeprefix("torch.")
@@ -138,7 +148,7 @@ class VisionEncoder(Graph):
             )
         kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
         cache = (1, text.kv_heads, seen, text.head_dim)
-        dtype = "float16" if self.layers_dtype == torch.float16 else "float32"
+        dtype = str(self.cache_dtype).removeprefix("torch.")
         return (
             TensorInfo(name="hidden", shape=(1, kept, text.hidden), dtype="float32"),
             TensorInfo(name="positions", shape=(1, kept), dtype=self.index_name),
@@ -182,7 +192,7 @@ class VisionEncoder(Graph):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
             keys = key.permute(1, 0, 2).reshape(1, self.image_tokens, -1)
-            caches += [all_keys.reshape(1, *all_keys.shape), all_values.reshape(1, *all_values.shape)]
+            caches += [part.reshape(1, *part.shape).to(self.cache_dtype) for part in (all_keys, all_values)]
         if self.pruner is None:
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
         tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
@@ -209,11 +219,15 @@ def build_vision_encoder(
     precision: str = "fp32",
     quant_layers: str | None = None,
     arithmetic: Arithmetic = "float32",
+    cache: str | None = None,
+    index: str | None = None,
     prefix_ids: Sequence[int] | None = None,
 ) -> VisionEncoder:
     """The vision subgraph of `entry` with the weights of `checkpoint`, ready to be traced (eval, no gradients).
 
-    `arithmetic` is what the engine computes the pruner in.
+    `arithmetic` is what the engine computes the pruner in, `cache` the dtype that keys and values are handed on in, as
+    the text graphs take them: `float32` or `float16`, by default what the decoder layers compute in. `index` is the
+    dtype of positions, `int64` or `int32`, by default as the engine has them.
     `prefix_ids` is the prompt in front of the image, by default the checkpoint's chat template.
 
     `spec` None or with `keep` equal to the number of image tokens gives the unpruned twin. `cut` is the first decoder
@@ -238,6 +252,8 @@ def build_vision_encoder(
             cut=cut,
             framed=framed,
             arithmetic=arithmetic,
+            cache=cache,
+            index=index,
         )
         fill(encoder.tower, checkpoint, "tower", dtype)
         encoder.tower.to(dtype)

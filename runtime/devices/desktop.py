@@ -57,10 +57,9 @@ class _Run:
     def __init__(self, bundle: Bundle, job: Job, say: Callable[[str], None]) -> None:
         self._bundle, self._job, self._say = bundle, job, say
         self._golden = bundle.golden()
-        # None from the first graph on whose times would say nothing.
+        # What answers are timed by; None once a graph was seen whose times would say nothing.
         self._timing: Timing | None = job.timing
         self._twin_timed = False
-        self._executed = True
 
     def findings(self, device: str) -> Findings:
         pixels, refused = self._pixels()
@@ -106,11 +105,10 @@ class _Run:
                     outputs = session.run(inputs)
                     states = {info.name: inputs[info.name].copy() for info in graph.states}
                 placement = session.placement()
-                self._executed = self._executed and placement.executed
                 if placement.emulated or placement.stand_in or not placement.executed:
                     self._timing = None
-                if self._timing is not None and step:
-                    latency, twin_trouble = self._timed(session, inputs, step, self._timing)
+                elif self._job.timing is not None and step:
+                    latency, twin_trouble = self._timed(session, inputs, step, self._job.timing)
         except EngineMissingError as err:
             trouble, placement = Trouble(message=str(err), missing=True), err.placement
         except EngineError as err:
@@ -168,7 +166,7 @@ class _Run:
                 cache_bytes = None if answers is None else answers.cache_bytes
                 if all(key in golden for key in (QUESTION, ANSWER, ANSWER_MARGIN)):
                     ids = self._ids(graphs, answers, pixels, golden[QUESTION].tolist(), len(golden[ANSWER]))
-                if answers is not None and self._timing is not None and self._executed:
+                if answers is not None and self._timing is not None:
                     question = golden.get(QUESTION, golden[input_key(TOKEN_EMBEDDING, "ids")][0, :16]).tolist()
                     times = self._time_answers(stack, graphs, answers, pixels, question, self._timing)
         except EngineMissingError as err:
@@ -203,8 +201,9 @@ class _Run:
             other = stack.enter_context(open_graphs(twin, threads=self._job.threads))
             timers.append(AnswerTimer(start_answers(twin, other), pixels, question, new_tokens=_TIMED_TOKENS))
         measure_answers(timers, runs=min(timing.runs, 5))
-        shown = next(iter(graphs.values()))
-        ours, *theirs = [timer.latency(threads=shown.threads, engine=shown.engine) for timer in timers]
+        threads = next(iter(graphs.values())).threads
+        engine = " and ".join(dict.fromkeys(graph.engine for graph in graphs.values()))
+        ours, *theirs = [timer.latency(threads=threads, engine=engine) for timer in timers]
         return TimedAnswers(
             bundle=ours, twin=theirs[0] if theirs else None, ratio=timers[0].ratio(timers[1]) if theirs else None
         )

@@ -132,7 +132,7 @@ def _request(folder: Path, **words: Any) -> Request:
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
     assert planned.bundle.name == "llava-1.5-7b-keep64-ios-executorch-random"
-    assert (planned.precision, planned.states, planned.backend.engine) == ("fp16", False, "executorch")
+    assert (planned.vision.precision, planned.states, planned.vision.backend.engine) == ("fp16", False, "executorch")
     needs = [plan(_request(tmp_path, only="vision", **words)).needs for words in ({}, {"backend": "coreml"})]
     assert needs[0].ram_bytes > 1.5 * needs[1].ram_bytes  # measured: 8.9 GiB, where others take 5
     with pytest.raises(NotYetError, match=r"quant_text=int4: not yet on backend executorch; .*coreml"):

@@ -296,7 +296,7 @@ def test_versions_that_cannot_be_met(tmp_path: Path, words: dict[str, str], says
 def test_plans_for_versions(tmp_path: Path) -> None:
     old = plan(asked(tmp_path, target="ios", min_ios="17", quant_vision="int8"))
     assert old.bundle.name == "llava-1.5-7b-keep64-ios-coreml-ios17-int8-random"
-    assert (old.precision, old.states, old.text and old.text.scheme) == ("fp16", False, "int8")
+    assert (old.vision.precision, old.states, old.text and old.text.scheme) == ("fp16", False, "int8")
     assert "KV cache as inputs and outputs, weights stored for each graph" in describe(old)
     new = plan(asked(tmp_path, target="ios", quant_text="int8", min_ios="18"))
     assert new.bundle.name == "llava-1.5-7b-keep64-ios-coreml-text-int8-random"

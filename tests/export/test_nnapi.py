@@ -53,7 +53,7 @@ def _request(folder: Path, **words: Any) -> Request:
 
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
-    assert (planned.bundle.name, planned.precision) == ("pocket-keep64-android-nnapi", "fp32")
+    assert (planned.bundle.name, planned.vision.precision) == ("pocket-keep64-android-nnapi", "fp32")
     with pytest.raises(RequestError, match=r"unknown nnapi precision 'fp16'.*allowed: fp32"):
         plan(_request(tmp_path, precision="fp16"))
 
@@ -76,6 +76,7 @@ def test_ort_files_run_and_what_the_list_leaves_is_named(tmp_path: Path) -> None
     (part,), (none,) = written["part"].coverage, written["none"].coverage
     assert (part.delegate, part.nodes, part.partitions) == (NNAPI, 5, 1)  # the reciprocal of the root as a division
     assert (none.nodes, none.partitions) == (0, 0)
+    assert part.by_list
     for coverage in (part, none):
         assert [(left.op, left.count, left.reason) for left in coverage.outside] == [("CumSum", 1, LEFT)]
     assert rewrite_for(NNAPI, part.outside[0]) != NO_REWRITE
@@ -107,7 +108,8 @@ def test_bundle_is_compared_and_its_delegate_not_checked(tmp_path: Path) -> None
     with BundleWriter(tmp_path / "b") as writer:
         manifest = fill(writer.path, "b", Sample(), noise_photo())
         (graph,) = manifest.graphs
-        graph = msgspec.structs.replace(graph, coverage=(DelegateCoverage(delegate=NNAPI, partitions=1, nodes=9),))
+        told = DelegateCoverage(delegate=NNAPI, partitions=1, nodes=9, by_list=True)
+        graph = msgspec.structs.replace(graph, coverage=(told,))
         on = msgspec.structs.replace(manifest.target, backend="nnapi")
         writer.commit(msgspec.structs.replace(manifest, graphs=(graph,), target=on))
     verdict = check_bundle(tmp_path / "b", out_dir=tmp_path / "out")
@@ -117,6 +119,7 @@ def test_bundle_is_compared_and_its_delegate_not_checked(tmp_path: Path) -> None
     assert (step.name, step.remedy) == (f"delegates of {VISION}", "run the bundle on an Android phone")
     assert step.detail.startswith("NNAPI exists on Android alone: here ONNX Runtime's CPU ran")
     assert json.loads((tmp_path / "out" / "latency.json").read_text())["graphs"] == []
+    assert "9 nodes in 1 partition (by a list, not measured), 0 outside" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow

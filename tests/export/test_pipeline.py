@@ -75,6 +75,13 @@ class FakeEncoder:
         return (TensorInfo(name="hidden", shape=(1, 35 + self.keep, 8), dtype="float32"),)
 
 
+class FakeText(FakeEncoder):
+    """A graph that goes on with what a fake encoder hands on, and that nobody traces."""
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return self.output_infos()
+
+
 def fake_golden(checkpoint: object, entry: object, spec: Any, **rest: object) -> dict[str, np.ndarray]:
     return {} if spec is None else {"kept_indices": np.arange(spec.keep)}
 
@@ -109,7 +116,9 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         export.graphs.open_decoder,
         "open_text_parts",
-        lambda *a, **k: [((name,), lambda name=name: {name: FakeEncoder(1)}) for name in names],
+        lambda checkpoint, context, **k: [
+            ((name,), lambda name=name: {name: FakeText(context.keep)}) for name in names
+        ],
     )
     set_lower(monkeypatch, fake_lower)
     monkeypatch.setattr(runtime.harness, "check_bundle", fake_check)
@@ -272,6 +281,65 @@ def test_delegate_that_took_nothing_is_an_error(graph: str, tmp_path: Path, monk
     set_lower(monkeypatch, took_nothing)
     planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
     with pytest.raises(ExportError, match=f"backend xnnpack took no node of {graph}"):
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(
+    ("most", "message"),
+    [
+        (610, "prompt and image take 611 positions; backend xnnpack counts them in float16, which is exact up to 610"),
+        (1122, "prompt, image and text_tokens=512 take 1123 positions; backend xnnpack counts them in float16"),
+    ],
+)
+def test_more_positions_than_the_engine_can_count(
+    most: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(XNNPACK, lower=fake_lower, most_positions=most)
+    monkeypatch.setitem(TARGETS, "android", replace(TARGETS["android"], backends=(few,)))
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(ExportError) as caught:
+        pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert message in str(caught.value)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_each_part_goes_to_its_backend_and_lies_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both call their file alike."""
+    asked: dict[str, list[str]] = {}
+
+    def lowering(name: str) -> Callable[..., dict[str, LoweredGraph]]:
+        def lower(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
+            asked[name] = list(graphs)
+            return fake_lower(graphs, out_dir)
+
+        return lower
+
+    pair = replace(XNNPACK, lower=lowering("xnnpack")), replace(ONNX, lower=lowering("onnx"))
+    monkeypatch.setitem(TARGETS, "android", replace(TARGETS["android"], backends=pair))
+    request = Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path))
+    planned = plan(replace(request, backend="vision=onnx,text=xnnpack"))
+    made = pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
+    assert asked == {"onnx": ["vision_encoder"], "xnnpack": [DECODER_FRONT, DECODER_BACK, LM_HEAD, TOKEN_EMBEDDING]}
+    graphs = made.bundle.manifest.graphs
+    assert {(graph.name == "vision_encoder", graph.engine, graph.file) for graph in graphs} == {
+        (True, "onnxruntime", "vision/model.pte"),
+        (False, "executorch", "text/model.pte"),
+    }
+
+
+@pytest.mark.usefixtures("light")
+def test_graphs_that_do_not_fit_together_are_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {name: FakeText(65) for name in export.graphs.decoder.TEXT_GRAPHS}
+    monkeypatch.setattr(export.graphs.decoder, "build_text_graphs", lambda *a, **k: others)
+    planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
+    with pytest.raises(
+        ExportError, match=r"vision_encoder hands on hidden float32\[1, 99, 8\], but image_prefill takes"
+    ):
         pipeline.export(planned, progress=Progress(stages=7, quiet=True), version="0")
     assert left_behind(tmp_path) == []
 

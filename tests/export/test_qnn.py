@@ -329,14 +329,14 @@ def test_plan_for_a_chip(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path, backend="qnn", soc=SOC.name))
     assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3"
     assert (planned.vision.computes, planned.vision.traced) == ("fp16", "fp32")
-    assert planned.backend.soc == SOC.name
+    assert planned.vision.backend.soc == SOC.name
 
 
 def test_plan_with_calibration(tmp_path: Path) -> None:
     quantised = {"backend": "qnn", "soc": SOC.name, "quant_vision": "a16w8"}
     planned = plan(_request(tmp_path / "out", **quantised))
     assert planned.bundle.name == "pocket-keep64-android-qnn-snapdragon-8-gen-3-a16w8"
-    assert (planned.precision, planned.vision.scheme, list(planned.calibration or ())) == (
+    assert (planned.vision.precision, planned.vision.scheme, list(planned.calibration or ())) == (
         "fp16",
         "a16w8",
         list(default_photos()),

@@ -15,7 +15,7 @@ from export import cli
 from export.backends import coreml, onnx, xnnpack
 from export.backends.backend import Lower
 from export.calibration import rendered_scene
-from export.checkpoints import open_checkpoint
+from export.checkpoints import RandomCheckpoint, open_checkpoint
 from export.families import MODELS
 from export.families.family import Checkpoint
 from export.graphs.decoder import Context, build_text_graphs, precise_modules
@@ -32,6 +32,7 @@ from runtime.image import preprocess
 from runtime.text_graphs import TEXT_DECODER
 from tests.sample_bundle import Sample, make_bundle
 from tests.tiny_llava import TINY, tiny_tensors, write_tiny
+from tests.wide_family import TINY_WIDE
 
 MLP = "tower.layers.1.mlp"
 TEXT_MLP = "layers.2.mlp"
@@ -128,6 +129,12 @@ def test_model_that_float16_holds_has_no_islands(tmp_path: Path) -> None:
     assert ranges.islands == ()
     assert 0 < ranges.largest[ranges.worst] < LARGEST
     assert not any(name.startswith("pruner") for name in ranges.largest)
+
+
+def test_a_tower_without_a_layer_norm(tmp_path: Path) -> None:
+    """Its norms take no mean out, so that float16 has nothing to spoil there."""
+    encoder = build_vision_encoder(RandomCheckpoint(TINY_WIDE, seed=1), TINY_WIDE, None)
+    assert measure(encoder, [torch.rand(TINY_WIDE.geometry.pixel_values)]).islands == ()
 
 
 def test_numbers_between_the_modules_that_are_too_large_are_an_error(tmp_path: Path) -> None:

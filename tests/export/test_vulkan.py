@@ -62,7 +62,7 @@ def _request(folder: Path, **words: Any) -> Request:
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
     assert planned.bundle.name == "pocket-keep64-android-vulkan"
-    assert (planned.vision.arithmetic, planned.backend.engine) == ("fp32", "executorch")
+    assert (planned.vision.arithmetic, planned.vision.backend.engine) == ("fp32", "executorch")
     assert planned.text == planned.vision
     with pytest.raises(NotYetError, match=r"quant_text=8da4w: not yet on backend vulkan"):
         plan(_request(tmp_path, quant_text="8da4w"))

@@ -43,7 +43,7 @@ def _request(folder: Path, **words: Any) -> Request:
 def test_plan(tmp_path: Path) -> None:
     planned = plan(_request(tmp_path))
     assert planned.bundle.name == "pocket-keep64-android-webgpu"
-    assert (planned.precision, planned.backend.pruner_arithmetic) == ("fp32", "float32")
+    assert (planned.vision.precision, planned.vision.backend.pruner_arithmetic) == ("fp32", "float32")
     with pytest.raises(RequestError, match=r"unknown webgpu precision 'fp16'.*allowed: fp32"):
         plan(_request(tmp_path, precision="fp16"))
 

@@ -252,7 +252,7 @@ def test_only_the_precision_that_is_not_the_default_is_named(tmp_path: Path) -> 
 
 def test_default_precision_is_the_backends_but_for_small_models_and_quantised_towers(tmp_path: Path) -> None:
     def precision(**changes: str) -> str:
-        return plan(request(tmp_path, weights="random", **changes)).precision
+        return plan(request(tmp_path, weights="random", **changes)).vision.precision
 
     assert precision(model="llava-1.5-7b") == "fp32"
     assert precision(model="llava-1.5-7b", precision="fp16", quant_vision="none") == "fp16"

@@ -146,6 +146,14 @@ def test_rooms_do_not_name_what_is_not_theirs(root: Path, room: str, words: tupl
         assert not [word for word in words if word in text], file.relative_to(root)
 
 
+def test_only_its_engines_name_delegates(root: Path) -> None:
+    """A bundle's manifest tells the rest of `runtime` what it must know of who made a graph."""
+    for file in files_of(root, "runtime"):
+        if file.parent.name != "engines":
+            text = file.read_text(encoding="utf-8").lower()
+            assert not [name for name in ("xnnpack", "vulkan", "nnapi", "webgpu", "qnn") if name in text], file
+
+
 def test_import_walk_sees_what_it_should() -> None:
     source = """
 import a.b
