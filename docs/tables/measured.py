@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peer_systems import rows as peer_rows
 from docs.tables.markdown import table as markdown_table
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -203,9 +204,32 @@ def answers_by_delegate() -> str:
     return _made(result) + markdown_table(heads, rows)
 
 
+def other_systems() -> str:
+    """Returns pruneport beside what people use instead: rows, ratios, and where it loses, processor by processor."""
+    (result,) = results("peers.json")
+    parts = [f"Made by `{result['command']}`, the last time.\n\n", _rows_of("peers.py")]
+    heads = peer_rows.heads()
+    for (processor, layers), rows in peer_rows.groups(result["rows"]).items():
+        about = rows[0]
+        versions = {f"{name} {text}" for row in rows for name, text in row["versions"].items()}
+        parts += [
+            f"### {processor}, {layers} layers\n\n",
+            f"Where: {about['machine']}, {about['threads']} threads, {about['date']}. "
+            f"With {', '.join(sorted(versions))}. {peer_rows.load(rows)}\n\n",
+            markdown_table(heads, map(peer_rows.cells, rows)),
+            "\nHow many times better than others; below 1 is worse:\n\n",
+            markdown_table(["", *heads[1:]], peer_rows.ratios(rows)),
+            "\n",
+            "".join(f"- {sentence}.\n" for sentence in peer_rows.losses(rows)),
+            "\n",
+        ]
+    return "".join(parts)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "cost of pruning": cost_of_pruning,
     "gain of pruning": gain_of_pruning,
+    "other systems": other_systems,
     "memory of an export": memory_of_an_export,
     "graphs on the NPU": npu_graphs,
     "bundles for the NPU": partial(_bundles, "qnn"),

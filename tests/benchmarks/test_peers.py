@@ -1,0 +1,203 @@
+"""What benchmarks/peers.py makes of its measurements, and how it keeps systems apart; nothing is built or run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.peer_systems import kept, model, rows, turns
+from benchmarks.peer_systems.llama_cpp import interleaved, patched
+from docs.tables import measured
+
+
+def answer(ready_ms: float, first_ms: float) -> dict[str, Any]:
+    return {"image_ready_ms": ready_ms, "ttft_question_ms": first_ms, "token_ms": [90.0, 100.0, 500.0]}
+
+
+def row(system: str, *, ready_ms: float = 100.0, tokens_per_s: float = 10.0, **others: Any) -> dict[str, Any]:
+    return {
+        "system": system,
+        "layers": 8,
+        "processor": "A",
+        "image_ready_ms": ready_ms,
+        "ttft_photo_ms": ready_ms + 50.0,
+        "ttft_question_ms": 50.0,
+        "tokens_per_s": tokens_per_s,
+        "peak_rss_bytes": 2**31,
+        "file_bytes": 10**9,
+        "runs": 10,
+        "quiet_runs": 4,
+        "foreign_cores": 0.1,
+        "machine": "a desk",
+        "threads": 2,
+        "date": "2026-11-27",
+        "versions": {"this": "1.0"},
+        **others,
+    }
+
+
+def test_a_photo_and_a_question_at_once_take_both() -> None:
+    made = rows.sample(answer(1000.0, 200.0), foreign_cores=0.0)
+    assert made["ttft_photo_ms"] == 1200.0
+    assert made["tokens_per_s"] == 10.0  # by the median token
+
+
+def test_a_median_is_of_the_runs_that_others_left_alone() -> None:
+    quiet = [rows.sample(answer(ms, 1.0), foreign_cores=0.0) for ms in (10.0, 20.0, 60.0)]
+    loud = [rows.sample(answer(900.0, 1.0), foreign_cores=rows.QUIET_CORES)] * 4
+    made = rows.summary([*quiet, *loud])
+    assert (made["image_ready_ms"], made["runs"], made["quiet_runs"]) == (20.0, 7, 3)
+    assert made["foreign_cores"] == 0.0
+
+
+def test_without_a_quiet_run_all_count_and_the_row_says_so() -> None:
+    made = rows.summary([rows.sample(answer(ms, 1.0), foreign_cores=1.5) for ms in (10.0, 30.0, 20.0)])
+    assert (made["image_ready_ms"], made["quiet_runs"], made["foreign_cores"]) == (20.0, 0, 1.5)
+    with pytest.raises(ValueError, match="at least one sample"):
+        rows.summary([])
+
+
+def test_a_row_replaces_only_that_of_its_processor_layers_and_system() -> None:
+    old = [row("x", ready_ms=1.0), row("x", ready_ms=2.0, layers=32), row("x", ready_ms=3.0, processor="B"), row("y")]
+    found = rows.merged(old, [row("x", ready_ms=4.0), row("z")])
+    assert [(each["system"], each["image_ready_ms"]) for each in found] == [
+        ("x", 4.0),
+        ("x", 2.0),
+        ("x", 3.0),
+        ("y", 100.0),
+        ("z", 100.0),
+    ]
+    assert {key: len(each) for key, each in rows.groups(found).items()} == {("A", 8): 3, ("A", 32): 1, ("B", 8): 1}
+
+
+def test_losses_are_told_in_both_directions() -> None:
+    ours = row("pruneport-keep64", ready_ms=100.0, tokens_per_s=5.0)
+    others = [
+        row("llama.cpp-q4_0", ready_ms=400.0, tokens_per_s=10.0),
+        row("llama.cpp-q4_0-mmproj-q8_0", ready_ms=200.0, tokens_per_s=8.0),
+    ]
+    against = rows.ratios([ours, *others])
+    assert [line[0] for line in against] == ["pruneport-keep64 against llama.cpp's best"]
+    assert against[0][1:5] == ["2.00", "1.67", "1.00", "0.50"]
+    assert rows.losses([ours, *others]) == [
+        "pruneport-keep64 loses to llama.cpp's best in tokens/s: 5.0 against 10.0, 2.00 times worse"
+    ]
+    (slow,) = rows.losses([row("pruneport-twin", ready_ms=300.0, ttft_photo_ms=1.0), row("transformers-bf16")])
+    assert slow == "pruneport-twin loses to transformers bf16 in image ready: 300 ms against 100 ms, 3.00 times worse"
+
+
+def test_the_docs_show_every_group_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [row("pruneport-keep64", ready_ms=4321.0), row("llama.cpp-q4_0"), row("pruneport-keep64", layers=32)]
+    (tmp_path / "peers.json").write_text(json.dumps({"command": "python benchmarks/peers.py", "rows": found}))
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    shown = measured.other_systems()
+    assert "### A, 8 layers" in shown
+    assert "### A, 32 layers" in shown
+    assert "| pruneport-keep64 | 4321 | 4371 | 50 | 10.0 | 2.0 | 1.00 |" in shown
+    assert "- pruneport-keep64 loses to llama.cpp's best in image ready: 4321 ms against 100 ms" in shown
+    assert "In 8 of 20 runs others took less" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "stopped"),
+    [
+        pytest.param("small", [], id="fits-beside-them"),
+        pytest.param("large", ["first"], id="the-least-recently-used-goes"),
+        pytest.param("huge", ["first", "second"], id="none-fits-beside-it"),
+        pytest.param("unknown", ["first", "second"], id="alone-the-first-time"),
+    ],
+)
+def test_workers_stay_within_memory(name: str, stopped: list[str]) -> None:
+    needs = {"first": 4, "second": 4, "small": 2, "large": 5, "huge": 10}
+    assert turns.stopped_for(name, ["first", "second"], needs, 10) == stopped
+
+
+ECHO = """
+import json, sys
+print("a library speaks")
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    if line == "end\\n":
+        sys.exit("it is over")
+    print(json.dumps({"line": line}), flush=True)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Callable[..., turns.Worker]:
+    def start(script: str, *, limit_bytes: int = 2**40) -> turns.Worker:
+        command = (sys.executable, "-c", script)
+        return turns.Worker(command, log=tmp_path / "log", limit_bytes=limit_bytes, root=tmp_path)
+
+    return start
+
+
+def test_a_worker_answers_line_by_line_and_its_end_is_told(worker: Callable[..., turns.Worker]) -> None:
+    echo = worker(ECHO)
+    assert echo.ready == {"ready": True}
+    assert echo.ask("run") == {"line": "run\n"}
+    assert echo.peak_rss_bytes > 2**20
+    with pytest.raises(turns.WorkerError, match="ended with 1: it is over"):
+        echo.ask("end")
+
+
+def test_a_worker_that_cannot_start_says_why(worker: Callable[..., turns.Worker]) -> None:
+    with pytest.raises(turns.WorkerError, match="ended with 1: no model"):
+        worker("raise SystemExit('no model')")
+
+
+def test_a_worker_that_takes_too_much_memory_is_ended(worker: Callable[..., turns.Worker]) -> None:
+    with pytest.raises(turns.WorkerError, match="took more than the"):
+        worker("input()", limit_bytes=2**20)
+
+
+def test_what_is_kept_is_made_again_when_its_sources_change(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(folder: Path) -> None:
+        made.append("once more")
+        (folder / "file").write_text(str(len(made)))
+
+    folder = tmp_path / "kept"
+    for made_from in ("one", "one", "other"):
+        kept.kept(folder, made_from, make)
+    assert (folder / "file").read_text() == "2"
+    assert kept.digest(("benchmarks/peers.py",), 8) != kept.digest(("benchmarks/peers.py",), 32)
+    assert kept.digest(("benchmarks/peers.py",)) != kept.digest(("benchmarks",))
+
+
+def test_features_are_compared_with_the_reference(tmp_path: Path) -> None:
+    reference = np.array([[3.0, 4.0]], np.float32)
+    np.save(tmp_path / model.REFERENCES[model.FEATURES], reference)
+    made = tmp_path / "made"
+    (2 * reference).tofile(made)
+    assert model.cosine(tmp_path, model.FEATURES, made) == pytest.approx(1.0)
+    np.array([4.0, -3.0], np.float32).tofile(made)
+    assert model.cosine(tmp_path, model.FEATURES, made) == pytest.approx(0.0)
+    np.zeros(3, np.float32).tofile(made)
+    with pytest.raises(ValueError, match="3 numbers of the image features instead of 2"):
+        model.cosine(tmp_path, model.FEATURES, made)
+
+
+def test_a_patch_finds_its_place_or_is_refused() -> None:
+    assert patched("a b c", "b", "B") == "a B c"
+    with pytest.raises(ValueError, match="2 times"):
+        patched("b b", "b", "B")
+
+
+def test_rotary_halves_lie_beside_each_other() -> None:
+    weight = np.arange(8, dtype=np.float32)[:, None]  # two heads of four rows
+    assert interleaved(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_the_model_is_the_whole_one_with_fewer_layers() -> None:
+    made = model.entry(3)
+    assert made.geometry.text.layers == 3
+    assert made.geometry.text.hidden == 4096
+    assert made.hub_id is None
