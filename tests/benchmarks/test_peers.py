@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from benchmarks.peer_systems import kept, model, rows, turns
 from benchmarks.peer_systems.llama_cpp import interleaved, patched
+from benchmarks.peer_systems.pruneport_worker import Pruneport
 from docs.tables import measured
+from runtime.generation import Answers, Prefill, Token
 
 
 def answer(ready_ms: float, first_ms: float) -> dict[str, Any]:
@@ -183,6 +185,29 @@ def test_features_are_compared_with_the_reference(tmp_path: Path) -> None:
     np.zeros(3, np.float32).tofile(made)
     with pytest.raises(ValueError, match="3 numbers of the image features instead of 2"):
         model.cosine(tmp_path, model.FEATURES, made)
+
+
+class FakeAnswers:
+    """A bundle of two heads of three numbers, one token in front of four of the image."""
+
+    cache = np.arange(2 * 5 * 3, dtype=np.float32).reshape(1, 2, 5, 3)
+
+    def see(self, pixel_values: np.ndarray) -> Prefill:
+        return Prefill("fake", {"value_0": self.cache}, 70.0)
+
+    def answer(self, photo: Prefill, question: list[int], **settings: Any) -> Iterator[Token]:
+        assert settings == {"max_new_tokens": 3, "past_end": True}
+        return iter([Token(5, 9.0), Token(6, 1.0), Token(7, 2.0)])
+
+
+def test_a_bundle_is_asked_as_all_are() -> None:
+    asked = model.Asked(np.zeros((1, 3, 2, 2), np.float32), [1], [8, 9])
+    peer = Pruneport(cast(Answers, FakeAnswers()), asked, image_tokens=4, new_tokens=2)
+    compared, values = peer.check()
+    assert compared == model.VALUES
+    assert values.shape == (4, 6)
+    assert values[0].tolist() == [*FakeAnswers.cache[0, 0, 1], *FakeAnswers.cache[0, 1, 1]]
+    assert peer.run() == {"image_ready_ms": 70.0, "ttft_question_ms": 9.0, "token_ms": [1.0, 2.0]}
 
 
 def test_a_patch_finds_its_place_or_is_refused() -> None:
