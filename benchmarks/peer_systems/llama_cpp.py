@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,9 @@ def patched(text: str, shipped: str, ours: str) -> str:
     return text.replace(shipped, ours)
 
 
+@cache
 def build(work: Path) -> Path:
-    """The worker's program, compiled with -march=native; takes minutes the first time."""
+    """The worker's program, compiled with -march=native where it is not up to date; takes minutes the first time."""
     found = sources(work)
     folder = (work / PROGRAM).parent
     tools = _tools(work)

@@ -143,10 +143,12 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 
 def load(rows: Sequence[Row]) -> str:
-    """How much of the measuring others disturbed, in words."""
+    """How much others disturbed the measuring, in words."""
     runs, quiet = (sum(row[name] for row in rows) for name in ("runs", "quiet_runs"))
-    most = max(row["foreign_cores"] for row in rows)
-    return (
-        f"In {quiet} of {runs} runs others took less than {QUIET_CORES} cores; in the runs that count they took up to "
-        f"{most:.2f} (median of a row)."
-    )
+    disturbed = [row for row in rows if not row["quiet_runs"]]
+    said = f"In {quiet} of {runs} runs others took less than {QUIET_CORES} cores."
+    if disturbed:
+        most = max(row["foreign_cores"] for row in disturbed)
+        which = "all rows" if len(disturbed) == len(rows) else ", ".join(row["system"] for row in disturbed)
+        said += f" Not to be relied on, for others took up to {most:.2f} cores in every run: {which}."
+    return said

@@ -94,6 +94,13 @@ def test_losses_are_told_in_both_directions() -> None:
     assert slow == "pruneport-twin loses to transformers bf16 in image ready: 300 ms against 100 ms, 3.00 times worse"
 
 
+def test_rows_without_a_quiet_run_are_not_to_be_relied_on() -> None:
+    loud = row("loud", quiet_runs=0, foreign_cores=1.25)
+    assert rows.load([row("quiet"), row("quiet")]) == "In 8 of 20 runs others took less than 0.15 cores."
+    assert rows.load([row("quiet"), loud]).endswith("took up to 1.25 cores in every run: loud.")
+    assert rows.load([loud, loud]).endswith("in every run: all rows.")
+
+
 def test_the_docs_show_every_group_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [row("pruneport-keep64", ready_ms=4321.0), row("llama.cpp-q4_0"), row("pruneport-keep64", layers=32)]
     (tmp_path / "peers.json").write_text(json.dumps({"command": "python benchmarks/peers.py", "rows": found}))
