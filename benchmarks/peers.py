@@ -53,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402 - found with the line above
 
 from benchmarks.peer_systems import model, rows, turns  # noqa: E402
+from benchmarks.peer_systems.kept import StepError  # noqa: E402
 from benchmarks.peer_systems.systems import SYSTEMS, Ready, Settings, write_inputs  # noqa: E402
 from benchmarks.peer_systems.worker import CHECK, RUN  # noqa: E402
 
@@ -71,9 +72,9 @@ def main() -> None:
         layers=options.layers, threads=options.threads, new_tokens=NEW_TOKENS, work=options.work.absolute()
     )
     write_inputs(settings)
-    ready = {name: SYSTEMS[name](settings) for name in options.only}
+    ready, unmade = _ready(settings, options.only)
     budget = int(options.memory * 2**30) if options.memory else psutil.virtual_memory().available - RESERVE_BYTES
-    run = Measurement(settings, ready, budget_bytes=budget, patience_s=options.patience)
+    run = Measurement(settings, ready, unmade, budget_bytes=budget, patience_s=options.patience)
     try:
         run.rounds(options.rounds)
     finally:
@@ -117,10 +118,30 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def _ready(settings: Settings, names: Sequence[str]) -> tuple[dict[str, Ready], dict[str, str]]:
+    """The systems that can be started, and why the others cannot."""
+    ready, unmade = {}, {}
+    for name in names:
+        try:
+            ready[name] = SYSTEMS[name](settings)
+        except StepError as error:
+            unmade[name] = str(error)
+            print(f"{name} cannot be made: {error}", flush=True)
+    return ready, unmade
+
+
 class Measurement:
     """One run: the workers, what was measured so far, and what could not be."""
 
-    def __init__(self, settings: Settings, ready: Mapping[str, Ready], *, budget_bytes: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ready: Mapping[str, Ready],
+        unmade: Mapping[str, str],
+        *,
+        budget_bytes: int,
+        patience_s: float,
+    ) -> None:
         self._settings, self._ready, self._patience_s = settings, ready, patience_s
         self.crew = turns.Crew(
             {name: each.command for name, each in ready.items()},
@@ -128,7 +149,7 @@ class Measurement:
             budget_bytes=budget_bytes,
             root=ROOT,
         )
-        self.unmeasured: dict[str, str] = {}
+        self.unmeasured = dict(unmade)
         self._samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         self._said: dict[str, dict[str, Any]] = {}
 

@@ -12,6 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MADE_FROM = "made-from"
 
 
+class StepError(Exception):
+    """Something that was needed could not be made."""
+
+
 def digest(sources: Iterable[str], *settings: object) -> str:
     """A hash over the code in `sources`, files and folders from the root of the checkout, and over settings."""
     found = hashlib.sha256(repr(settings).encode())
@@ -41,9 +45,10 @@ def kept(folder: Path, made_from: str, make: Callable[[Path], None]) -> Path:
 def run(*command: str, allowed: tuple[int, ...] = (0,)) -> int:
     """Runs one step of the making behind everything else, and returns its exit code.
 
-    SystemExit with the end of what it said when that is none of `allowed`.
+    StepError with the end of what it said when that is none of `allowed`.
     """
     done = subprocess.run(("nice", "-n", "15", *command), capture_output=True, text=True)
     if done.returncode not in allowed:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+        said = (done.stdout + done.stderr).strip()[-1000:]
+        raise StepError(f"{' '.join(command)} ended with {done.returncode}: {said}")
     return done.returncode

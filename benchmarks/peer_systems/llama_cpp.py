@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.peer_systems import model
-from benchmarks.peer_systems.kept import digest, kept, run
+from benchmarks.peer_systems.kept import StepError, digest, kept, run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ JOBS = 2
 
 
 def sources(work: Path) -> Path:
-    """The folder of patched sources, fetched the first time. SystemExit when they are not the known ones."""
+    """The folder of patched sources, fetched the first time. StepError when they are not the known ones."""
     made_from = digest((), PACKAGE, VERSION, SHA256, PATCHES)
     return kept(work / "llama.cpp", made_from, _fetch) / "vendor/llama.cpp"
 
@@ -66,7 +66,7 @@ def _fetch(folder: Path) -> None:
         (archive,) = Path(fetched).iterdir()
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != SHA256:
-            raise SystemExit(f"{archive.name} has the sha256 {found} instead of {SHA256}: not the known sources")
+            raise StepError(f"{archive.name} has the sha256 {found} instead of {SHA256}: not the known sources")
         with tarfile.open(archive) as packed:
             packed.extractall(fetched, filter="data")
         unpacked = Path(fetched) / archive.name.removesuffix(".tar.gz")
@@ -155,7 +155,7 @@ def _write_text(gguf: Any, layers: int, path: Path) -> None:
 
     weights = model.checkpoint(layers)
     sizes = weights.geometry.text
-    file = gguf.GGUFWriter(path, "llama")
+    file = gguf.GGUFWriter(path, "llama", use_temp_file=True)  # not all of it in memory at once
     file.add_name(model.entry(layers).name)
     file.add_context_length(sizes.max_positions)
     file.add_embedding_length(sizes.hidden)

@@ -181,6 +181,13 @@ def test_what_is_kept_is_made_again_when_its_sources_change(tmp_path: Path) -> N
     assert kept.digest(("benchmarks/peers.py",)) != kept.digest(("benchmarks",))
 
 
+def test_a_step_that_fails_says_what_it_said() -> None:
+    says = (sys.executable, "-c", "import sys; sys.exit('too little memory')")
+    assert kept.run(*says, allowed=(0, 1)) == 1
+    with pytest.raises(kept.StepError, match="ended with 1: too little memory"):
+        kept.run(*says)
+
+
 def test_features_are_compared_with_the_reference(tmp_path: Path) -> None:
     reference = np.array([[3.0, 4.0]], np.float32)
     np.save(tmp_path / model.REFERENCES[model.FEATURES], reference)
