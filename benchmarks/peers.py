@@ -261,9 +261,8 @@ def _tell(made: Sequence[rows.Row], unmeasured: Mapping[str, str]) -> None:
         print("\ntimes better than others; below 1 is worse")
         _print_table([["", *rows.heads()[1:]], *compared])
     print()
-    for sentence in (*rows.losses(made), *(f"{name} was not measured: {why}" for name, why in unmeasured.items())):
-        print(sentence)
-    print(rows.load(made))
+    not_measured = [f"{name} was not measured: {why}" for name, why in unmeasured.items()]
+    print("\n".join([*rows.losses(made), *rows.spending(made), *not_measured, rows.load(made)]))
 
 
 def _print_table(lines: Sequence[Sequence[str]]) -> None:

@@ -57,6 +57,13 @@ def sample(answer: Mapping[str, Any], **conditions: float) -> dict[str, Any]:
         "ttft_photo_ms": round(answer["image_ready_ms"] + answer["ttft_question_ms"], 1),
         "ttft_question_ms": round(answer["ttft_question_ms"], 1),
         "tokens_per_s": round(1e3 / statistics.median(answer["token_ms"]), 2),
+        **{
+            name: {
+                phase: {graph: round(ms, 1) for graph, ms in graphs.items()} for phase, graphs in answer[name].items()
+            }
+            for name in ("spent_ms",)
+            if name in answer
+        },
         **conditions,
     }
 
@@ -73,9 +80,18 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     timed = [measure.field for measure in MEASURES if measure.field in samples[0]]
     return {
         **{field: round(statistics.median(each[field] for each in counted), 2) for field in timed},
+        **({"spent_ms": _spent([each["spent_ms"] for each in counted])} if "spent_ms" in samples[0] else {}),
         "runs": len(samples),
         "quiet_runs": len(quiet),
         "foreign_cores": round(statistics.median(each["foreign_cores"] for each in counted), 2),
+    }
+
+
+def _spent(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians of what each graph took in each phase."""
+    return {
+        phase: {graph: round(statistics.median(run[phase][graph] for run in runs), 1) for graph in graphs}
+        for phase, graphs in runs[0].items()
     }
 
 
@@ -140,6 +156,19 @@ def losses(rows: Sequence[Row]) -> list[str]:
                         f"{measure.shown(other)}{unit}, {1 / gain:.2f} times worse"
                     )
     return found
+
+
+def spending(rows: Sequence[Row]) -> list[str]:
+    """Where the time of pruneport's rows goes, graph by graph, a sentence each."""
+    return [
+        f"{row['system']} spends, in ms, for "
+        + "; for ".join(
+            f"the {phase} " + ", ".join(f"{ms:.1f} in {graph}" for graph, ms in graphs.items())
+            for phase, graphs in row["spent_ms"].items()
+        )
+        for row in rows
+        if "spent_ms" in row
+    ]
 
 
 def load(rows: Sequence[Row]) -> str:

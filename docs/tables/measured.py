@@ -220,7 +220,7 @@ def other_systems() -> str:
             "\nHow many times better than others; below 1 is worse:\n\n",
             markdown_table(["", *heads[1:]], peer_rows.ratios(rows)),
             "\n",
-            "".join(f"- {sentence}.\n" for sentence in peer_rows.losses(rows)),
+            "".join(f"- {sentence}.\n" for sentence in (*peer_rows.losses(rows), *peer_rows.spending(rows))),
             "\n",
         ]
     return "".join(parts)

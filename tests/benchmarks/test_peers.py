@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks.peer_systems import kept, model, rows, turns
 from benchmarks.peer_systems.llama_cpp import interleaved, patched
-from benchmarks.peer_systems.pruneport_worker import Pruneport
+from benchmarks.peer_systems.pruneport_worker import Pruneport, Timed
 from docs.tables import measured
-from runtime.generation import Answers, Prefill, Token
+from runtime.generation import Answers, Prefill, RunningGraph, Token
 
 
 def answer(ready_ms: float, first_ms: float) -> dict[str, Any]:
@@ -216,12 +216,44 @@ class FakeAnswers:
 
 def test_a_bundle_is_asked_as_all_are() -> None:
     asked = model.Asked(np.zeros((1, 3, 2, 2), np.float32), [1], [8, 9])
-    peer = Pruneport(cast(Answers, FakeAnswers()), asked, image_tokens=4, new_tokens=2)
+    peer = Pruneport(cast(Answers, FakeAnswers()), asked, {}, image_tokens=4, new_tokens=2)
     compared, values = peer.check()
     assert compared == model.VALUES
     assert values.shape == (4, 6)
     assert values[0].tolist() == [*FakeAnswers.cache[0, 0, 1], *FakeAnswers.cache[0, 1, 1]]
-    assert peer.run() == {"image_ready_ms": 70.0, "ttft_question_ms": 9.0, "token_ms": [1.0, 2.0]}
+    assert peer.run() == {
+        "image_ready_ms": 70.0,
+        "ttft_question_ms": 9.0,
+        "token_ms": [1.0, 2.0],
+        "spent_ms": {"image": {}, "question": {}, "token": {}},
+    }
+
+
+class FakeGraph:
+    graph = "its info"
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(inputs)
+
+
+def test_a_timed_graph_is_that_graph() -> None:
+    spent: dict[str, float] = {}
+    timed = Timed(cast(RunningGraph, FakeGraph()), "front", spent)
+    one = np.ones(1)
+    assert timed.run({"x": one}) == {"x": one}
+    assert timed.graph == "its info"
+    once = spent["front"]
+    timed.run({"x": one})
+    assert spent["front"] > once > 0
+
+
+def test_what_graphs_spend_is_told() -> None:
+    spent = ({"image": {"front": ms}, "token": {"front": 1.0, "head": 2.0}} for ms in (10.0, 40.0, 20.0))
+    made = rows.summary([rows.sample({**answer(1.0, 1.0), "spent_ms": each}, foreign_cores=0.0) for each in spent])
+    assert made["spent_ms"]["image"] == {"front": 20.0}
+    assert rows.spending([row("llama.cpp-q4_0"), row("pruneport-twin", spent_ms=made["spent_ms"])]) == [
+        "pruneport-twin spends, in ms, for the image 20.0 in front; for the token 1.0 in front, 2.0 in head"
+    ]
 
 
 def test_a_patch_finds_its_place_or_is_refused() -> None:
