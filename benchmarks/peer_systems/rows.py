@@ -51,19 +51,17 @@ MEASURES = (
 
 def sample(answer: Mapping[str, Any], **conditions: float) -> dict[str, Any]:
     """What one run says, in a row's units: ms, and tokens/s by the median token. `conditions` are kept beside it."""
+    spent = {
+        phase: {graph: round(ms, 1) for graph, ms in graphs.items()}
+        for phase, graphs in answer.get("spent_ms", {}).items()
+    }
     return {
         **{name: round(answer[name], 1) for name in ("encode_ms",) if name in answer},
         "image_ready_ms": round(answer["image_ready_ms"], 1),
         "ttft_photo_ms": round(answer["image_ready_ms"] + answer["ttft_question_ms"], 1),
         "ttft_question_ms": round(answer["ttft_question_ms"], 1),
         "tokens_per_s": round(1e3 / statistics.median(answer["token_ms"]), 2),
-        **{
-            name: {
-                phase: {graph: round(ms, 1) for graph, ms in graphs.items()} for phase, graphs in answer[name].items()
-            }
-            for name in ("spent_ms",)
-            if name in answer
-        },
+        **({"spent_ms": spent} if spent else {}),
         **conditions,
     }
 
