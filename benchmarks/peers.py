@@ -259,7 +259,7 @@ def _tell(made: Sequence[rows.Row], unmeasured: Mapping[str, str]) -> None:
     compared = rows.ratios(made)
     if compared:
         print("\ntimes better than others; below 1 is worse")
-        _print_table([["", *rows.heads()[1:]], *compared])
+        _print_table([rows.ratio_heads(), *compared])
     print()
     not_measured = [f"{name} was not measured: {why}" for name, why in unmeasured.items()]
     print("\n".join([*rows.losses(made), *rows.spending(made), *not_measured, rows.load(made)]))

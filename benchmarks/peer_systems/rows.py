@@ -126,6 +126,11 @@ def rivals(rows: Sequence[Row], measure: Measure) -> dict[str, Row]:
     return {name: measure.best(theirs) for name, theirs in named.items() if theirs}
 
 
+def ratio_heads() -> list[str]:
+    """The heads of the table of `ratios`."""
+    return ["", *(measure.name for measure in MEASURES)]
+
+
 def ratios(rows: Sequence[Row]) -> list[list[str]]:
     """For each row of pruneport and each rival: how many times better it is, measure by measure; below 1 is worse."""
     ours = [row for row in rows if row["system"].startswith(OURS)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_systems import rows as peer_rows
+from docs.tables.markdown import code
 from docs.tables.markdown import table as markdown_table
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -207,20 +208,22 @@ def answers_by_delegate() -> str:
 def other_systems() -> str:
     """Returns pruneport beside what people use instead: rows, ratios, and where it loses, processor by processor."""
     (result,) = results("peers.json")
-    parts = [f"Made by `{result['command']}`, the last time.\n\n", _rows_of("peers.py")]
-    heads = peer_rows.heads()
+    parts = [_rows_of("peers.py")]
     for (processor, layers), rows in peer_rows.groups(result["rows"]).items():
-        about = rows[0]
+        said = {name: " and ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "date")}
+        threads = " and ".join(dict.fromkeys(str(row["threads"]) for row in rows))
         versions = {f"{name} {text}" for row in rows for name, text in row["versions"].items()}
+        sentences = (*peer_rows.losses(rows), *peer_rows.spending(rows))
         parts += [
             f"### {processor}, {layers} layers\n\n",
-            f"Where: {about['machine']}, {about['threads']} threads, {about['date']}. "
-            f"With {', '.join(sorted(versions))}. {peer_rows.load(rows)}\n\n",
-            markdown_table(heads, map(peer_rows.cells, rows)),
+            f"Made by {code(dict.fromkeys(row['command'] for row in rows))}.\n\n",
+            f"Where: {said['machine']}, {threads} threads, {said['date']}. With {', '.join(sorted(versions))}. "
+            f"{peer_rows.load(rows)}\n\n",
+            markdown_table(peer_rows.heads(), map(peer_rows.cells, rows)),
             "\nHow many times better than others; below 1 is worse:\n\n",
-            markdown_table(["", *heads[1:]], peer_rows.ratios(rows)),
+            markdown_table(peer_rows.ratio_heads(), peer_rows.ratios(rows)),
             "\n",
-            "".join(f"- {sentence}.\n" for sentence in (*peer_rows.losses(rows), *peer_rows.spending(rows))),
+            "".join(f"- {sentence}.\n" for sentence in sentences),
             "\n",
         ]
     return "".join(parts)

@@ -36,6 +36,7 @@ def row(system: str, *, ready_ms: float = 100.0, tokens_per_s: float = 10.0, **o
         "runs": 10,
         "quiet_runs": 4,
         "foreign_cores": 0.1,
+        "command": "python benchmarks/peers.py --layers 8",
         "machine": "a desk",
         "threads": 2,
         "date": "2026-11-27",
@@ -106,7 +107,7 @@ def test_the_docs_show_every_group_of_rows(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "peers.json").write_text(json.dumps({"command": "python benchmarks/peers.py", "rows": found}))
     monkeypatch.setattr(measured, "RESULTS", tmp_path)
     shown = measured.other_systems()
-    assert "### A, 8 layers" in shown
+    assert "### A, 8 layers\n\nMade by `python benchmarks/peers.py --layers 8`." in shown
     assert "### A, 32 layers" in shown
     assert "| pruneport-keep64 | 4321 | 4371 | 50 | 10.0 | 2.0 | 1.00 |" in shown
     assert "- pruneport-keep64 loses to llama.cpp's best in image ready: 4321 ms against 100 ms" in shown
