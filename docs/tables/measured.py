@@ -206,7 +206,12 @@ def answers_by_delegate() -> str:
 
 
 def other_systems() -> str:
-    """Returns pruneport beside what people use instead: rows, ratios, and where it loses, processor by processor."""
+    """Returns pruneport beside what people use instead: rows, ratios, and where it loses, processor by processor.
+
+    Says so where that was not measured yet: a machine must be quiet for it.
+    """
+    if not (RESULTS / "peers.json").exists():
+        return "Not measured yet.\n"
     (result,) = results("peers.json")
     parts = [_rows_of("peers.py")]
     for (processor, layers), rows in peer_rows.groups(result["rows"]).items():

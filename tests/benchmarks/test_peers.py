@@ -104,8 +104,9 @@ def test_rows_without_a_quiet_run_are_not_to_be_relied_on() -> None:
 
 def test_the_docs_show_every_group_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [row("pruneport-keep64", ready_ms=4321.0), row("llama.cpp-q4_0"), row("pruneport-keep64", layers=32)]
-    (tmp_path / "peers.json").write_text(json.dumps({"command": "python benchmarks/peers.py", "rows": found}))
     monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    assert measured.other_systems() == "Not measured yet.\n"
+    (tmp_path / "peers.json").write_text(json.dumps({"command": "python benchmarks/peers.py", "rows": found}))
     shown = measured.other_systems()
     assert "### A, 8 layers\n\nMade by `python benchmarks/peers.py --layers 8`." in shown
     assert "### A, 32 layers" in shown
