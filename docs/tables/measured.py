@@ -213,7 +213,8 @@ def other_systems() -> str:
     if not (RESULTS / "peers.json").exists():
         return "Not measured yet.\n"
     (result,) = results("peers.json")
-    parts = [_rows_of("peers.py")]
+    each_run = "`benchmarks/results/peers.json` has each run, and what other processes took meanwhile.\n\n"
+    parts = [_rows_of("peers.py"), each_run]
     for (processor, layers), rows in peer_rows.groups(result["rows"]).items():
         said = {name: " and ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "date")}
         threads = " and ".join(dict.fromkeys(str(row["threads"]) for row in rows))
