@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peer_systems import rows as peer_rows
+from docs.tables.markdown import code
 from docs.tables.markdown import table as markdown_table
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -203,9 +205,40 @@ def answers_by_delegate() -> str:
     return _made(result) + markdown_table(heads, rows)
 
 
+def other_systems() -> str:
+    """Returns pruneport beside what people use instead: rows, ratios, and where it loses, processor by processor.
+
+    Says so where that was not measured yet: a machine must be quiet for it.
+    """
+    if not (RESULTS / "peers.json").exists():
+        return "Not measured yet.\n"
+    (result,) = results("peers.json")
+    each_run = "`benchmarks/results/peers.json` has each run, and what other processes took meanwhile.\n\n"
+    parts = [_rows_of("peers.py"), each_run]
+    for (processor, layers), rows in peer_rows.groups(result["rows"]).items():
+        said = {name: " and ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "date")}
+        threads = " and ".join(dict.fromkeys(str(row["threads"]) for row in rows))
+        versions = {f"{name} {text}" for row in rows for name, text in row["versions"].items()}
+        sentences = (*peer_rows.losses(rows), *peer_rows.spending(rows))
+        parts += [
+            f"### {processor}, {layers} layers\n\n",
+            f"Made by {code(dict.fromkeys(row['command'] for row in rows))}.\n\n",
+            f"Where: {said['machine']}, {threads} threads, {said['date']}. With {', '.join(sorted(versions))}. "
+            f"{peer_rows.load(rows)}\n\n",
+            markdown_table(peer_rows.heads(), map(peer_rows.cells, rows)),
+            "\nHow many times better than others; below 1 is worse:\n\n",
+            markdown_table(peer_rows.ratio_heads(), peer_rows.ratios(rows)),
+            "\n",
+            "".join(f"- {sentence}.\n" for sentence in sentences),
+            "\n",
+        ]
+    return "".join(parts)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "cost of pruning": cost_of_pruning,
     "gain of pruning": gain_of_pruning,
+    "other systems": other_systems,
     "memory of an export": memory_of_an_export,
     "graphs on the NPU": npu_graphs,
     "bundles for the NPU": partial(_bundles, "qnn"),
