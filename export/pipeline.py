@@ -271,7 +271,7 @@ class _Making:
         if not self.plan.mixed:
             yield self.plan.vision.backend, graphs, ""
             return
-        for (part, recipe), group in zip(self.plan.parts.items(), graphs.apart(), strict=True):
+        for (part, recipe), group in zip(self.plan.parts.items(), graphs.split(), strict=True):
             yield recipe.backend, group, f"{part}/"
 
     def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:

@@ -85,7 +85,8 @@ class Prefill:
         from safetensors.numpy import save
 
         metadata = {"bundle": self.bundle, "image_ready_ms": repr(self.image_ready_ms)}
-        data = save(dict(self.caches), metadata=metadata)
+        # In the order of their axes: safetensors writes an array's memory as it lies.
+        data = save({name: np.ascontiguousarray(part) for name, part in self.caches.items()}, metadata=metadata)
         target = Path(os.path.realpath(path))  # a link stays one
         try:
             # A name of its own length: one that is as long as a name may be can still be written.

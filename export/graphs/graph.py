@@ -87,10 +87,9 @@ class Parts(Mapping[str, Graph]):
         self._at: int | None = None
         self._held: Mapping[str, Graph] = {}
 
-    def apart(self) -> Iterator[Parts]:
-        """Each part by itself, one after the other: none holds graphs of the one before."""
-        for part in self._parts:
-            yield Parts([part])
+    def split(self) -> tuple[Parts, Parts]:
+        """The first part, and those behind it."""
+        return Parts(self._parts[:1]), Parts(self._parts[1:])
 
     def __getitem__(self, name: str) -> Graph:
         number = next((n for n, (names, _) in enumerate(self._parts) if name in names), None)

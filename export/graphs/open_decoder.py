@@ -35,7 +35,7 @@ class OpenLayer(nn.Module):
     """A decoder layer behind a cache, with nothing sliced: XNNPACK slices what has a fixed size alone.
 
     Halves are swapped by a product with ones and zeros, exactly; scores of cache and new tokens are put side by side,
-    and so are their values. Where query heads share a key head they are laid one behind the other.
+    and so are their values. Queries that share a key lie one behind the other, those of a token together.
     """
 
     swap: Tensor
@@ -49,34 +49,30 @@ class OpenLayer(nn.Module):
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, masks: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (1, T, D), tables (T, d), masks (1, S) and (g * T, T) for g queries to a key, past (1, Hkv, S, d) each
+        """hidden (1, T, D), tables (T, 1, d), masks (1, S) and (T * g, T), g queries to a key, past (1, Hkv, S, d) each
         -> hidden (1, T, D), key and value (1, Hkv, T, d) of the new tokens"""
         attention = self.layer.self_attn
         heads, shared, width = attention.heads, attention.kv_heads, attention.head_dim
         normed = self.layer.input_layernorm(hidden)
-        query = self._rotated(self._heads(attention.q_proj(normed) * attention.scale, heads), cos, sin)
-        key = self._rotated(self._heads(attention.k_proj(normed), shared), cos, sin)
-        value = self._heads(attention.v_proj(normed), shared)
-        if heads != shared:
-            query = query.contiguous().view(shared, -1, width)
+        query = self._rotated(attention.q_proj(normed) * attention.scale, heads // shared, cos, sin)
+        key = self._rotated(attention.k_proj(normed), 1, cos, sin)
+        value = attention.v_proj(normed).view(-1, shared, width).permute(1, 0, 2)
         known_keys, known_values = (entries.view(shared, -1, width) for entries in past)
         beyond, ahead = masks
         known_scores = torch.bmm(query, known_keys.permute(0, 2, 1)) + beyond
         scores = torch.cat([known_scores, torch.bmm(query, key.permute(0, 2, 1)) + ahead], dim=2)
         mixed = torch.bmm(torch.softmax(scores, dim=-1), torch.cat([known_values, value], dim=1))
-        if heads != shared:
-            mixed = mixed.view(heads, -1, width)
-        hidden = hidden + attention.o_proj(mixed.permute(1, 0, 2).contiguous().view(1, -1, heads * width))
+        mixed = mixed.view(shared, -1, heads // shared * width).permute(1, 0, 2).contiguous()
+        hidden = hidden + attention.o_proj(mixed.view(1, -1, heads * width))
         out: Tensor = hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
         return out, key.view(1, shared, -1, width), value.view(1, shared, -1, width)
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        """(1, T, heads * d) -> (heads, T, d)"""
-        return x.view(-1, heads, self.swap.shape[0]).permute(1, 0, 2)
-
-    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The rotary embedding with tables of `rope_tables`: (heads, T, d) -> (heads, T, d)"""
-        return x * cos + nn.functional.linear(x, self.swap) * sin
+    def _rotated(self, x: Tensor, group: int, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads with the rotary embedding of tables from `rope_tables`: (1, T, Hkv * g * d) -> (Hkv, T * g, d)"""
+        width = self.swap.shape[0]
+        heads = x.view(-1, x.shape[2] // (group * width), group, width).permute(1, 0, 2, 3)
+        rotated = heads * cos + nn.functional.linear(heads, self.swap) * sin
+        return rotated.contiguous().view(rotated.shape[0], -1, width)
 
 
 class OpenDecoder(Graph):
@@ -153,11 +149,11 @@ class OpenDecoder(Graph):
         return {self.takes: {1: "tokens"}, "positions": {1: "tokens"}, **past}
 
     def forward(self, hidden: Tensor, positions: Tensor, filled: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        at = positions.view(-1)
+        at = positions.view(-1, 1)
         cos, sin = nn.functional.embedding(at, self.cos), nn.functional.embedding(at, self.sin)
         beyond = self._after(self.entry[:, : past[0].shape[2]], filled.view(1, 1).float())
         order = self.entry[:, : hidden.shape[1]]
-        ahead = self._after(order, order.expand(self.group, -1).reshape(-1, 1))
+        ahead = self._after(order, order.view(-1, 1).expand(-1, self.group).reshape(-1, 1))
         hidden = hidden.to(self.dtype)
         caches: list[Tensor] = []
         for number, layer in enumerate(self.layers.values()):

@@ -15,7 +15,8 @@ from benchmarks.peer_systems import kept, model, rows, turns
 from benchmarks.peer_systems.llama_cpp import interleaved, patched
 from benchmarks.peer_systems.pruneport_worker import Pruneport, Timed
 from docs.tables import measured
-from runtime.generation import Answers, Prefill, RunningGraph, Token
+from runtime.generation import Answers, Prefill, Token
+from runtime.text_graphs import RunningGraph
 
 
 def answer(ready_ms: float, first_ms: float) -> dict[str, Any]:

@@ -207,6 +207,7 @@ def test_prefill_outlives_the_session(make: Make, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.safetensors")
     again = Prefill.load(tmp_path / "photo.safetensors")
     assert (again.bundle, again.image_ready_ms) == (photo.bundle, photo.image_ready_ms)
+    assert all(np.array_equal(again.caches[name], part) for name, part in photo.caches.items())
     running = make(SPEC)
     assert ids(answers(running), again) == ids(session, photo)
     assert running[VISION_ENCODER].runs == 0
