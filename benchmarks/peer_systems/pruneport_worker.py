@@ -20,7 +20,8 @@ from benchmarks.peer_systems.worker import serve
 if TYPE_CHECKING:
     import numpy as np
 
-    from runtime.generation import Answers, RunningGraph
+    from runtime.generation import Answers
+    from runtime.text_graphs import RunningGraph
 
 
 class Timed:
