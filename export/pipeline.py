@@ -70,6 +70,7 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
     """
     from export.checkpoints import open_checkpoint
     from export.request import check_memory
+    from export.weights import LateCheckpoint
     from runtime.bundle import BundleWriter
     from runtime.leftovers import clean
 
@@ -87,7 +88,7 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
                 stage.note(f"left alone: {len(unread)} tensors that are no part of the model, such as {unread[0]!r}")
             for leftover in leftovers:
                 stage.note(str(leftover))
-        making = _Making(plan, checkpoint, progress, version)
+        making = _Making(plan, LateCheckpoint(checkpoint) if plan.backend.reads_late else checkpoint, progress, version)
         manifests = [making.write(bundle, writer) for bundle, writer in zip(plan.bundles, writers, strict=True)]
         del checkpoint, making
         gc.collect()
@@ -370,16 +371,17 @@ class _Making:
         as two float16 ones, while nothing else is there; lowering takes more (`export.request`). ExportError where
         float16 cannot hold the numbers and the backend has no way to compute a part in float32.
         """
-        plan, checkpoint = self.plan, self.checkpoint
-        if not plan.vision.in_half:
+        if not self.plan.vision.in_half:
             return None
         import torch
 
         from export.calibration import default_photos
         from export.graphs.vision import build_vision_encoder
         from export.ranges import measure
+        from export.weights import at_once
         from runtime.image import preprocess
 
+        plan, checkpoint = self.plan, at_once(self.checkpoint)
         # The pruner is none of it, and quantised decoder layers compute in float32.
         cut = 0 if plan.text and plan.text.module_scheme else plan.cut
         precise = build_vision_encoder(checkpoint, plan.entry, None, cut=cut, framed=cut > 0)

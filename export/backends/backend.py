@@ -117,6 +117,8 @@ class Backend:
     # True where `lower` goes through the graphs once, in their order, and keeps none: then only the weights of the part
     # that it is at have to be in memory.
     one_by_one: bool = False
+    # True where it reads a weight when it writes it: then graphs come to it with stand-ins (see export.weights.Late).
+    reads_late: bool = False
     compresses: bool = False
     calibrates: bool = False
     # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.
