@@ -87,16 +87,16 @@ class Packed:
     @contextmanager
     def on_disk(self) -> Iterator[None]:
         """Has everything that a delegate packs put into files, at once."""
-        usual = NamedDataStore.add_named_data
+        usual = NamedDataStore._add_named_data_to_map
 
-        def add(store: NamedDataStore, key: str, data: Any, *args: Any, **settings: Any) -> None:
-            usual(store, key, self.file(data) if isinstance(data, bytes) else data, *args, **settings)
+        def add(store: NamedDataStore, key: str, data: Any, *args: Any) -> None:
+            usual(store, key, self.file(data) if isinstance(data, bytes) else data, *args)
 
-        NamedDataStore.add_named_data = add
+        NamedDataStore._add_named_data_to_map = add
         try:
             yield
         finally:
-            NamedDataStore.add_named_data = usual
+            NamedDataStore._add_named_data_to_map = usual
 
     def file(self, data: bytes) -> FileBackedData:
         """Stores bytes under the name of their content, where other graphs find the same ones."""
