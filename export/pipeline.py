@@ -368,8 +368,8 @@ class _Making:
         """What float16 means for the vision graph of every bundle here; None where it does not compute in that.
 
         Measured on the float32 graph, of which only the islands are left when this returns. It takes as much memory
-        as two float16 ones, while nothing else is there; lowering takes more (`export.request`). ExportError where
-        float16 cannot hold the numbers and the backend has no way to compute a part in float32.
+        as two float16 ones, while nothing else is there. ExportError where float16 cannot hold the numbers and the
+        backend has no way to compute a part in float32.
         """
         if not self.plan.vision.in_half:
             return None
