@@ -41,12 +41,13 @@ DEFAULT_METHOD = "vlm-pruner"
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
 
 # Peak memory of an export: the libraries, plus the weights held about three times over while a graph is serialised and
-# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json). Quantised text weights take
-# a byte each while they wait, another while one graph is lowered, and what the graph packed (answers-*.json).
+# again when the engine has loaded and packed it. Quantised text weights take a byte each while they wait, another while
+# one graph is lowered, and what the graph packed.
 BASE_RAM_BYTES = 1200 * 2**20
 RAM_PER_GRAPH_BYTE = 3.1
 RAM_PER_QUANTISED_WEIGHT = 2.6
-# Where weights are read as they are packed, the largest one sets the peak of lowering: read, in float32, quantised.
+# Where weights are read as they are packed, the largest one sets the peak of lowering: read, in float32, quantised
+# (benchmarks/results/export_memory-*.json).
 RAM_PER_LARGEST_WEIGHT = 12
 # The engine then packs a copy of the decoder's layers for each graph that has them all: image, chunk and single token.
 PACKED_TEXT_COPIES = 3
@@ -663,15 +664,16 @@ def _needs_of_late_weights(
     tower = entry.vision_parameter_count(0)
     below = entry.vision_parameter_count(cut) - tower
     vision = tower * of_vision + below * of_text
-    table, layers = 0.0, 0.0
-    if text:
-        rows = math.prod(entry.tensors["embed_tokens.weight"].shape)
-        table, layers = rows * size, (entry.text_parameter_count() - rows) * of_text
+    table = math.prod(entry.tensors["embed_tokens.weight"].shape) if text else 0
+    layers = entry.text_parameter_count() - table if text else 0
     measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
-    checking = bundles * (vision + table + PACKED_TEXT_COPIES * layers) + max(vision, layers)
+    # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
+    opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
+    checking = bundles * (vision + table * size + PACKED_TEXT_COPIES * layers * of_text) + opening
     # Layers below the cut lie in the file once, with the others.
-    return max(measuring, lowering, checking), table + (tower * of_vision + layers if text else vision)
+    bundle = tower * of_vision + layers * of_text + table * size if text else vision
+    return max(measuring, lowering, checking), bundle
 
 
 def _stored_bytes(scheme: str | None, size: int) -> float:
