@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
     import torch
 
+    from export.backends.packed import Packed
     from export.families.family import ModelEntry
     from export.graphs.vision import VisionEncoder
 
@@ -140,7 +141,7 @@ def make(name: str, way: str, folder: Path) -> None:
     elif way == "8da8w-tower":
         quantize(encoder.tower, "8da8w")
     # Otherwise float32 layers are stored in float16 wherever that loses nothing.
-    others: dict[str, Callable[[], AbstractContextManager[None]]] = {"fp32": nullcontext, "8w": eight_bit_weights}
+    others: dict[str, Callable[[Packed], AbstractContextManager[Any]]] = {"fp32": nullcontext, "8w": eight_bit_weights}
     delegate = replace(DELEGATE, serialising=others[way]) if way in others else DELEGATE
     lower({"vision_encoder": encoder}, folder, delegate)
     os.rename(folder / "model.pte", folder / f"{way}.pte")
@@ -152,7 +153,7 @@ def named(encoder: VisionEncoder, arrays: list[np.ndarray]) -> dict[str, np.ndar
 
 
 @contextmanager
-def eight_bit_weights() -> Iterator[None]:
+def eight_bit_weights(_packed: Packed) -> Iterator[None]:
     """Has float32 linear layers written with 8-bit weights, a scale for each channel, while XNNPACK serialises."""
     import executorch.backends.xnnpack.operators.op_linear  # noqa: F401  registers the visitor for linear layers
     import torch

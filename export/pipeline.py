@@ -72,6 +72,7 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
     """
     from export.checkpoints import open_checkpoint
     from export.request import check_memory
+    from export.weights import LateCheckpoint
     from runtime.bundle import BundleWriter
     from runtime.leftovers import clean
 
@@ -89,7 +90,8 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
                 stage.note(f"left alone: {len(unread)} tensors that are no part of the model, such as {unread[0]!r}")
             for leftover in leftovers:
                 stage.note(str(leftover))
-        making = _Making(plan, checkpoint, progress, version)
+        late = all(recipe.backend.reads_late for recipe in plan.parts.values())
+        making = _Making(plan, LateCheckpoint(checkpoint) if late else checkpoint, progress, version)
         manifests = [making.write(bundle, writer) for bundle, writer in zip(plan.bundles, writers, strict=True)]
         del checkpoint, making
         gc.collect()
@@ -411,19 +413,20 @@ class _Making:
         """What float16 means for the vision graph of every bundle here; None where it does not compute in that.
 
         Measured on the float32 graph, of which only the islands are left when this returns. It takes as much memory
-        as two float16 ones, while nothing else is there; lowering takes more (`export.request`). ExportError where
-        float16 cannot hold the numbers and the backend has no way to compute a part in float32.
+        as two float16 ones, while nothing else is there. ExportError where float16 cannot hold the numbers and the
+        backend has no way to compute a part in float32.
         """
-        plan, checkpoint = self.plan, self.checkpoint
-        if not plan.vision.in_half:
+        if not self.plan.vision.in_half:
             return None
         import torch
 
         from export.calibration import default_photos
         from export.graphs.vision import build_vision_encoder
         from export.ranges import measure
+        from export.weights import at_once
         from runtime.image import preprocess
 
+        plan, checkpoint = self.plan, at_once(self.checkpoint)
         # The pruner is none of it, and quantised decoder layers compute in float32.
         cut = 0 if plan.shared_scheme else plan.cut
         precise = build_vision_encoder(checkpoint, plan.entry, None, cut=cut, framed=cut > 0)

@@ -56,9 +56,12 @@ def check_widths(scheme: str, widths: dict[str, int]) -> None:
 def quantize(module: torch.nn.Module, scheme: str) -> None:
     """Quantises every linear layer of `module` in place.
 
-    Layers that are quantised already, as part of a graph that shares them, are left as they are.
+    Layers that are quantised already, as part of a graph that shares them, are left as they are. Weights that wait in
+    their checkpoint (see export.weights) go on waiting.
     """
     import torch
+
+    from export.weights import late, read_now
 
     if scheme not in SCHEMES:
         raise ExportError(f"the quantisation scheme {scheme!r} is not known; allowed: {', '.join(SCHEMES)}")
@@ -72,6 +75,7 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         from export.blocks.nbits import NBitsLinear
 
         assert known.group is not None
+        read_now(module)
         for owner in list(module.modules()):
             for name, layer in owner.named_children():
                 if isinstance(layer, torch.nn.Linear):
@@ -84,4 +88,14 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         weight_dtype=getattr(torch, f"int{known.bits}"),
         weight_granularity=PerAxis(0) if known.group is None else PerGroup(known.group),
     )
+
+    def quantised(weight: torch.Tensor) -> torch.Tensor:
+        alone = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        alone.weight = torch.nn.Parameter(weight, requires_grad=False)
+        quantize_(alone, config)
+        return alone.weight.data
+
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear) and plain(layer) and (waiting := late(layer.weight)):
+            layer.weight = waiting.then(scheme, quantised).stand_in()
     quantize_(module, config, filter_fn=plain)

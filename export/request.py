@@ -41,11 +41,14 @@ DEFAULT_METHOD = "vlm-pruner"
 DEFAULT_PHOTOS = (("sklearn", "datasets/images/china.jpg"), ("skimage", "data/astronaut.png"))
 
 # Peak memory of an export: the libraries, plus the weights held about three times over while a graph is serialised and
-# again when the engine has loaded and packed it (benchmarks/results/export_memory-*.json). Quantised text weights take
-# a byte each while they wait, another while one graph is lowered, and what the graph packed (answers-*.json).
+# again when the engine has loaded and packed it. Quantised text weights take a byte each while they wait, another while
+# one graph is lowered, and what the graph packed.
 BASE_RAM_BYTES = 1200 * 2**20
 RAM_PER_GRAPH_BYTE = 3.1
 RAM_PER_QUANTISED_WEIGHT = 2.6
+# Where weights are read as they are packed, the largest one sets the peak of lowering: read, in float32, quantised
+# (benchmarks/results/export_memory-*.json).
+RAM_PER_LARGEST_WEIGHT = 12
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 
@@ -313,11 +316,11 @@ def plan(request: Request) -> Plan:
         cut,
         precision,
         text=whole,
+        quant_vision=quant_vision,
         quant_text=quant_text,
         text_precision=text_precision,
-        text_copies=text_backend.text_copies,
-        ram_factor=backend.ram_factor,
-        text_ram_factor=text_backend.ram_factor,
+        backend=backend,
+        text_backend=text_backend,
         bundles=2 if twin else 1,
         folder=folder,
     )
@@ -709,31 +712,78 @@ def _needs(
     precision: Precision,
     *,
     text: bool,
+    quant_vision: str | None,
     quant_text: str | None,
     text_precision: Precision,
-    text_copies: int,
-    ram_factor: float,
-    text_ram_factor: float,
+    backend: Backend,
+    text_backend: Backend,
     bundles: int,
     folder: Path,
 ) -> Needs:
     from export.memory import available_bytes
 
     size = 2 if precision == "fp16" else 4
-    graph_bytes = entry.vision_parameter_count(cut) * size
-    text_ram_bytes, text_bytes = 0.0, 0
-    if text:
-        size = 2 if text_precision == "fp16" else 4
-        weights = entry.text_parameter_count()
-        text_bytes = text_copies * (weights if quant_text else weights * size)
-        text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
+    if backend.reads_late and text_backend.reads_late:
+        ram_bytes, bundle_bytes = _needs_of_late_weights(
+            entry, cut, size, text=text, quant_vision=quant_vision, quant_text=quant_text, bundles=bundles
+        )
+    else:
+        graph_bytes = entry.vision_parameter_count(cut) * size
+        text_ram_bytes, text_bytes = 0.0, 0
+        if text:
+            size = 2 if text_precision == "fp16" else 4
+            weights = entry.text_parameter_count()
+            text_bytes = text_backend.text_copies * (weights if quant_text else weights * size)
+            text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
+        ram_bytes = backend.ram_factor * RAM_PER_GRAPH_BYTE * graph_bytes + text_backend.ram_factor * text_ram_bytes
+        bundle_bytes = graph_bytes + text_bytes
     return Needs(
-        ram_bytes=BASE_RAM_BYTES
-        + int(ram_factor * RAM_PER_GRAPH_BYTE * graph_bytes + text_ram_factor * text_ram_bytes),
+        ram_bytes=BASE_RAM_BYTES + int(ram_bytes),
         ram_available_bytes=available_bytes(),
-        disk_bytes=bundles * (graph_bytes + text_bytes + BUNDLE_EXTRA_BYTES),
+        disk_bytes=int(bundles * (bundle_bytes + BUNDLE_EXTRA_BYTES)),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
+
+
+def _needs_of_late_weights(
+    entry: ModelEntry,
+    cut: int,
+    size: int,
+    *,
+    text: bool,
+    quant_vision: str | None,
+    quant_text: str | None,
+    bundles: int,
+) -> tuple[float, float]:
+    """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes once loaded.
+
+    The more of three: a float32 graph that float16's range is measured on, lowering, and the check, in which all
+    graphs are open and one is read from the file.
+    """
+    of_text, of_vision = _stored_bytes(quant_text, size), _stored_bytes(quant_vision, size)
+    tower = entry.vision_parameter_count(0)
+    below = entry.vision_parameter_count(cut) - tower
+    vision = tower * of_vision + below * of_text
+    table = math.prod(entry.tensors["embed_tokens.weight"].shape) if text else 0
+    layers = entry.text_parameter_count() - table if text else 0
+    measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
+    lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
+    # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
+    opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
+    checking = bundles * (vision + table * size + layers * of_text) + opening
+    # Layers below the cut lie in the file once, with the others.
+    bundle = tower * of_vision + layers * of_text + table * size if text else vision
+    return max(measuring, lowering, checking), bundle
+
+
+def _stored_bytes(scheme: str | None, size: int) -> float:
+    """What a weight takes as XNNPACK packs it, its share of a group's scale in 16 bits included."""
+    from export.quantize import SCHEMES
+
+    if scheme is None:
+        return size
+    group = SCHEMES[scheme].group
+    return SCHEMES[scheme].bits / 8 + (2 / group if group else 0)
 
 
 def _nearest_folder(folder: Path) -> Path:

@@ -1,8 +1,12 @@
-"""Filling modules that were built on the meta device, one tensor at a time, straight from a checkpoint."""
+"""Filling modules that were built on the meta device from a checkpoint, at once or with stand-ins to be read late."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,24 +14,167 @@ from torch import nn
 from runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from export.families.family import Checkpoint
+    from export.families.family import Checkpoint, Family, Geometry
+    from runtime.bundle import WeightsInfo
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
     """Replaces every parameter of `module` by the tensor `prefix.<its name>`, cast to `dtype` as it is read.
 
-    At no time more than one tensor exists in two dtypes. CheckpointError when a shape differs, or when a value does
-    not fit `dtype`.
+    At no time more than one tensor exists in two dtypes. Out of a `LateCheckpoint` every parameter with two axes or
+    more, where nearly all the bytes are, is a stand-in: see `Late`. CheckpointError when a shape differs, or when a
+    value does not fit `dtype`.
     """
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             full_name = ".".join(part for part in (prefix, path, name) if part)
-            stored = checkpoint.tensor(full_name)
-            if stored.shape != parameter.shape:
+            stored = tuple(checkpoint.shape(full_name))
+            if stored != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"{full_name} has shape {list(stored.shape)}, but its place has {list(parameter.shape)}"
+                    f"{full_name} has shape {list(stored)}, but its place has {list(parameter.shape)}"
                 )
-            cast = stored.to(dtype)
-            if dtype == torch.float16 and stored.dtype != torch.float16 and not torch.isfinite(cast).all():
-                raise CheckpointError(f"{full_name} has values beyond the range of float16; use --precision fp32")
-            setattr(owner, name, nn.Parameter(cast, requires_grad=False))
+            if isinstance(checkpoint, LateCheckpoint) and parameter.dim() > 1:
+                setattr(owner, name, _of_checkpoint(checkpoint, full_name, dtype).stand_in())
+            else:
+                setattr(owner, name, nn.Parameter(_read(checkpoint, full_name, dtype), requires_grad=False))
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    stored = checkpoint.tensor(name)
+    cast = stored.to(dtype)
+    if dtype == torch.float16 and stored.dtype != torch.float16 and not torch.isfinite(cast).all():
+        raise CheckpointError(f"{name} has values beyond the range of float16; use --precision fp32")
+    return cast
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """A weight that waits in its checkpoint until somebody who writes a program asks for its numbers.
+
+    `key` says which tensor it is and all that is done to it, so that equal keys of one checkpoint mean equal numbers.
+    `like` is a tensor without memory of the same shape, dtype and class. In a module stands a `stand_in`, which can be
+    traced and lowered like the weight itself, but holds no number: computing with it gives nonsense.
+    """
+
+    key: tuple[str, ...]
+    like: torch.Tensor
+    read: Callable[[], torch.Tensor]
+
+    def then(self, step: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Late:
+        """The same weight with `change` made to it when it is read."""
+        return Late((*self.key, step), change(self.like), lambda: change(self.read()))
+
+    def stand_in(self) -> nn.Parameter:
+        """A parameter of the weight's shape, dtype and class, over memory that nobody has touched."""
+        parameter = nn.Parameter(_untouched(self.like), requires_grad=False)
+        setattr(parameter, _MARK, self)
+        return parameter
+
+
+_MARK = "_pruneport_late"
+
+
+def late(parameter: torch.Tensor) -> Late | None:
+    """The weight that a parameter of a module stands for; None where it is the weight itself."""
+    found: Late | None = getattr(parameter, _MARK, None)
+    return found
+
+
+def late_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, Late]]:
+    """Every stand-in of a module: its owner, its name there, itself, and what it stands for."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            found = late(parameter)
+            if found is not None:
+                yield owner, name, parameter, found
+
+
+def read_now(module: nn.Module) -> None:
+    """Puts the weights themselves where a module has stand-ins."""
+    for owner, name, _, found in late_parameters(module):
+        setattr(owner, name, nn.Parameter(found.read(), requires_grad=False))
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plain tensors that a tensor is made of, by their names in it; a plain one is its own part."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
+
+
+def _untouched(like: torch.Tensor) -> torch.Tensor:
+    if hasattr(like, "__tensor_flatten__"):
+        names, settings = like.__tensor_flatten__()
+        inner = {name: _untouched(getattr(like, name)) for name in names}
+        kind: Any = type(like)
+        rebuilt: torch.Tensor = kind.__tensor_unflatten__(inner, settings, like.shape, like.stride())
+        return rebuilt
+    # Pages of their own, which take no memory before somebody touches them; the allocator might hand out used ones.
+    pages = mmap.mmap(-1, max(1, like.numel() * like.element_size()))
+    return torch.frombuffer(pages, dtype=like.dtype, count=like.numel()).view(like.shape)
+
+
+def _of_checkpoint(checkpoint: LateCheckpoint, name: str, dtype: torch.dtype) -> Late:
+    like = torch.empty(checkpoint.shape(name), dtype=dtype, device="meta")
+    return Late((name, str(dtype)), like, lambda: _read(checkpoint, name, dtype))
+
+
+def at_once(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint that fills modules with numbers, for who computes with them."""
+    return checkpoint.source if isinstance(checkpoint, LateCheckpoint) else checkpoint
+
+
+class LateCheckpoint:
+    """A checkpoint whose tensors fill modules with stand-ins: for backends that read a weight when they write it."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source = source
+
+    @property
+    def family(self) -> Family[Any]:
+        """The architecture that the weights are for."""
+        return self.source.family
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The Hugging Face config.json."""
+        return self.source.config
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes that config describes."""
+        return self.source.geometry
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the checkpoint lies."""
+        return self.source.folder
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of all tensors."""
+        return self.source.names()
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that canonical name exists."""
+        return self.source.has(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+        return self.source.shape(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads one tensor, now."""
+        return self.source.tensor(name)
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        """Reads a few rows of a matrix, now."""
+        return self.source.rows(name, indices)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names of stored tensors that belong to none of the model's parts."""
+        return self.source.unread()
+
+    def identity(self) -> WeightsInfo:
+        """Where the weights came from, with a hash over all of them."""
+        return self.source.identity()

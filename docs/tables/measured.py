@@ -112,7 +112,8 @@ def memory_of_an_export() -> str:
         (
             result["command"].split()[-1],
             f"{int(result['graph'].split()[-2]) / 1e9:.2f}",
-            f"{result['peak_rss_kib'] / 2**20:.2f}",
+            f"{result['stages']['trace and lower']['peak_gib']:.2f}",
+            f"{max(result['peak_rss_kib'], result['peak_rss_of_loading_kib']) / 2**20:.2f}",
             f"{result['engine_median_s']:.1f}",
             f"{result['parity']['worst_rel']:g}",
             f"{result['parity']['kept_overlap']:.0%}",
@@ -122,7 +123,8 @@ def memory_of_an_export() -> str:
     heads = (
         "`--precision`",
         "graph file, GB",
-        "peak memory of the export, GiB",
+        "peak memory up to lowering, GiB",
+        "of the whole export, GiB",
         "a run on a busy desktop CPU, s",
         "largest relative error",
         "kept tokens in common",

@@ -127,6 +127,8 @@ class Backend:
     one_by_one: bool = False
     # True where its engine takes graphs of any number of tokens; elsewhere each number has a graph of its own.
     open_axes: bool = False
+    # True where it reads a weight when it writes it: then graphs come to it with stand-ins (see export.weights.Late).
+    reads_late: bool = False
     compresses: bool = False
     calibrates: bool = False
     # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.

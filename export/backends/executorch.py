@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ from export.backends.tracing import converting, trace
 if TYPE_CHECKING:
     import torch
 
+    from export.backends.packed import Packed
     from export.graphs.graph import Graph
     from runtime.bundle import DelegateCoverage
 
@@ -42,8 +42,10 @@ class Delegate:
     said: Callable[[logging.LogRecord], tuple[str, str] | None]
     key: Callable[[torch.fx.Node], str]
     converts: bool
-    # What is in force while it writes its programs.
-    serialising: Callable[[], AbstractContextManager[None]] = nullcontext
+    # What is in force while it writes its programs, and for it whether it reads weights that wait only as it writes
+    # them: other delegates get all weights of a graph before it is traced.
+    serialising: Callable[[Packed], AbstractContextManager[Any]] = nullcontext
+    reads_late: bool = False
 
 
 def lower(
@@ -75,20 +77,28 @@ def write_program(
     """Traces, lowers and writes FILE, with a method that returns it for each of `constants`.
 
     One graph after the other, and what the delegate packed lies on disk until the program is written, under the name
-    of its content: lowered together, five graphs that share their weights took five times the memory.
+    of its content: lowered together, five graphs that share their weights took five times the memory. Weights that wait
+    in their checkpoint are read one at a time, as the delegate comes to them. CheckpointError where that fails.
     """
-    with TemporaryDirectory(dir=out_dir) as packed, warnings.catch_warnings(), _rejections(delegate) as reasons:
+    with TemporaryDirectory(dir=out_dir) as folder, warnings.catch_warnings(), _rejections(delegate) as reasons:
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
         from executorch.exir.program import EdgeProgramManager
 
+        from export.backends.packed import Packed
+        from export.weights import read_now
+
         config = EdgeCompileConfig(_check_ir_validity=False)
+        packed = Packed(Path(folder))
         methods, coverage = {}, {}
         partitioner, passes = delegate.load()
         for name, graph in graphs.items():
+            if not delegate.reads_late:
+                read_now(graph)
+            packed.expect(graph)
             traced = {name: trace(graph)}
-            with converting("ExecuTorch", traced), delegate.serialising(), replays.left_out():
+            with converting("ExecuTorch", traced), packed.on_disk(), delegate.serialising(packed), replays.left_out():
                 edge = to_edge_transform_and_lower(
                     traced,
                     partitioner={name: [partitioner]},
@@ -97,34 +107,20 @@ def write_program(
                 )
             methods[name] = edge.exported_program(name)
             coverage[name] = _coverage(methods[name], delegate, reasons)
-            _move_to_disk(methods[name], Path(packed))
+            packed.forget()
             reasons.clear()
             del edge, traced, graph
             gc.collect()
         planning = MemoryPlanningPass(alloc_graph_input=copies_inputs)
         with converting("ExecuTorch", methods):
+            for program in methods.values():
+                packed.read_rest(program)
+            packed.forget()
             edge = EdgeProgramManager(methods, dict(constants or {}), config)
             program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
         with open(out_dir / FILE, "wb") as out:
             program.write_to_file(out)
     return coverage
-
-
-def _move_to_disk(program: torch.export.ExportedProgram, folder: Path) -> None:
-    """Puts the delegate's packed weights into files named by their content, where other graphs' find the same ones."""
-    from executorch.exir._serialize._cord import FileBackedData
-    from executorch.exir.lowered_backend_module import get_lowered_backend_modules
-
-    for partition in get_lowered_backend_modules(program.graph_module):
-        stored = partition.named_data_store_output
-        if stored is None:
-            continue
-        for index, data in enumerate(stored.buffers):
-            digest = hashlib.sha256(data)
-            file = folder / digest.hexdigest()
-            if not file.exists():
-                file.write_bytes(data)
-            stored.buffers[index] = FileBackedData(str(file), sha256=digest.digest())
 
 
 @contextmanager

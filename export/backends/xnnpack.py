@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from export.backends.packed import Packed
     from export.graphs.graph import Graph
 
 
@@ -37,8 +40,8 @@ def _said(record: logging.LogRecord) -> tuple[str, str] | None:
 
 
 @contextmanager
-def _serialising() -> Iterator[None]:
-    with _half_stored(), _needed_patterns():
+def _serialising(packed: Packed) -> Iterator[None]:
+    with _late(packed), _half_stored(packed), _needed_patterns():
         yield
 
 
@@ -64,7 +67,114 @@ def _needed_patterns() -> Iterator[None]:
 
 
 @contextmanager
-def _half_stored() -> Iterator[None]:
+def _late(packed: Packed) -> Iterator[None]:
+    """Has weights that wait read when XNNPACK's serialiser comes to them, and none that it packed for another graph."""
+    import torch
+    from executorch.backends.xnnpack.operators import node_visitor as serialising
+    from executorch.backends.xnnpack.utils.utils import is_param_node
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+
+    visitors: Any = serialising.NodeVisitor
+    fetch = serialising.get_param_tensor
+    add_buffer, add_params = visitors.get_serialized_buffer_index, visitors.get_quant_params
+
+    def once(visitor: Any, constants: list[Any], key: tuple[object, ...], pack: Callable[[], Any]) -> Any:
+        """What `pack` returned for this key; what it adds to constants and store is added for every graph."""
+        store = visitor._named_data_store
+        if key in packed.known:
+            result, added = packed.known[key]
+            for constant, data, alignment in added:
+                constants.append(constant)
+                store.add_named_data(constant.named_key, data, alignment)
+            return result
+        first = len(constants)
+        result = pack()
+        packed.known[key] = (
+            result,
+            [
+                (
+                    constant,
+                    store.buffers[store.key_to_buffer_idx[constant.named_key]],
+                    store.pte_data[constant.named_key].alignment,
+                )
+                for constant in constants[first:]
+            ],
+        )
+        return result
+
+    def buffer_index(
+        self: Any,
+        tensor: torch.fx.Node,
+        xnn_graph: Any,
+        vals_to_ids: Any,
+        convert_to_nhwc: bool,
+        swap_in_out_for_weights: bool,
+        quant_params: Any,
+        force_fp32: bool = False,
+        groups: int = 1,
+    ) -> int:
+        how = convert_to_nhwc, swap_in_out_for_weights, quant_params, force_fp32, groups
+
+        def pack() -> int:
+            return int(add_buffer(self, tensor, xnn_graph, vals_to_ids, *how))
+
+        node = tensor if quant_params is None else quant_params.q_input
+        held = fetch(self._exported_program, node) if is_param_node(self._exported_program, node) else None
+        weight = None if held is None else packed.key(held)
+        if weight is None:
+            return pack()
+        index = len(xnn_graph.constant_data)
+        stored_as = self.get_serialized_dtype(quant_params, tensor, force_fp32)
+        key = (*weight, stored_as, convert_to_nhwc, swap_in_out_for_weights, groups)
+        once(self, xnn_graph.constant_data, key, pack)
+        return index
+
+    def scales(self: Any, quant_params: Any, xnn_graph: Any, external_tag: str | None = None) -> Any:
+        waiting = quant_params.scale
+        weight = packed.key(waiting) if isinstance(waiting, torch.Tensor) else None
+        if weight is None:
+            return add_params(self, quant_params, xnn_graph, external_tag)
+
+        def pack() -> Any:
+            read = copy(quant_params)
+            read.scale = packed.numbers(waiting)
+            return add_params(self, read, xnn_graph, external_tag)
+
+        index = len(xnn_graph.constant_data)
+        return replace(once(self, xnn_graph.constant_data, weight, pack), scale_buffer_idx=index)
+
+    def shared(program: torch.export.ExportedProgram, specs: Any) -> torch.export.ExportedProgram:
+        """A copy for the delegate's passes to change, but of the weights, whose numbers they leave alone."""
+        held = (*program.state_dict.values(), *program.constants.values())
+        return deepcopy(program, {id(tensor): tensor for tensor in held})
+
+    with ExitStack() as stack:
+        for owner, name, ours in (
+            (serialising, "get_param_tensor", lambda program, node: packed.numbers(fetch(program, node))),
+            (visitors, "get_serialized_buffer_index", buffer_index),
+            (visitors, "get_quant_params", scales),
+            (XnnpackBackend, "copy_exported_program_for_preprocess", shared),
+        ):
+            stack.enter_context(_replaced(owner, name, ours))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, ours: Any) -> Iterator[None]:
+    inherited = name not in vars(owner)
+    usual = getattr(owner, name)
+    setattr(owner, name, ours)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, usual)
+
+
+@contextmanager
+def _half_stored(packed: Packed) -> Iterator[None]:
     """Has XNNPACK's float32 linear layers written with float16 weights, where these are exactly the same numbers.
 
     XNNPACK expands them again when it loads a program and computes in float32 as before: the file halves, and not a
@@ -94,7 +204,12 @@ def _half_stored() -> Iterator[None]:
                 if getattr(user.target, "__name__", "") != usual.target or user.args[1] is not weight:
                     return False
             value = get_param_tensor(self._exported_program, weight)
-            return bool(torch.equal(value.half().float(), value))
+            key = packed.key(value)
+            if key is None:
+                return _in_half(value)
+            if (*key, "in half") not in packed.known:
+                packed.known[*key, "in half"] = _in_half(packed.numbers(value))
+            return bool(packed.known[*key, "in half"])
 
         def get_serialized_dtype(self, quant_params: Any, node: torch.fx.Node, force_fp32: bool = False) -> Any:
             if node is self._half:
@@ -119,6 +234,11 @@ def _half_stored() -> Iterator[None]:
         kinds["aten.linear.default"] = usual
 
 
+def _in_half(value: torch.Tensor) -> bool:
+    """Whether float16 holds exactly these numbers."""
+    return bool((value.half().float() == value).all())
+
+
 DELEGATE = Delegate(
     name="XnnpackBackend",
     load=_partitioner,
@@ -127,6 +247,7 @@ DELEGATE = Delegate(
     key=lambda node: node.name,
     converts=False,
     serialising=_serialising,
+    reads_late=True,
 )
 
 XNNPACK = Backend(
@@ -141,4 +262,5 @@ XNNPACK = Backend(
     lower=lower,
     one_by_one=True,
     open_axes=True,
+    reads_late=True,
 )

@@ -271,6 +271,11 @@ class ModelEntry:
         """Parameters of the language half: embedding, all decoder layers, output matrix."""
         return self._count(name for name in self.tensors if not name.startswith(TOWER))
 
+    def largest_parameter_count(self, cut: int, *, text: bool) -> int:
+        """Numbers in the largest tensor of the vision graph or, with `text`, of the whole model."""
+        seen = (TOWER, *(f"layers.{index}." for index in range(cut)))
+        return max(self._count([name]) for name in self.tensors if text or name.startswith(seen))
+
     def _count(self, names: Iterable[str]) -> int:
         entries = (self.tensors[name] for name in names)
         return sum(math.prod(entry.shape) for entry in entries if entry.needed)

@@ -13,7 +13,7 @@ from export.blocks.rope import rope_tables
 from export.graphs.graph import Graph
 from export.models.prompt import read_prompt
 from export.quantize import quantize
-from export.weights import fill
+from export.weights import at_once, fill
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
@@ -304,13 +304,16 @@ def _fill_decoder(
     cos, sin = rope_tables(encoder.geometry.text, range(length))
     mask = causal_mask(length)
     for index, layer in enumerate(encoder.decoder_layers):
-        fill(layer, checkpoint, f"layers.{index}", torch.float32)
+        fill(layer, at_once(checkpoint), f"layers.{index}", torch.float32)
         out = layer(hidden, cos, sin, mask)
         hidden = out.hidden
         encoder.register_buffer(f"prefix_key_{index}", out.key.contiguous(), persistent=False)
         encoder.register_buffer(f"prefix_value_{index}", out.value.contiguous(), persistent=False)
-        if quant is None:
-            layer.to(dtype)
+        stored = dtype if quant is None else torch.float32
+        if at_once(checkpoint) is checkpoint:
+            layer.to(stored)
         else:
+            fill(layer, checkpoint, f"layers.{index}", stored)  # the numbers have had their use
+        if quant is not None:
             quantize(layer, quant)
     encoder.register_buffer("prefix_hidden", hidden, persistent=False)

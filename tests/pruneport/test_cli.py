@@ -408,8 +408,9 @@ def test_forecast_of_memory_covers_what_was_measured(root: Path, tmp_path: Path)
                 tmp_path, **{name: flags[name] for name in ("model", "weights", "precision", "only") if name in flags}
             )
         ).needs
-        peak_bytes = result["peak_rss_kib"] * 1024
-        assert peak_bytes <= needs.ram_bytes <= 1.5 * peak_bytes, file.name
+        # Timing runs resets the mark that a process reports at its end, so that loading was measured by itself.
+        peak_bytes = max(result["peak_rss_kib"], result["peak_rss_of_loading_kib"]) * 1024
+        assert peak_bytes <= needs.ram_bytes <= 1.2 * peak_bytes, file.name
 
 
 def test_next_command_is_one_line_to_copy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,169 @@
+"""Weights that wait in their checkpoint: read once, as XNNPACK packs them, and written as if they had been there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import nn
+
+from export.backends.executorch import FILE, Delegate, lower
+from export.backends.xnnpack import DELEGATE
+from export.families.family import Checkpoint
+from export.graphs.graph import Graph
+from export.quantize import quantize
+from export.weights import LateCheckpoint, fill, late
+from runtime.bundle import TensorInfo
+from runtime.errors import CheckpointError
+
+WIDTH, INNER, WORDS = 64, 96, 50
+SHAPES = {
+    "layer.up.weight": (INNER, WIDTH),
+    "layer.up.bias": (INNER,),
+    "layer.down.weight": (WIDTH, INNER),
+    "head.weight": (WORDS, WIDTH),
+    "exact.weight": (WIDTH, WIDTH),
+    "words.weight": (WORDS, WIDTH),
+}
+
+
+class Drawn:
+    """Tensors from a seed that count how often they are read; only those of `exact` are float16 numbers.
+
+    Those of `beyond` are larger than any of these.
+    """
+
+    def __init__(self, *, beyond: str = "none") -> None:
+        self.reads: Counter[str] = Counter()
+        self.beyond = beyond
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return SHAPES[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self.reads[name] += 1
+        drawn = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(len(name)))
+        if name.startswith(self.beyond):
+            drawn *= 1e6
+        return drawn.half() if name.startswith("exact") else drawn
+
+
+class Layer(nn.Module):
+    """Two linear layers, (..., WIDTH) -> the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, INNER, device="meta")
+        self.down = nn.Linear(INNER, WIDTH, bias=False, device="meta")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.down(self.up(x).relu())
+        return out
+
+
+class Stack(Graph):
+    """`tokens` rows through layers that another graph may hold, too."""
+
+    def __init__(self, tokens: int, layer: nn.Module, exact: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.tokens, self.layer, self.exact, self.head = tokens, layer, exact, head
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        dtype = "float16" if self.exact.weight.dtype == torch.float16 else "float32"
+        return (TensorInfo(name="x", shape=(1, self.tokens, WIDTH), dtype=dtype),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.exact(self.layer(x)))
+        return out
+
+
+class Words(Graph):
+    """A table of rows, which XNNPACK does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH, device="meta")
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="ids", shape=(1, 3), dtype="int64"),)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.words(ids)
+        return out
+
+
+def _graphs(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Graph]:
+    """Two graphs that share their layers, and a table; beside float32, one layer has groups of scales, one channels."""
+    layer, exact = Layer(), nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
+    head, words = nn.Linear(WIDTH, WORDS, bias=False, device="meta"), Words()
+    fill(layer, checkpoint, "layer", dtype)
+    fill(exact, checkpoint, "exact", dtype)
+    fill(head, checkpoint, "head", dtype)
+    fill(words.words, checkpoint, "words", dtype)
+    if dtype == torch.float32:
+        quantize(layer.up, "8da4w-g32")
+        quantize(layer.down, "8da8w")
+    graphs = {"five": Stack(5, layer, exact, head), "one": Stack(1, layer, exact, head), "words": words}
+    return {name: graph.eval().requires_grad_(False) for name, graph in graphs.items()}
+
+
+def _written(graphs: Mapping[str, Graph], folder: Path, delegate: Delegate = DELEGATE) -> bytes:
+    folder.mkdir()
+    lower(graphs, folder, delegate)
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    return (folder / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_each_weight_is_read_once_and_not_a_byte_differs(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = Drawn()
+    graphs = _graphs(LateCheckpoint(cast(Checkpoint, source)), dtype)
+    assert dict(source.reads) == {"layer.up.bias": 1}  # what has one axis is not worth waiting for
+    late_bytes = _written(graphs, tmp_path / "late")
+    assert dict(source.reads) == dict.fromkeys(SHAPES, 1)
+    assert late_bytes == _written(_graphs(cast(Checkpoint, Drawn()), dtype), tmp_path / "at_once")
+
+
+def test_a_delegate_that_cannot_wait_gets_the_weights_themselves(tmp_path: Path) -> None:
+    graphs = _graphs(LateCheckpoint(cast(Checkpoint, Drawn())), torch.float32)
+    words = graphs["words"]
+    assert isinstance(words, Words)
+    assert late(words.words.weight) is not None
+    lower({"words": words}, tmp_path, replace(DELEGATE, reads_late=False))
+    assert late(words.words.weight) is None
+    assert torch.equal(words.words.weight, Drawn().tensor("words.weight"))
+
+
+def test_what_cannot_be_read_late_is_said_as_ever_and_leaves_nothing(tmp_path: Path) -> None:
+    graphs = _graphs(LateCheckpoint(cast(Checkpoint, Drawn(beyond="head"))), torch.float16)
+    with pytest.raises(CheckpointError, match=r"^head\.weight has values beyond the range of float16; use"):
+        lower({"one": graphs["one"]}, tmp_path, DELEGATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shape_that_differs_is_refused_before_anything_is_read() -> None:
+    source = Drawn()
+    other = nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
+    with pytest.raises(CheckpointError, match=r"head\.weight has shape \[50, 64\], but its place has \[64, 64\]"):
+        fill(other, LateCheckpoint(cast(Checkpoint, source)), "head", torch.float32)
+    assert not source.reads
+
+
+def test_a_stand_in_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setitem(SHAPES, "large.weight", (2**14, 2**14))
+    checkpoint = LateCheckpoint(cast(Checkpoint, Drawn()))
+    large = nn.Linear(2**14, 2**14, bias=False, device="meta")
+    before = psutil.Process().memory_info().rss
+    fill(large, checkpoint, "large", torch.float32)
+    quantize(large, "8da4w")
+    waiting = late(large.weight)
+    assert waiting is not None
+    assert waiting.key == ("large.weight", "torch.float32", "8da4w")
+    assert large.weight.shape == (2**14, 2**14)
+    assert psutil.Process().memory_info().rss - before < large.weight.numel() / 2
