@@ -355,6 +355,7 @@ class _Making:
                 context,
                 precision=plan.text.traced,
                 embedding_precision=plan.recipe(TOKEN_EMBEDDING).traced,
+                embedding_in_bytes=plan.recipe(TOKEN_EMBEDDING).module_scheme is not None,
                 quant=quant,
                 chunk=PROMPT_CHUNK,
                 precise=islands,

@@ -49,6 +49,8 @@ RAM_PER_QUANTISED_WEIGHT = 2.6
 # Where weights are read as they are packed, the largest one sets the peak of lowering: read, in float32, quantised
 # (benchmarks/results/export_memory-*.json).
 RAM_PER_LARGEST_WEIGHT = 12
+# A number of the token embedding in 8 bits, with its share of a scale in 32 bits for each 32.
+_BYTES_PER_ROW_NUMBER = 1.125
 # Golden tensors, reports and the photo beside the graph.
 BUNDLE_EXTRA_BYTES = 64 * 2**20
 
@@ -176,13 +178,16 @@ class Plan:
         return "int32" if self.mixed else None
 
     def recipe(self, graph: str) -> Recipe:
-        """How a graph is made: as its part, but that the token embedding, a table of rows, is never quantised."""
+        """How a graph is made: as its part, but that the token embedding, a table of rows, has a scheme of its own."""
         from runtime.ready_made import EMBED_TOKENS
         from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
 
         if graph == VISION_ENCODER or self.text is None:
             return self.vision
-        return self.text.unquantised if graph in (TOKEN_EMBEDDING, EMBED_TOKENS) else self.text
+        if graph not in (TOKEN_EMBEDDING, EMBED_TOKENS):
+            return self.text
+        rows = self.text.backend.quant_rows if self.text.scheme and self.layout is None else None
+        return replace(self.text.unquantised, scheme=rows, packed="before tracing" if rows else "while lowering")
 
     def arithmetic(self, graph: str) -> tuple[str, ...]:
         """What a graph's numbers pass through: decoder layers below the cut may be made as the text graphs' are."""
@@ -236,7 +241,6 @@ def plan(request: Request) -> Plan:
     layout = _layout(request.layout, backends, target)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
-    quant_vision = _quantisation("quant_vision", request.quant_vision, backend.quant_vision, backend, target)
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
     quant_text = None
     if whole:
@@ -249,6 +253,11 @@ def plan(request: Request) -> Plan:
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
     asked = _precisions(request.precision, backends)
+    default_quant_vision = None
+    if quant_text and not mixed and layout is None and asked["vision"] is None:
+        default_quant_vision = backend.quant_vision_with_text
+    scheme = request.quant_vision or default_quant_vision
+    quant_vision = _quantisation("quant_vision", scheme, backend.quant_vision, backend, target)
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
     default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)
     precision = _known(f"{backend.name} precision", asked["vision"] or default_precision, backend.precisions)
@@ -282,7 +291,7 @@ def plan(request: Request) -> Plan:
         backend.variant,
         text_backend.variant if mixed else "",
         precision if precision != default_precision else "",
-        quant_vision or "",
+        "" if quant_vision == default_quant_vision else quant_vision or f"vision-{NONE}",
         f"text-{text_precision}" if text_precision != default_text_precision else "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
@@ -770,9 +779,10 @@ def _needs_of_late_weights(
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
     # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
     opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
-    checking = bundles * (vision + table * size + layers * of_text) + opening
+    rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
+    checking = bundles * (vision + rows + layers * of_text) + opening
     # Layers below the cut lie in the file once, with the others.
-    bundle = tower * of_vision + layers * of_text + table * size if text else vision
+    bundle = tower * of_vision + layers * of_text + rows if text else vision
     return max(measuring, lowering, checking), bundle
 
 

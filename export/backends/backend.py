@@ -129,6 +129,10 @@ class Backend:
     open_axes: bool = False
     # True where it reads a weight when it writes it: then graphs come to it with stand-ins (see export.weights.Late).
     reads_late: bool = False
+    # Where the text graphs are quantised, what else is: the vision graph if nobody says otherwise, and the rows of the
+    # token embedding.
+    quant_vision_with_text: str | None = None
+    quant_rows: str | None = None
     compresses: bool = False
     calibrates: bool = False
     # Whether its engine keeps the KV cache between runs, in float16: graphs of fp16 leave it there.
