@@ -237,6 +237,23 @@ def other_systems() -> str:
     return "".join(parts)
 
 
+def kept_tokens() -> str:
+    """Returns what quantising tower and layers does to the kept tokens."""
+    (result,) = results("kept_tokens.json")
+    rows = [
+        (
+            row["tower"],
+            row["layers"],
+            f"{row['keys']:.2g}",
+            f"{min(row['kept']):.0%}",
+            f"{sum(row['kept']) / len(row['kept']):.0%}",
+        )
+        for row in result["rows"]
+    ]
+    header = ("tower", "layers below the cut", "keys", "kept, worst", "kept, mean")
+    return _made(result) + markdown_table(header, rows)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "cost of pruning": cost_of_pruning,
     "gain of pruning": gain_of_pruning,
@@ -247,4 +264,5 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "bundles for Core ML": partial(_bundles, "coreml"),
     "selections on the NPU": selections,
     "answers by delegate": answers_by_delegate,
+    "kept tokens by scheme": kept_tokens,
 }

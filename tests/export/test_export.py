@@ -19,12 +19,13 @@ from export.models.pocket import POCKET, pocket_folder
 from export.quantize import SCHEMES
 from pruning import PruneSpec
 from pruning.vlm_pruner.settings import Settings
-from runtime.bundle import REPORT_FILES, read_bundle
-from runtime.text_graphs import STATIC_GRAPHS
+from runtime.bundle import OWN_LAYOUT, REPORT_FILES, read_bundle
+from runtime.golden import step_label, steps
+from runtime.text_graphs import DECODER_FRONT, OPEN_GRAPHS
 from tests.conftest import CommandLine
 from tests.sample_bundle import noise_photo
 
-GRAPH_FILES = {f"{name}.onnx" for name in STATIC_GRAPHS} | {"weights.onnx_data"}
+GRAPH_FILES = {f"{name}.onnx" for name in (*OPEN_GRAPHS, DECODER_FRONT)} | {"weights.onnx_data"}
 ON_DISK = {*GRAPH_FILES, "golden.safetensors", "tokenizer.json", "preprocessor_config.json", *REPORT_FILES}
 
 
@@ -84,7 +85,10 @@ def test_report_says_passed(onnx_bundle: Path) -> None:
 @pytest.mark.slow
 def test_twin_is_compared_in_one_run(xnnpack_bundle: Path) -> None:
     latency = read_json(xnnpack_bundle / "latency.json")
-    assert [graph["graph"] for graph in latency["graphs"]] == [*STATIC_GRAPHS[:2], *STATIC_GRAPHS[3:], STATIC_GRAPHS[2]]
+    graphs = read_bundle(xnnpack_bundle).manifest.graphs
+    timed = [step_label(graph.name, step) for graph in graphs for step in steps(graph, OWN_LAYOUT)]
+    assert [graph["graph"] for graph in latency["graphs"]] == timed
+    assert len(timed) == 1 + 2 + 3 + 2 + 1
     for graph in latency["graphs"]:
         assert graph["twin"]["runs"] == graph["bundle"]["runs"]
         assert graph["ratio"]["median"] > 0

@@ -266,11 +266,12 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
     ("words", "graph", "expected"),
     [
         ({"quant_text": "none"}, "vision_encoder", ("fp32",)),
-        ({"quant_text": "none", "precision": "fp16"}, "text_decoder", ("fp16",)),
+        ({"quant_text": "none", "precision": "fp16"}, "lm_head", ("fp16",)),
         ({"quant_text": "none", "quant_vision": "8da8w"}, "vision_encoder", ("8da8w",)),
-        ({"quant_text": "none", "precision": "fp16", "quant_vision": "8da8w"}, "text_prefill", ("fp16",)),
-        ({"quant_text": "8da4w-g32", "precision": "fp16"}, "image_prefill", ("8da4w-g32",)),
-        ({"quant_text": "8da4w", "precision": "fp16"}, "token_embedding", ("fp16",)),
+        ({"quant_text": "none", "precision": "fp16", "quant_vision": "8da8w"}, "decoder_front", ("fp16",)),
+        ({"quant_text": "8da4w-g32", "precision": "fp16"}, "decoder_back", ("8da4w-g32",)),
+        ({"quant_text": "8da4w", "precision": "fp16"}, "token_embedding", ("int8",)),
+        ({"quant_text": "none", "precision": "fp16"}, "token_embedding", ("fp16",)),
         # The decoder layers below the cut are in the vision graph, quantised as the text graphs.
         ({"quant_text": "8da4w", "precision": "fp16"}, "vision_encoder", ("fp16", "8da4w")),
         ({"quant_text": "8da4w", "quant_vision": "8da8w"}, "vision_encoder", ("8da8w", "8da4w")),

@@ -161,7 +161,7 @@ def other_model(bundle: Path, target: Path) -> Path:
     import onnx
 
     changed = variant(bundle, target, WEIGHTS)
-    graph = onnx.load(bundle / "text_decoder.onnx", load_external_data=False).graph
+    graph = onnx.load(bundle / "lm_head.onnx", load_external_data=False).graph
     (last,) = [tensor for tensor in graph.initializer if tensor.name == "lm_head.weight"]
     place = {entry.key: entry.value for entry in last.external_data}
     numbers = np.memmap(
@@ -185,7 +185,7 @@ def test_golden_answer_is_all_that_stdout_gets(ask: Ask, bundle: Bundle, photo: 
     assert int(stats["ready"]) > 0
     assert float(stats["ttft"]) > 0
     assert float(stats["speed"]) > 1
-    cache = sum(info.size_bytes for info in bundle.graph("text_decoder").inputs if info.name.startswith("past_"))
+    cache = sum(info.size_bytes for graph in bundle.manifest.graphs for info in graph.cache)
     assert float(stats["cache"]) == pytest.approx(cache / 1e6, abs=0.051)
     assert int(stats["rss"]) * 1e6 > (bundle.path / WEIGHTS).stat().st_size
 
@@ -212,7 +212,7 @@ def test_questions_share_the_photo(ask: Ask, bundle: Bundle, photo: Path, golden
     alone = ask(bundle.path, photo, OTHER, *few)
     runs.clear()
     both = ask(bundle.path, photo, golden.question, OTHER, golden.question, *few)
-    assert runs.count(VISION_ENCODER) == runs.count("image_prefill") == 1
+    assert runs.count(VISION_ENCODER) == 1
     first, second, again = both.out.splitlines()
     assert golden.text.startswith(first)
     assert f"{second}\n" == alone.out
@@ -379,7 +379,7 @@ def test_saved_prefill_stands_in_for_the_photo(
     assert (second.code, second.out) == (0, first.out)
     assert golden.text.startswith(second.out.removesuffix("\n"))
     assert VISION_ENCODER not in runs
-    assert "image_prefill" not in runs
+    assert VISION_ENCODER not in runs
     assert second.stats[0]["ready"] == first.stats[0]["ready"]
 
 
@@ -404,7 +404,7 @@ def test_prefill_of_another_bundle(
 def test_prefill_that_claims_to_be_ours(shape: tuple[int, ...], ask: Ask, bundle: Bundle, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    names = [info.name.removeprefix("past_") for info in bundle.graph("text_decoder").inputs if "past_" in info.name]
+    names = [info.name.removeprefix("past_") for graph in bundle.manifest.graphs for info in graph.cache]
     metadata = {"bundle": bundle.identity, "image_ready_ms": "1"}
     save_file({name: np.zeros(shape, np.float32) for name in names}, tmp_path / "x.safetensors", metadata)
     said = ask(bundle.path, tmp_path / "x.safetensors", OTHER)
@@ -524,13 +524,13 @@ def test_bundle_without_a_tokenizer(refused: Callable[..., str], bundle: Bundle,
 
 
 def test_damaged_bundle(refused: Callable[..., str], bundle: Bundle, photo: Path, tmp_path: Path) -> None:
-    changed = variant(bundle.path, tmp_path / "damaged", "text_decoder.onnx", WEIGHTS)
+    changed = variant(bundle.path, tmp_path / "damaged", "decoder_back.onnx", WEIGHTS)
     weights = bytearray((changed / WEIGHTS).read_bytes())
     weights[len(weights) // 2] ^= 1
     (changed / WEIGHTS).write_bytes(weights)
     assert f"{WEIGHTS} was changed: sha256" in refused(changed, photo, OTHER)
-    whole = (changed / "text_decoder.onnx").read_bytes()
-    (changed / "text_decoder.onnx").write_bytes(whole[:-100])
+    whole = (changed / "decoder_back.onnx").read_bytes()
+    (changed / "decoder_back.onnx").write_bytes(whole[:-100])
     assert "it is truncated or was changed" in refused(changed, photo, OTHER)
 
 
@@ -558,7 +558,7 @@ def test_graph_of_another_export_that_the_manifest_lists(
     edit_manifest(mixed, graphs=[theirs, *graphs[1:]])
     said = ask(mixed, photo, OTHER)
     assert (said.code, said.out, runs) == (2, "", [])
-    assert "do not fill the cache of text_prefill; export again" in said.err
+    assert "its graphs are of different exports: export again" in said.err
 
 
 # Beside the unpruned twin
@@ -620,10 +620,10 @@ def test_compare_tells_of_a_twin_that_cannot_be_read(
     refused: Callable[..., str], pair: tuple[Path, Path], photo: Path
 ) -> None:
     ours, twin = pair
-    (twin / "text_decoder.onnx").unlink()
+    (twin / "decoder_back.onnx").unlink()
     message = refused(ours, photo, OTHER, "--compare")
     assert "no unpruned twin" in message
-    assert f"(not looked at: {twin} lacks text_decoder.onnx, which its manifest lists; export again)" in message
+    assert f"(not looked at: {twin} lacks decoder_back.onnx, which its manifest lists; export again)" in message
 
 
 @pytest.mark.slow
