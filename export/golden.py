@@ -138,6 +138,7 @@ class _Decoder:
         self._watch = watch
         self._layers = range(checkpoint.geometry.text.layers)
         self._held: dict[int, nn.Module] | None = None
+        self._last: tuple[nn.Module, Tensor] | None = None
         self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
         self._first_text = 0
 
@@ -255,8 +256,12 @@ class _Decoder:
         """(1, T, D) -> (1, T, V)"""
         import torch
 
-        norm = self._desktop.norm()
-        head = self._checkpoint.tensor("lm_head.weight").float().to(self._device)
+        norm, head = self._last or (
+            self._desktop.norm(),
+            self._checkpoint.tensor("lm_head.weight").float().to(self._device),
+        )
+        if self._held is not None:  # as the layers are
+            self._last = norm, head
         self._watch("norm", norm)
         normed = norm(hidden)
         return torch.nn.functional.linear(normed, head)
