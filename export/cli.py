@@ -125,6 +125,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
         run.add_argument("--output-dir", default="bundles", metavar="DIR", help="where bundles go (default bundles)")
     run.add_argument("--dry-run", action="store_true", help="say what would be made and what it needs, then stop")
     run.add_argument("--force", action="store_true", help="try it although it needs more RAM or disk than there is")
+    run.add_argument("--resume", action="store_true", help="go on where an export of the same request was killed")
     _add_verbosity(run)
     return verb
 
@@ -333,7 +334,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     try:
         with library_noise(shown=args.verbose), _ended_by_any_signal():
-            made = export(planned, progress=progress, version=version)
+            made = export(planned, progress=progress, version=version, resume=args.resume)
     except KeyboardInterrupt:
         finished = [str(bundle.path) for bundle in planned.bundles if bundle.path.exists()]
         what = f"finished before that: {', '.join(finished)}" if finished else "nothing was written"

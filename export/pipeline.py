@@ -12,6 +12,11 @@ from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from export.keys import checkpoint_key, request_key
+from export.stages import KEPT, Key, Stages, stages_key
+from runtime.bundle import GraphInfo, Manifest, RangesInfo, read_bundle
 from runtime.errors import ExportError
 from runtime.hand_over import hand_over_fault, text_side
 from runtime.ready_made import EMBED_TOKENS
@@ -34,9 +39,6 @@ if TYPE_CHECKING:
         Bundle,
         BundleWriter,
         DelegateCoverage,
-        GraphInfo,
-        Manifest,
-        RangesInfo,
         TensorInfo,
         TextInfo,
     )
@@ -60,10 +62,11 @@ def stage_count(plan: Plan) -> int:
     return 2 + 5 * len(plan.bundles)
 
 
-def export(plan: Plan, *, progress: Progress, version: str) -> Made:
+def export(plan: Plan, *, progress: Progress, version: str, resume: bool = False) -> Made:
     """Makes the bundles of a plan and checks them in their engine.
 
     Nothing appears under a bundle's name before it is whole: any exception, Ctrl-C included, removes what was begun.
+    With `resume` what an export of the same plan left that was killed is taken over, and its finished stages are kept.
 
     `version` is pruneport's own, for the manifest.
 
@@ -77,23 +80,43 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
     from runtime.leftovers import clean
 
     check_memory(plan)
-    output = plan.bundle.path.parent
-    leftovers = clean(output) if output.is_dir() else ()
+    requests = [request_key(plan, bundle, version=version) for bundle in plan.bundles]
+
+    def asked(request: str) -> Callable[[bytes], bool] | None:
+        return (lambda raw: (key := stages_key(raw)) is not None and key.request == request) if resume else None
+
     with ExitStack() as stack:
         # Opened before any work, so that an output that cannot be written is found out first.
-        writers = [stack.enter_context(BundleWriter(bundle.path)) for bundle in plan.bundles]
+        writers = [
+            stack.enter_context(BundleWriter(bundle.path, resume=asked(request)))
+            for bundle, request in zip(plan.bundles, requests, strict=True)
+        ]
+        own = {writer.path for writer in writers}
+        leftovers = [leftover for leftover in clean(plan.bundle.path.parent) if leftover.path not in own]
         with progress.stage("open the checkpoint") as stage:
             checkpoint = open_checkpoint(plan.entry, weights=plan.weights, seed=plan.seed, bars=not progress.quiet)
             identity = checkpoint.identity()
             stage.note(f"{identity.id} ({identity.source}), sha256 {identity.sha256[:16]}")
             if unread := checkpoint.unread():
                 stage.note(f"left alone: {len(unread)} tensors that are no part of the model, such as {unread[0]!r}")
+            keys = [Key(request, checkpoint_key(checkpoint)) for request in requests]
+            kept = [Stages(writer, key) for writer, key in zip(writers, keys, strict=True)]
+            for one in kept:
+                if one.note:
+                    stage.note(one.note)
+            if resume and not any(writer.resumed for writer in writers):
+                stage.note("nothing to resume: no export of this request was killed after its first stage")
             for leftover in leftovers:
                 stage.note(str(leftover))
+                if not resume and stages_key(leftover.stages) in keys:
+                    stage.note("it was of the same request: --resume would have gone on where it stood")
         late = all(recipe.backend.reads_late for recipe in plan.parts.values())
         making = _Making(plan, LateCheckpoint(checkpoint) if late else checkpoint, progress, version)
-        manifests = [making.write(bundle, writer) for bundle, writer in zip(plan.bundles, writers, strict=True)]
-        del checkpoint, making
+        manifests = [
+            making.write(bundle, writer, stages)
+            for bundle, writer, stages in zip(plan.bundles, writers, kept, strict=True)
+        ]
+        del checkpoint, making, kept
         gc.collect()
         verdicts = [
             _check(bundle, writer.path, writers[0].path if bundle.spec and plan.twin else None, progress)
@@ -102,6 +125,20 @@ def export(plan: Plan, *, progress: Progress, version: str) -> Made:
         with progress.stage("finish"):
             bundles = [writer.commit(manifest) for writer, manifest in zip(writers, manifests, strict=True)]
     return Made(bundles[-1], verdicts[-1])
+
+
+class _Desktop(msgspec.Struct, frozen=True):
+    """What computed the desktop outputs, and what float16 means for the text graphs: see `_Making._write_golden`."""
+
+    device: str
+    text_ranges: RangesInfo | None
+
+
+class _Lowered(msgspec.Struct, frozen=True):
+    """Graphs as they were written, and for the vision graph in float16 what was measured."""
+
+    graphs: tuple[GraphInfo, ...]
+    ranges: RangesInfo | None
 
 
 @dataclass(frozen=True)
@@ -121,8 +158,8 @@ class _Making:
     progress: Progress
     version: str
 
-    def write(self, bundle: BundlePlan, writer: BundleWriter) -> Manifest:
-        """Writes golden tensors, graph and manifest of one bundle into its partial folder."""
+    def write(self, bundle: BundlePlan, writer: BundleWriter, stages: Stages) -> Manifest:
+        """Writes golden tensors, graph and manifest of one bundle into its partial folder, but for kept `stages`."""
         from export.manifests import manifest_of
         from runtime.bundle import GoldenInfo
         from runtime.image import preprocess
@@ -132,31 +169,43 @@ class _Making:
         # Streamed layer by layer, and before the graph's own weights are in memory: lowering alone sets the peak.
         with self.progress.stage(_label("desktop outputs", bundle)) as stage:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
-            device, text_half = self._write_golden(bundle, writer.path)
+            desktop = stages.kept("desktop outputs", _Desktop)
+            if desktop is None:
+                desktop = _Desktop(*self._write_golden(bundle, writer.path))
+                stages.finished("desktop outputs", desktop)
+            else:
+                stage.note(KEPT)
+            device, text_half = desktop.device, desktop.text_ranges
             stage.note(f"made on {device}")
             if text_half is not None:
                 stage.note(f"fp16 range of the text graphs: {text_half}")
         ready = plan.layout
         islands = text_half.islands if text_half else ()
-        graphs = self._lower_ready_made(bundle, writer.path) if ready else self._lower(bundle, writer.path, islands)
-        with self.progress.stage(_label("write the bundle", bundle)):
+        lower = self._lower_ready_made if ready else self._lower
+        lowered = lower(bundle, writer.path, islands, stages)
+        with self.progress.stage(_label("write the bundle", bundle)) as stage:
+            if stages.kept("manifest", bool):
+                stage.note(KEPT)
+                return read_bundle(writer.path).manifest
             self._carry(writer.path)
-            return writer.write_manifest(
+            manifest = writer.write_manifest(
                 manifest_of(
                     plan,
                     checkpoint,
                     bundle,
-                    graphs,
+                    lowered.graphs,
                     image=image,
                     text=None if ready else self._text_info(),
                     golden=GoldenInfo(
                         file=GOLDEN_FILE, device=device, torch=metadata.version("torch"), photo=plan.photo_name
                     ),
-                    ranges=self._half.info if self._half else None,
+                    ranges=lowered.ranges,
                     text_ranges=text_half,
                     version=self.version,
                 )
             )
+            stages.finished("manifest", True)
+            return manifest
 
     def _write_golden(self, bundle: BundlePlan, folder: Path) -> tuple[str, RangesInfo | None]:
         """Writes what the desktop model computes for the photo.
@@ -213,12 +262,11 @@ class _Making:
 
         return sample_text(self.checkpoint.folder, self.checkpoint.geometry, self.plan.entry, tokens=PROMPT_CHUNK + 1)
 
-    def _lower(self, bundle: BundlePlan, folder: Path, islands: tuple[str, ...]) -> tuple[GraphInfo, ...]:
+    def _lower(self, bundle: BundlePlan, folder: Path, islands: tuple[str, ...], stages: Stages) -> _Lowered:
         """Builds the graphs and has the backend write them; the modules are gone when this returns.
 
         `islands` are the modules of the text graphs that compute in float32.
         """
-        from runtime.bundle import GraphInfo
         from runtime.image import preprocess
 
         plan = self.plan
@@ -235,38 +283,55 @@ class _Making:
                     graph.calibration = [(preprocess(photo, image),) for photo in plan.calibration.values()]
             return built
 
-        with self.progress.stage(_label("build the graphs", bundle)) as stage:
-            graphs = self._build(bundle, stage, islands, noted)
-        with self.progress.stage(_label("trace and lower", bundle)) as stage:
-            lowered: dict[str, LoweredGraph] = {}
-            places: dict[str, str] = {}
-            for backend, group, place in self._by_backend(graphs):
-                (folder / place).mkdir(exist_ok=True)
-                lowered |= backend.lower(group if backend.one_by_one else dict(group), folder / place)
-                places |= dict.fromkeys(group, place)
-                for name in group:
-                    self._check_taken(name, lowered[name].coverage, stage)
-                gc.collect()
-        graph_infos = tuple(
-            GraphInfo(
+        def info(name: str, place: str, lowered: LoweredGraph) -> GraphInfo:
+            inputs, outputs = infos.get(name, ((), ()))  # of one that was kept the backend says them
+            return GraphInfo(
                 name=name,
-                file=f"{places[name]}{lowered[name].file}",
-                extra_files=tuple(f"{places[name]}{file}" for file in lowered[name].extra_files),
+                file=f"{place}{lowered.file}",
+                extra_files=tuple(f"{place}{file}" for file in lowered.extra_files),
                 engine=plan.recipe(name).backend.engine,
                 arithmetic=plan.arithmetic(name),
-                inputs=lowered[name].inputs or inputs,
-                outputs=lowered[name].outputs or outputs,
-                states=lowered[name].states,
-                coverage=lowered[name].coverage,
+                inputs=lowered.inputs or inputs,
+                outputs=lowered.outputs or outputs,
+                states=lowered.states,
+                coverage=lowered.coverage,
             )
-            for name, (inputs, outputs) in infos.items()
-        )
+
+        places = [f"{part}/" for part in plan.parts] if plan.mixed else [""]
+        made = {place: each for place in places if (each := stages.kept(f"graphs {place}", _Lowered)) is not None}
+        with self.progress.stage(_label("build the graphs", bundle)) as stage:
+            if len(made) == len(places):
+                stage.note(KEPT)
+                graphs = None
+            else:
+                graphs = self._build(bundle, stage, islands, noted)
+        with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            if made:
+                stage.note(KEPT)
+            for backend, group, place in self._by_backend(graphs) if graphs is not None else ():
+                if place in made:
+                    continue
+                (folder / place).mkdir(exist_ok=True)
+                to_lower = group if backend.one_by_one else dict(group)
+                if backend.lower_on is not None:
+                    written = backend.lower_on(to_lower, folder / place, stages)
+                else:
+                    written = backend.lower(to_lower, folder / place)
+                made[place] = _Lowered(
+                    tuple(info(name, place, written[name]) for name in group),
+                    self._half.info if VISION_ENCODER in list(group) and self._half else None,
+                )
+                for graph in made[place].graphs:
+                    self._check_taken(graph.name, graph.coverage, stage)
+                stages.finished(f"graphs {place}", made[place])
+                gc.collect()
+        graph_infos = tuple(graph for place in places for graph in made[place].graphs)
         if plan.text is not None:
             by_name = {graph.name: graph for graph in graph_infos}
             fault = hand_over_fault(by_name[VISION_ENCODER], *text_side(by_name))
             if fault:
                 raise ExportError(f"{fault}; please report this")
-        return graph_infos
+        return _Lowered(graph_infos, next((each.ranges for each in made.values() if each.ranges), None))
 
     def _by_backend(self, graphs: Parts) -> Iterator[tuple[Backend, Parts, str]]:
         """What each backend is to lower, and where: two of them may call their files alike, and get a folder each."""
@@ -276,14 +341,22 @@ class _Making:
         for (part, recipe), group in zip(self.plan.parts.items(), graphs.split(), strict=True):
             yield recipe.backend, group, f"{part}/"
 
-    def _lower_ready_made(self, bundle: BundlePlan, folder: Path) -> tuple[GraphInfo, ...]:
+    def _lower_ready_made(self, bundle: BundlePlan, folder: Path, islands: tuple[str, ...], stages: Stages) -> _Lowered:
         plan = self.plan
+        assert not islands
         assert plan.layout is not None
         assert plan.text is not None
         assert plan.text_tokens is not None
+        kept = stages.kept("graphs ", _Lowered)
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
-            encoder = self._vision(bundle, stage)
+            if kept is None:
+                encoder = self._vision(bundle, stage)
+            else:
+                stage.note(KEPT)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            if kept is not None:
+                stage.note(KEPT)
+                return kept
             graphs = plan.layout.load()(
                 self.checkpoint,
                 plan.entry,
@@ -295,7 +368,9 @@ class _Making:
             )
             for graph in graphs:
                 self._check_taken(graph.name, graph.coverage, stage)
-        return graphs
+            made = _Lowered(graphs, self._half.info if self._half else None)
+            stages.finished("graphs ", made)
+        return made
 
     def _build(
         self,

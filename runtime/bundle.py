@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal, Self
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from runtime.errors import BundleError, CheckpointError, OutputError, PruneportError
-from runtime.leftovers import make_locked
+from runtime.leftovers import STAGES, make_locked, take_over
 from runtime.names import LONGEST_NAME, is_text
 
 SCHEMA_VERSION = 2
@@ -650,12 +650,17 @@ class BundleWriter:
 
     Leaving the block without a commit, by whatever exception, removes what was written. An OSError inside the block
     (disk full, read-only) comes out as OutputError. `path` is there inside the block only.
+
+    With `resume` the folder of a killed export is taken over, if what its STAGES holds is what `resume` says yes to;
+    `resumed` then is True, and the folder holds what it held.
     """
 
     path: Path
 
-    def __init__(self, target_dir: Path) -> None:
+    def __init__(self, target_dir: Path, *, resume: Callable[[bytes], bool] | None = None) -> None:
         self.target_dir = Path(target_dir)
+        self.resumed = False
+        self._resume = resume
         self._lock: int | None = None
         self._made_parents: list[Path] = []
         self._hashed: dict[str, tuple[int, int, FileInfo]] = {}
@@ -671,7 +676,9 @@ class BundleWriter:
             for parent in reversed(missing):
                 parent.mkdir()
                 self._made_parents.append(parent)
-            self.path, self._lock = make_locked(self.target_dir)
+            taken = take_over(self.target_dir, self._resume) if self._resume is not None else None
+            self.resumed = taken is not None
+            self.path, self._lock = taken or make_locked(self.target_dir)
         except OSError as err:
             self._clean_up()
             raise self._output_error(err) from err
@@ -691,8 +698,8 @@ class BundleWriter:
         files = {}
         for path in sorted(self.path.rglob("*")):
             relative = path.relative_to(self.path).as_posix()
-            if path.is_file() and relative != MANIFEST:
-                files[relative] = self._file_info(path, relative)
+            if path.is_file() and relative not in (MANIFEST, STAGES):
+                files[relative] = self.hashed(relative)
         complete = msgspec.structs.replace(manifest, files=files)
         raw = msgspec.json.format(msgspec.json.encode(complete), indent=2)
         # What a later reader would refuse must not be written: a struct can be built with values of the wrong type.
@@ -709,12 +716,16 @@ class BundleWriter:
             _fsync(path)
         if self.target_dir.exists():
             raise OutputError(f"{self.target_dir} appeared while it was being made; remove it and export again")
+        (self.path / STAGES).unlink(missing_ok=True)
+        _fsync(self.path)
         os.rename(self.path, self.target_dir)
         self._committed = True
         _fsync(self.target_dir.parent)
         return read_bundle(self.target_dir)
 
-    def _file_info(self, path: Path, relative: str) -> FileInfo:
+    def hashed(self, relative: str) -> FileInfo:
+        """Hash and size of a file that lies in `path`; it is read once as long as it stays as it is."""
+        path = self.path / relative
         status = path.stat()
         known = self._hashed.get(relative)
         if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from export.graphs.graph import Graph
+    from export.stages import Stages
     from pruning import Arithmetic
     from runtime.bundle import DelegateCoverage, TensorInfo
 
@@ -44,6 +45,12 @@ class Lower(Protocol):
     """
 
     def __call__(self, graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]: ...
+
+
+class LowerOn(Protocol):
+    """Does what `Lower` does, but makes no graph again that `stages` kept, and notes each one that it finishes."""
+
+    def __call__(self, graphs: Mapping[str, Graph], out_dir: Path, stages: Stages) -> dict[str, LoweredGraph]: ...
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ class Backend:
     # True where `lower` goes through the graphs once, in their order, and keeps none: then only the weights of the part
     # that it is at have to be in memory.
     one_by_one: bool = False
+    # What is called instead of `lower` where graphs that an interrupted run finished need not be made again.
+    lower_on: LowerOn | None = None
     # True where its engine takes graphs of any number of tokens; elsewhere each number has a graph of its own.
     open_axes: bool = False
     # True where it reads a weight when it writes it: then graphs come to it with stand-ins (see export.weights.Late).

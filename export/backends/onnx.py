@@ -10,13 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
+
 from export.backends.backend import Backend, LoweredGraph
 from export.backends.tracing import converting, trace
+from runtime.bundle import FileInfo, TensorInfo
 from runtime.engines.onnxruntime import recording_options
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from export.graphs.graph import Graph
+    from export.stages import Stages
     from runtime.bundle import DelegateCoverage
 
 OPSET = 20
@@ -30,12 +34,39 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 
     Raises ExportError when a shape is symbolic or an operator cannot be converted.
     """
+    return lower_on(graphs, out_dir, None)
+
+
+class _Written(msgspec.Struct, frozen=True):
+    """A graph that is written: its inputs and outputs, whether it has weights in their file, and where all lie there.
+
+    `offsets` are those of all graphs up to it, by the sha256 of a tensor's bytes.
+    """
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    shared: bool
+    offsets: dict[str, int]
+
+
+def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) -> dict[str, LoweredGraph]:
+    """Does what `lower` does, but keeps the graphs that `stages` has from an interrupted run."""
     import onnx_ir
     import torch
 
-    lowered = {}
-    with _Weights(out_dir / WEIGHTS_FILE) as weights:
-        for name, graph in graphs.items():
+    made_before: dict[str, _Written] = {}
+    for name in graphs:
+        kept = None if stages is None else stages.kept(_stage(out_dir, name), _Written)
+        if kept is None:
+            break
+        made_before[name] = kept
+    last = next(reversed(made_before.values()), None)
+    lowered: dict[str, _Written] = dict(made_before)
+    with _Weights(out_dir / WEIGHTS_FILE, last.offsets if last else {}) as weights:
+        for name in graphs:
+            if name in made_before:
+                continue
+            graph = graphs[name]
             program = trace(graph)
             with (
                 warnings.catch_warnings(),
@@ -58,12 +89,24 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
             _plain_bounds(made.model)
             shared = weights.move_out(made.model)
             onnx_ir.save(made.model, out_dir / f"{name}.onnx")
-            lowered[name] = (f"{name}.onnx", (WEIGHTS_FILE,) if shared else ())
+            lowered[name] = _Written(graph.input_infos(), graph.output_infos(), shared, dict(weights.offsets))
+            if stages is not None:
+                stages.finished(_stage(out_dir, name), lowered[name], weights.so_far())
             del made, program, graph
     return {
-        name: LoweredGraph(file=file, extra_files=extra, coverage=(coverage_of(out_dir / file),))
-        for name, (file, extra) in lowered.items()
+        name: LoweredGraph(
+            file=f"{name}.onnx",
+            extra_files=(WEIGHTS_FILE,) if written.shared else (),
+            coverage=(coverage_of(out_dir / f"{name}.onnx"),),
+            inputs=written.inputs,
+            outputs=written.outputs,
+        )
+        for name, written in lowered.items()
     }
+
+
+def _stage(out_dir: Path, graph: str) -> str:
+    return f"{graph} in {out_dir.name}"
 
 
 def _plain_bounds(model: Any) -> None:
@@ -84,21 +127,36 @@ def _plain_bounds(model: Any) -> None:
 
 
 class _Weights:
-    """A file of tensors that several graphs refer to; what has the same bytes lies there once."""
+    """A file of tensors that several graphs refer to; what has the same bytes lies there once.
 
-    def __init__(self, path: Path) -> None:
+    `offsets` says where by the sha256 of these bytes; given what is there already, the file is added to.
+    """
+
+    def __init__(self, path: Path, offsets: Mapping[str, int]) -> None:
         self.path = path
-        self._offsets: dict[bytes, int] = {}
+        self.offsets = dict(offsets)
+        self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> Self:
-        self._file = self.path.open("wb")
+        self._file = self.path.open("r+b" if self.offsets else "wb")
+        while self.offsets and (chunk := self._file.read(2**22)):
+            self._sha256.update(chunk)
         return self
+
+    def so_far(self) -> dict[Path, FileInfo]:
+        """What the file hashes to as it is now; nothing while it is empty."""
+        size = self._file.tell()
+        return {self.path: FileInfo(sha256=self._sha256.hexdigest(), size_bytes=size)} if size else {}
+
+    def _add(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if not self._offsets:
+        if not self.offsets:
             self.path.unlink()
 
     def move_out(self, model: Any) -> bool:
@@ -111,14 +169,14 @@ class _Weights:
             if tensor.nbytes < _LEAST_SHARED_BYTES:
                 continue
             data = tensor.tobytes()
-            key = hashlib.sha256(data).digest()
-            if key not in self._offsets:
-                self._file.write(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
-                self._offsets[key] = self._file.tell()
-                self._file.write(data)
+            key = hashlib.sha256(data).hexdigest()
+            if key not in self.offsets:
+                self._add(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
+                self.offsets[key] = self._file.tell()
+                self._add(data)
             value.const_value = onnx_ir.ExternalTensor(
                 self.path.name,
-                self._offsets[key],
+                self.offsets[key],
                 len(data),
                 tensor.dtype,
                 shape=tensor.shape,
@@ -166,6 +224,7 @@ ONNX = Backend(
     quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     lower=lower,
+    lower_on=lower_on,
     one_by_one=True,
     open_axes=True,
 )

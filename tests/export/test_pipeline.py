@@ -319,7 +319,7 @@ def test_each_part_goes_to_its_backend_and_lies_in_a_folder_of_its_own(
 
         return lower
 
-    pair = replace(XNNPACK, lower=lowering("xnnpack")), replace(ONNX, lower=lowering("onnx"))
+    pair = replace(XNNPACK, lower=lowering("xnnpack")), replace(ONNX, lower=lowering("onnx"), lower_on=None)
     monkeypatch.setitem(TARGETS, "android", replace(TARGETS["android"], backends=pair))
     request = Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path))
     planned = plan(replace(request, backend="vision=onnx,text=xnnpack"))
