@@ -106,7 +106,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.checkpoints, "open_checkpoint", lambda *a, **k: FakeCheckpoint())
     monkeypatch.setattr(Llava, "image", lambda *a: image)
     monkeypatch.setattr(export.models.prompt, "read_prompt", lambda *a: PromptInfo(prefix_ids=(1,)))
-    monkeypatch.setattr(export.golden, "golden_device", lambda: "cpu")
+    monkeypatch.setattr(export.golden, "golden_device", lambda reference: "cpu")
     monkeypatch.setattr(export.golden, "make_golden", fake_golden)
     monkeypatch.setattr(pipeline._Making, "_desktop_pixels", lambda self: np.zeros((1, 3, 336, 336), np.float32))
     monkeypatch.setattr(
