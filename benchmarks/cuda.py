@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,7 @@ class Captured:
 
         self._inputs = [x.clone() for x in inputs]
         # What libraries set up at their first call cannot be recorded.
-        aside = torch.cuda.Stream()
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARMUP):
@@ -200,7 +201,7 @@ def pruner_rows(pruner: Any, keys: Tensor, hidden: Tensor, runs: int) -> dict[st
         if not torch.equal(indices, kept["loop"]):
             differ = int((~torch.isin(indices, kept["loop"])).sum())
             raise SystemExit(f"{name} keeps {differ} of {spec.keep} tokens that the loop does not; nothing is measured")
-    taken = in_turns({name: (lambda form=form: form(keys, hidden)) for name, form in forms.items()}, keys.device, runs)
+    taken = in_turns({name: partial(form, keys, hidden) for name, form in forms.items()}, keys.device, runs)
     return {
         "tokens": spec.tokens,
         "keep": spec.keep,
@@ -337,13 +338,13 @@ def _time_ms(work: Callable[[], object], device: torch.device) -> float:
         return (time.perf_counter() - start) * 1e3
     import torch
 
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
     begin.record()
     work()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end)
+    return float(begin.elapsed_time(end))
 
 
 def _medians(taken: Mapping[str, list[float]]) -> dict[str, float]:

@@ -30,7 +30,7 @@ class Pretended(Tensor):
         made.held = held
         return made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:
         return f"Pretended({self.held!r})"
 
     def tolist(self) -> Any:
@@ -38,27 +38,27 @@ class Pretended(Tensor):
         return self.held.tolist()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return run(func, args, kwargs or {})
 
 
-class PretendGpu(TorchDispatchMode):
+class PretendGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it, what is made on the device is there; `seen` are the operators that ran, in order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __enter__(self) -> PretendGpu:
         # Or `torch.tensor` would ask the device itself for memory.
         torch._C._set_only_lift_cpu_tensors(True)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch._C._set_only_lift_cpu_tensors(False)
 
     def __torch_dispatch__(
