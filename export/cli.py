@@ -119,6 +119,12 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     source.add_argument("--image", metavar="PHOTO", help="photo to check with (default: a sample of scikit-learn)")
     source.add_argument("--calibration", metavar="DIR", help="8 to 64 photos to quantise with, instead of the default")
     run = verb.add_argument_group("how to run")
+    run.add_argument(
+        "--reference",
+        default="auto",
+        metavar="D",
+        help="where desktop outputs are made, in fp32: auto (default: a GPU if there is one), cpu, cuda",
+    )
     if optimum:  # whose exporters all take the folder last
         run.add_argument("output_dir", metavar="OUT", help="where bundles go")
     else:
@@ -319,6 +325,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
         seed=args.seed,
         image=args.image,
         calibration=args.calibration,
+        reference=args.reference,
         output_dir=args.output_dir,
         twin=args.twin,
         force=args.force,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.models.prompt import read_prompt
-from runtime.errors import ExportError
+from runtime.errors import ExportError, RequestError
 from runtime.golden import (
     ANSWER,
     ANSWER_MARGIN,
@@ -39,17 +39,54 @@ if TYPE_CHECKING:
     from export.models.prompt import SampleText
     from pruning import Features, Method, PruneSpec
 
+# Where desktop outputs can be made, as a request spells it.
+REFERENCES = ("auto", "cpu", "cuda")
 # Greedy tokens of the sample answer.
 ANSWER_TOKENS = 64
 # How often features are moved by how much, relative, to find the choices that float32 cannot tell from the desktop's.
 _DRAWS, _MOVED_BY = 6, 1e-6
 
 
-def golden_device() -> str:
-    """The best desktop device at hand: "cuda", else "cpu"."""
+def golden_device(reference: str = "auto") -> str:
+    """The desktop device that `reference` asks for: "cuda" or "cpu"; "auto" is a GPU if one can be used.
+
+    RequestError for "cuda" without such a GPU. There is no precision to choose: the bounds of a check are distances
+    from float32, so an output in 16 bits defines nothing that a bundle could be held against.
+    """
+    if reference == "cpu":
+        return "cpu"
+    fault = _gpu_fault()
+    if fault is None:
+        return "cuda"
+    if reference == "cuda":
+        raise RequestError(
+            f"reference=cuda needs a GPU that torch can compute on: {fault}; allowed: {', '.join(REFERENCES)}; take "
+            "--reference cpu, whose outputs serve as well, or run this on a machine with a GPU and a torch made for it"
+        )
+    return "cpu"
+
+
+def device_words(device: str) -> str:
+    """The device as the manifest names it: "cpu", or CUDA with the GPU's own name and what its products are made of."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if device == "cpu" else f"cuda ({torch.cuda.get_device_name(device)}; TF32 off)"
+
+
+def _gpu_fault() -> str | None:
+    """Why torch cannot compute on a GPU here; None where it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        made_for = torch.version.cuda
+        if made_for is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        return f"torch {torch.__version__}, built for CUDA {made_for}, finds no GPU with a driver for it"
+    try:
+        torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).cpu()
+    except RuntimeError as error:  # a GPU that this build has no kernels for, or that others have filled
+        return f"{torch.cuda.get_device_name()} refuses a product of 8 x 8 ({str(error).strip().splitlines()[0]})"
+    return None
 
 
 def make_golden(
@@ -241,11 +278,16 @@ class _Decoder:
         }
 
     def _fits(self) -> bool:
-        """Whether all layers may stay in memory together, beside the graph that is lowered afterwards."""
+        """Whether all layers may stay in memory together: in the machine's beside the graph that is lowered afterwards,
+        in a GPU's beside one more layer and the output matrix.
+        """
         import psutil
+        import torch
 
         names = [name for name in self._checkpoint.names() if name.startswith("layers.")]
         size = sum(4 * math.prod(self._checkpoint.shape(name)) for name in names)
+        if self._device.type == "cuda":
+            return size < 0.7 * torch.cuda.mem_get_info(self._device)[0]
         return bool(size < 0.3 * psutil.virtual_memory().available)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:

@@ -212,14 +212,15 @@ class _Making:
 
         Returns the device that computed it, and where the text graphs compute in float16 what that means for them.
         """
+        import torch
         from safetensors.numpy import save
 
-        from export.golden import golden_device, make_golden
+        from export.golden import device_words, golden_device, make_golden
         from export.ranges import Watch
         from pruning import SpecError
 
-        device = golden_device()
         plan = self.plan
+        device = golden_device(plan.request.reference)
         watch = Watch() if plan.text is not None and plan.text.in_half and plan.layout is None else None
         try:
             golden = make_golden(
@@ -235,6 +236,11 @@ class _Making:
             )
         except SpecError as error:
             raise ExportError(f"the image tokens of {self.plan.photo_path} cannot be pruned: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ExportError(
+                f"the desktop outputs do not fit into the memory of {device_words(device)}; free it, or take "
+                "--reference cpu"
+            ) from error
         if bundle.spec is not None and golden["kept_indices"].shape != (bundle.spec.keep,):
             raise ExportError(
                 f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {bundle.spec.keep}: "
@@ -242,9 +248,10 @@ class _Making:
             )
         # Serialised in memory first: a full disk is then an OSError like any other.
         (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": self.plan.photo}))
+        made_on = device_words(device)
         if watch is None or plan.text is None:
-            return device, None
-        return device, self._ranges_info(watch.ranges(), (plan.photo_name,), plan.text)
+            return made_on, None
+        return made_on, self._ranges_info(watch.ranges(), (plan.photo_name,), plan.text)
 
     def _desktop_pixels(self) -> NDArray[np.float32]:
         """The photo as transformers' own image processor prepares it: (1, 3, height, width) float32.

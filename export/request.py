@@ -85,6 +85,7 @@ class Request:
     seed: str = "0"
     image: str | None = None
     calibration: str | None = None
+    reference: str = "auto"
     output_dir: str = "bundles"
     twin: bool = False
     force: bool = False
@@ -283,6 +284,7 @@ def plan(request: Request) -> Plan:
     _check_weights(request.weights)
     for each in dict.fromkeys((backend, text_backend)):
         _check_installed(each)
+    _check_reference(request.reference)
     method = _method(request.method, cut, pruned=keep < tokens)
     photo_path = _photo_path(request.image)
     calibration = _calibration(request.calibration, backend, quant_vision)
@@ -688,6 +690,14 @@ def _check_installed(backend: Backend) -> None:
             f"backend {backend.name} needs {', '.join(missing)}, not installed here; "
             f"run: pip install 'pruneport[{extras}]'"
         )
+
+
+def _check_reference(word: str) -> None:
+    """Refuses a device for the desktop outputs that is none, or that is not here."""
+    from export.golden import REFERENCES, golden_device
+
+    if _known("reference", word, REFERENCES) == "cuda":
+        golden_device(word)
 
 
 def _photo_path(image: str | None) -> Path:

@@ -105,6 +105,35 @@ def gain_of_pruning() -> str:
     )
 
 
+def on_a_gpu() -> str:
+    """Returns what GPUs took for the pruner and for a prefill. Says so where none was measured yet."""
+    found = results("cuda-*.json") if any(RESULTS.glob("cuda-*.json")) else []
+    parts = []
+    for result in (result for result in found if result["device"] == "cuda"):  # a CPU only tries the script
+        prefill = result["prefill"]
+        rows = [
+            (
+                f"{row['tokens']} to {row['keep']} tokens, {row['features']}",
+                form,
+                f"{ms:.3f}",
+                f"{row['loop_over'][form]['median']:.2f}" if form in row["loop_over"] else "",
+            )
+            for row in result["pruner"]
+            for form, ms in row["median_ms"].items()
+        ]
+        rows += [
+            (
+                f"prefill of {prefill['model']}, {prefill['layers']} layers, {prefill['dtype']}",
+                form,
+                f"{ms:.3f}",
+                f"{prefill['twin_over'][form]['median']:.2f}" if form in prefill["twin_over"] else "",
+            )
+            for form, ms in prefill["median_ms"].items()
+        ]
+        parts.append(_made(result) + markdown_table(("", "form", "ms", "times faster"), rows) + "\n")
+    return _rows_of("cuda.py") + ("".join(parts) or "No GPU was measured yet.\n")
+
+
 def memory_of_an_export() -> str:
     """Returns what exports of the vision graph at full width took."""
     found = results("export_memory-llava-1.5-7b-*.json")
@@ -258,6 +287,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "cost of pruning": cost_of_pruning,
     "gain of pruning": gain_of_pruning,
     "other systems": other_systems,
+    "on a GPU": on_a_gpu,
     "memory of an export": memory_of_an_export,
     "graphs on the NPU": npu_graphs,
     "bundles for the NPU": partial(_bundles, "qnn"),

@@ -52,9 +52,10 @@ def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, .
     order, margin = _pivots(keys, spec)
     similarity = _similarity(hidden, spec)
     _expand(similarity, order, margin, spec)
-    selection = torch.tensor(order)
+    selection = torch.tensor(order, device=keys.device)
     kept = selection.sort().values
-    return _recover(similarity, hidden, kept, spec), kept, selection, torch.tensor(margin), similarity
+    deciding = torch.tensor(margin, device=keys.device)
+    return _recover(similarity, hidden, kept, spec), kept, selection, deciding, similarity
 
 
 def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
@@ -68,7 +69,7 @@ def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
     for _ in range(settings.first_pivots(spec.keep)):
         ranked = score.masked_fill(~free, -1.0)
         best = int(ranked.argmax())  # the first one on ties
-        runner_up = ranked.masked_fill(torch.arange(len(ranked)) == best, -1.0).max()
+        runner_up = ranked.masked_fill(torch.arange(len(ranked), device=K.device) == best, -1.0).max()
         margin.append(float((ranked[best] - runner_up.clamp(min=0.0)) / ranked[best].clamp(min=1e-30)))
         order.append(best)
         free[best] = False
@@ -101,7 +102,7 @@ def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -
     distance = squared_distances(spec).to(S).sqrt()
 
     def adjusted() -> Tensor:
-        chosen = torch.tensor(order)
+        chosen = torch.tensor(order, device=S.device)
         buffer = 1.0 + distance[:, chosen].min(1).values * settings.distance_slope(spec.grid)
         return S[:, chosen].max(1).values * buffer
 
@@ -113,7 +114,7 @@ def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -
         for start in range(0, len(ranked), settings.token_batch):
             if len(order) == spec.keep:
                 return
-            batch = torch.tensor(ranked[start : start + settings.token_batch]).sort().values
+            batch = torch.tensor(ranked[start : start + settings.token_batch], device=S.device).sort().values
             adj = adjusted()[batch]
             near = (limit - adj).abs()
             accepted = torch.nonzero(adj < limit).flatten()
@@ -130,7 +131,7 @@ def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -
 def _recover(S: Tensor, H: Tensor, kept: Tensor, spec: PruneSpec) -> Tensor:
     """Mix what was dropped into its most similar kept token (section 3.4): (N, D) -> (keep, D)."""
     settings = Settings.of(spec)
-    dropped = torch.ones(len(H), dtype=torch.bool)
+    dropped = torch.ones(len(H), dtype=torch.bool, device=H.device)
     dropped[kept] = False
     to_kept = S[:, kept]
     stands_for = torch.nn.functional.one_hot(to_kept.argmax(1), len(kept)).bool() & dropped[:, None]

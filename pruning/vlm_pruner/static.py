@@ -151,6 +151,14 @@ class TokenPruner(nn.Module):
             largest, bound = float(keys.abs().max()), math.sqrt(LARGEST_DISTANCE / (4.0 * keys.shape[2]))
             if largest > bound:
                 raise SpecError(f"keys reach {largest:.3g}; the static pruner tells distances apart up to {bound:.3g}")
+        tokens, indices, filled = self.select_unread(keys, hidden)
+        return tokens, indices if exporting else indices.long(), filled
+
+    def select_unread(self, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Like `select` for features that it would take, with indices as float32 whole numbers.
+
+        No value is read by the host, so that a CUDA graph can hold it; of NaN and infinity it makes nonsense.
+        """
         dtype = hidden.dtype
         keys, hidden = (x if x.dtype == torch.float32 else x.float() for x in (keys, hidden))  # no operator for nothing
         pivots = self._pivots(keys)
@@ -159,7 +167,7 @@ class TokenPruner(nn.Module):
         pick = self._pick(chosen)
         tokens = torch.bmm(self._recovery(similarity, chosen, pick), hidden)
         indices = torch.bmm(pick, self._many(self.position, pick)).view(-1, self.spec.keep)
-        return tokens.to(dtype), indices if exporting else indices.long(), filled.view(-1, 1)
+        return tokens.to(dtype), indices, filled.view(-1, 1)
 
     def _pivots(self, keys: Tensor) -> Tensor:
         """One-hot rows of the pivots: (B, N, Dk) -> (B, pivots, N)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -14,12 +14,12 @@ from export.checkpoints import FolderCheckpoint, RandomCheckpoint, open_checkpoi
 from export.families import MODELS
 from export.families.family import ModelEntry
 from export.families.llava.config import LlavaGeometry
-from export.golden import golden_device, make_golden
+from export.golden import device_words, golden_device, make_golden
 from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import read_prompt
 from pruning import PruneSpec, reference
 from pruning.vlm_pruner.settings import Settings
-from runtime.errors import ExportError
+from runtime.errors import ExportError, RequestError
 from tests.tiny_llava import TINY, write_tiny
 
 
@@ -118,7 +118,60 @@ def test_golden_never_shares_code_with_the_graphs(root: Path) -> None:
 
 
 def test_golden_device_is_one_that_torch_has() -> None:
-    assert golden_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert golden_device() == golden_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert golden_device("cpu") == device_words("cpu") == "cpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has torch say that there is a GPU; it computes nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Toaster 9000")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_is_taken_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ones(*shape: int, device: str) -> torch.Tensor:
+        assert device == "cuda"
+        return torch.full(shape, 1.0)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert golden_device("auto") == golden_device("cuda") == "cuda"
+    assert golden_device("cpu") == "cpu"
+    assert device_words("cuda") == "cuda (Toaster 9000; TF32 off)"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_computes_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*shape: int, device: str) -> NoReturn:
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert golden_device("auto") == "cpu"
+    with pytest.raises(
+        RequestError, match=r"Toaster 9000 refuses a product of 8 x 8 \(CUDA error: no kernel image is "
+    ):
+        golden_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"),
+    [
+        (
+            None,
+            rf"torch {re.escape(torch.__version__)} is built without CUDA; allowed: auto, cpu, cuda; take --reference",
+        ),
+        (
+            "13.0",
+            r"built for CUDA 13\.0, finds no GPU with a driver for it; allowed: auto, cpu, cuda; take --reference",
+        ),
+    ],
+)
+def test_a_gpu_that_is_not_there(made_for: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", made_for)
+    with pytest.raises(RequestError, match=f"^reference=cuda needs a GPU that torch can compute on: .*{message} cpu"):
+        golden_device("cuda")
 
 
 def test_random_models_of_full_width_stay_sane_for_one_tower_layer() -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import torch
 
 import export.checkpoints
 import export.golden
@@ -106,7 +107,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.checkpoints, "open_checkpoint", lambda *a, **k: FakeCheckpoint())
     monkeypatch.setattr(Llava, "image", lambda *a: image)
     monkeypatch.setattr(export.models.prompt, "read_prompt", lambda *a: PromptInfo(prefix_ids=(1,)))
-    monkeypatch.setattr(export.golden, "golden_device", lambda: "cpu")
+    monkeypatch.setattr(export.golden, "golden_device", lambda reference: "cpu")
     monkeypatch.setattr(export.golden, "make_golden", fake_golden)
     monkeypatch.setattr(pipeline._Making, "_desktop_pixels", lambda self: np.zeros((1, 3, 336, 336), np.float32))
     monkeypatch.setattr(
@@ -161,6 +162,53 @@ def test_an_operator_that_cannot_be_converted(
     assert err.startswith(
         "pruneport: error: the ONNX exporter cannot convert the operator pruneport_tests.twirled, which"
     )
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("cuda", "reference=cuda needs a GPU that torch can compute on: "),
+        ("cuda:bf16", "unknown reference 'cuda:bf16', did you mean 'cuda'?; allowed: auto, cpu, cuda"),
+    ],
+)
+def test_a_reference_that_is_not_here_is_refused_before_any_work(
+    word: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pipeline, "export", stop)
+    for more in ([], ["--dry-run"]):
+        words = [*WORDS, "-q", "--output-dir", str(tmp_path / "out"), "--reference", word, *more]
+        assert cli.main(["export", *words], version="0") == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"pruneport: error: {message}")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_the_manifest_names_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.golden, "golden_device", {"auto": "cuda"}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Toaster 9000 on {device}")
+    words = [*WORDS, "-q", "--output-dir", str(tmp_path)]
+    assert cli.main(["export", *words, "--reference", "auto"], version="0") == 0
+    golden = read_bundle(tmp_path / "pocket-keep64-android-xnnpack").manifest.golden
+    assert golden.device == "cuda (Toaster 9000 on cuda; TF32 off)"
+
+
+@pytest.mark.usefixtures("light")
+def test_a_gpu_that_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*args: object, **rest: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(export.golden, "make_golden", too_much)
+    monkeypatch.setattr(export.golden, "golden_device", lambda reference: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toaster 9000")
+    assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tmp_path / "out")], version="0") == 2
+    message = "do not fit into the memory of cuda (Toaster 9000; TF32 off); free it, or take --reference cpu"
+    assert message in capsys.readouterr().err
     assert left_behind(tmp_path) == []
 
 

@@ -12,7 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruning import PruneSpec, SpecError, TokenPruner, reference
 from pruning.vlm_pruner.settings import Settings
@@ -495,6 +498,66 @@ def test_traced_program_is_static(spec: PruneSpec, images: int) -> None:
     expected_tokens, expected_indices = reference.prune(keys, hidden, spec)
     assert torch.equal(indices.long(), expected_indices)
     _close(tokens, expected_tokens)
+
+
+class NothingRead(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators that run, and refuses any that is not of the static ones: no value leaves the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.used: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0]
+        if name not in IN_EAGER or (kwargs or {}).get("device") is not None:
+            raise AssertionError(f"{name} may not run while a CUDA graph is recorded")
+        self.used.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+# What the static operators are called once torch has taken them apart; `_to_copy` changes the dtype alone.
+IN_EAGER = STATIC_OPERATORS | {
+    "_softmax",
+    "_to_copy",
+    "_unsafe_view",
+    "clone",
+    "constant_pad_nd",
+    "expand",
+    "max_pool2d_with_indices",
+    "transpose",
+}
+
+
+@pytest.mark.parametrize(("spec", "images"), TRACED, ids=[f"{s.grid}-{s.keep}-x{b}" for s, b in TRACED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_no_value_is_read_while_a_graph_is_recorded(spec: PruneSpec, images: int, dtype: torch.dtype) -> None:
+    keys, hidden = (x.repeat(images, 1, 1).to(dtype) for x in _random(spec.tokens, 6, 9, 2))
+    pruner = TokenPruner(spec)
+    expected = pruner.select(keys, hidden)
+    with NothingRead() as watch:
+        tokens, indices, filled = pruner.select_unread(keys, hidden)
+    assert "bmm" in watch.used
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(indices.long(), expected[1])
+    assert torch.equal(filled, expected[2])
+    with pytest.raises(AssertionError, match="may not run while"), NothingRead():
+        pruner.select(keys, hidden)  # which looks at the features first
+
+
+@torch.no_grad()
+def test_shapes_follow_from_shapes_alone() -> None:
+    spec = PruneSpec(grid=(4, 6), keep=5, settings=Settings(channels=7))
+    pruner, shapes = TokenPruner(spec), ShapeEnv()
+    with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True):
+        keys, hidden = torch.empty(2, spec.tokens, 6), torch.empty(2, spec.tokens, 9, dtype=torch.float16)
+        tokens, indices, filled = pruner.select_unread(keys, hidden)
+        with pytest.raises(DataDependentOutputException):
+            torch.equal(keys, keys)  # as it would be if anything were read
+    assert (tokens.shape, tokens.dtype) == ((2, 5, 9), torch.float16)
+    assert (indices.shape, filled.shape) == ((2, 5), (2, 1))
+    assert not shapes.pending_fresh_unbacked_symbols
+    assert not shapes.var_to_range
 
 
 def test_constants_are_not_saved() -> None:

@@ -110,6 +110,19 @@ def test_whole_walk_of_an_export(tmp_path: Path, engine: Engine, cut: int) -> No
     assert "partial" not in (finished.path / "report.md").read_text()
 
 
+def test_a_golden_from_a_gpu_is_checked_without_one(bundle: Path, tmp_path: Path) -> None:
+    made_on = "cuda (NVIDIA H100 80GB HBM3; TF32 off)"
+    golden = msgspec.structs.replace(read_bundle(bundle).manifest.golden, device=made_on, torch="2.13.0+cu130")
+    edit_manifest(bundle, golden=msgspec.to_builtins(golden))
+    verdict = check_bundle(bundle, runs=1, warmup=0, out_dir=tmp_path / "out")
+    assert verdict.passed
+    assert f" against the {made_on} golden, worst" in _step(verdict, f"parity of {VISION}").detail
+    parity = msgspec.json.decode((tmp_path / "out" / "parity.json").read_bytes(), type=ParityFile)
+    assert parity.golden_device == made_on
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"made on {made_on} with torch 2.13.0+cu130 from noise.png" in report
+
+
 def test_one_grey_level_of_the_desktops_resize_is_allowed(bundle: Path) -> None:
     pixels = read_bundle(bundle).golden()[f"{VISION}.in.pixel_values"]
     std = np.reshape(read_bundle(bundle).manifest.image.std, (1, 3, 1, 1))
