@@ -79,7 +79,9 @@ def check_commands(text: str, folder: Path) -> int:
         args = parse(argv, optimum=optimum)
         if args.verb == "export":
             chosen = {field: getattr(args, field) for field in Request.__dataclass_fields__}
-            request = Request(**{**chosen, "output_dir": str(folder), "force": True})
+            # Not every machine has the GPU, the memory and the checkpoint that a command asks for.
+            here = {"output_dir": str(folder), "force": True, "reference": "auto"}
+            request = Request(**{**chosen, **here})
             planned = plan(replace(request, weights=None if request.weights == "DIR" else request.weights))
             assert planned.bundle.path.parent == folder
     return len(found)

@@ -14,7 +14,7 @@ from export.checkpoints import FolderCheckpoint, RandomCheckpoint, open_checkpoi
 from export.families import MODELS
 from export.families.family import ModelEntry
 from export.families.llava.config import LlavaGeometry
-from export.golden import device_words, golden_device, make_golden
+from export.golden import _Decoder, device_words, golden_device, make_golden
 from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import read_prompt
 from pruning import PruneSpec, reference
@@ -179,3 +179,13 @@ def test_random_models_of_full_width_stay_sane_for_one_tower_layer() -> None:
     tensor = checkpoint.tensor("tower.layers.0.mlp.fc1.weight").float()
     assert abs(float(tensor.std()) * 1024**0.5 - 1.0) < 0.01
     assert LlavaGeometry.from_config(MODELS["llava-1.5-7b"].config).tower_layers == 23
+
+
+@pytest.mark.parametrize(("free_bytes", "fits"), [(10**9, True), (10**4, False)])
+def test_layers_stay_on_a_gpu_that_has_room(free_bytes: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's memory counts there, not the machine's."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 10**12))
+    checkpoint, gpu = RandomCheckpoint(TINY, seed=0), torch.device("cuda", 0)
+    desktop = TINY.family.desktop(checkpoint, "cpu")
+    decoder = _Decoder(desktop, checkpoint, 2, gpu, lambda name, module: None)
+    assert decoder._fits() is fits
