@@ -78,6 +78,8 @@ class Stages:
         try:
             return msgspec.json.decode(stage.result, type=kind)
         except msgspec.ValidationError:
+            self._stages = self._stages[: self._stages.index(stage)]
+            self._kept = {one.name: one for one in self._stages}
             return None
 
     def finished(self, name: str, result: object, growing: Mapping[Path, FileInfo] | None = None) -> None:
@@ -89,8 +91,7 @@ class Stages:
         made = {path.relative_to(folder).as_posix(): info for path, info in (growing or {}).items()}
         known = {file for stage in self._stages for file in stage.files} | {STAGES} | made.keys()
         made |= {file: self._writer.hashed(file) for file in _files(folder) if file not in known}
-        earlier = [stage for stage in self._stages if stage.name != name]
-        self._stages = [*earlier, _Stage(name, made, msgspec.Raw(msgspec.json.encode(result)))]
+        self._stages.append(_Stage(name, made, msgspec.Raw(msgspec.json.encode(result))))
         self._write()
 
     def _take_over(self) -> None:
@@ -98,7 +99,7 @@ class Stages:
         record = _decode(read_stages(folder))
         found = _files(folder)
         if record is None or record.key != self._key:
-            self.note = "nothing kept from the interrupted run: its weights were others"
+            self.note = "nothing kept from the interrupted run: its weights, or files beside them, were others"
         else:
             for stage in record.stages:
                 changed = [
