@@ -151,8 +151,8 @@ def export_bundle(
 ) -> Exported:
     """Makes a bundle from a checkpoint and checks it in its engine, as `pruneport export` does.
 
-    Each choice is the flag of that name. `progress` tells on standard error what is being done, and what it took. `resume` goes on
-    where an export of the same choices was killed.
+    Each choice is the flag of that name. `resume` goes on where an export of the same choices was killed.
+    `progress` tells on standard error what is being done, and what it took.
 
     Returns the bundle's `path` and the `verdict` of the check: outputs that differ from the desktop's are a verdict
     that did not pass, not an error. Raises PruneportError of the kind that the request deserves; nothing is left behind
