@@ -52,6 +52,11 @@ def stages_key(raw: bytes) -> Key | None:
     return record.key if record is not None and record.stages else None
 
 
+def graph_stage(graph: str) -> str:
+    """Names the stage in which a backend writes one graph, where it can keep each."""
+    return f"graph {graph}"
+
+
 class Stages:
     """The finished stages of the bundle that a writer writes; `note` says what was found of an interrupted run.
 
@@ -66,6 +71,10 @@ class Stages:
         self.note = ""
         if writer.resumed:
             self._take_over()
+
+    def has_kept(self, name: str) -> bool:
+        """Whether the interrupted run finished a stage and its files are what they were."""
+        return name in self._kept
 
     def kept(self, name: str, kind: type[T]) -> T | None:
         """What came of a stage that the interrupted run finished; None where it has to be made.
