@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from export.keys import checkpoint_key, request_key
-from export.stages import KEPT, Key, Stages, stages_key
+from export.stages import KEPT, Key, Stages, graph_stage, stages_key
 from runtime.bundle import GraphInfo, Manifest, RangesInfo, read_bundle
 from runtime.errors import ExportError
 from runtime.hand_over import hand_over_fault, text_side
@@ -320,6 +320,9 @@ class _Making:
                     continue
                 (folder / place).mkdir(exist_ok=True)
                 to_lower = group if backend.one_by_one else dict(group)
+                finished = [name for name in group if stages.has_kept(graph_stage(name))]
+                if finished:
+                    stage.note(f"{KEPT}: {', '.join(finished)}")
                 if backend.lower_on is not None:
                     written = backend.lower_on(to_lower, folder / place, stages)
                 else:

@@ -52,6 +52,11 @@ def stages_key(raw: bytes) -> Key | None:
     return record.key if record is not None and record.stages else None
 
 
+def graph_stage(graph: str) -> str:
+    """Names the stage in which a backend writes one graph, where it can keep each."""
+    return f"graph {graph}"
+
+
 class Stages:
     """The finished stages of the bundle that a writer writes; `note` says what was found of an interrupted run.
 
@@ -67,6 +72,10 @@ class Stages:
         if writer.resumed:
             self._take_over()
 
+    def has_kept(self, name: str) -> bool:
+        """Whether the interrupted run finished a stage and its files are what they were."""
+        return name in self._kept
+
     def kept(self, name: str, kind: type[T]) -> T | None:
         """What came of a stage that the interrupted run finished; None where it has to be made.
 
@@ -78,6 +87,8 @@ class Stages:
         try:
             return msgspec.json.decode(stage.result, type=kind)
         except msgspec.ValidationError:
+            self._stages = self._stages[: self._stages.index(stage)]
+            self._kept = {one.name: one for one in self._stages}
             return None
 
     def finished(self, name: str, result: object, growing: Mapping[Path, FileInfo] | None = None) -> None:
@@ -89,8 +100,7 @@ class Stages:
         made = {path.relative_to(folder).as_posix(): info for path, info in (growing or {}).items()}
         known = {file for stage in self._stages for file in stage.files} | {STAGES} | made.keys()
         made |= {file: self._writer.hashed(file) for file in _files(folder) if file not in known}
-        earlier = [stage for stage in self._stages if stage.name != name]
-        self._stages = [*earlier, _Stage(name, made, msgspec.Raw(msgspec.json.encode(result)))]
+        self._stages.append(_Stage(name, made, msgspec.Raw(msgspec.json.encode(result))))
         self._write()
 
     def _take_over(self) -> None:
@@ -98,7 +108,7 @@ class Stages:
         record = _decode(read_stages(folder))
         found = _files(folder)
         if record is None or record.key != self._key:
-            self.note = "nothing kept from the interrupted run: its weights were others"
+            self.note = "nothing kept from the interrupted run: its weights, or files beside them, were others"
         else:
             for stage in record.stages:
                 changed = [

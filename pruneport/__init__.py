@@ -147,11 +147,13 @@ def export_bundle(
     output_dir: str | os.PathLike[str] = "bundles",
     twin: bool = False,
     force: bool = False,
+    resume: bool = False,
     progress: bool = False,
 ) -> Exported:
     """Makes a bundle from a checkpoint and checks it in its engine, as `pruneport export` does.
 
-    Each choice is the flag of that name. `progress` tells on standard error what is being done, and what it took.
+    Each choice is the flag of that name. `resume` goes on where an export of the same choices was killed.
+    `progress` tells on standard error what is being done, and what it took.
 
     Returns the bundle's `path` and the `verdict` of the check: outputs that differ from the desktop's are a verdict
     that did not pass, not an error. Raises PruneportError of the kind that the request deserves; nothing is left behind
@@ -189,7 +191,7 @@ def export_bundle(
     )
     shown = Progress(stages=stage_count(planned), quiet=not progress)
     with library_noise(shown=False):
-        made = export(planned, progress=shown, version=__version__)
+        made = export(planned, progress=shown, version=__version__, resume=resume)
     return Exported(made.bundle.path, made.verdict)
 
 

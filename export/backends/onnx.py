@@ -14,6 +14,7 @@ import msgspec
 
 from export.backends.backend import Backend, LoweredGraph
 from export.backends.tracing import converting, trace
+from export.stages import graph_stage
 from runtime.bundle import FileInfo, TensorInfo
 from runtime.engines.onnxruntime import recording_options
 from runtime.errors import ExportError
@@ -56,7 +57,7 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
 
     made_before: dict[str, _Written] = {}
     for name in graphs:
-        kept = None if stages is None else stages.kept(_stage(out_dir, name), _Written)
+        kept = None if stages is None else stages.kept(graph_stage(name), _Written)
         if kept is None:
             break
         made_before[name] = kept
@@ -91,7 +92,7 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
             onnx_ir.save(made.model, out_dir / f"{name}.onnx")
             lowered[name] = _Written(graph.input_infos(), graph.output_infos(), shared, dict(weights.offsets))
             if stages is not None:
-                stages.finished(_stage(out_dir, name), lowered[name], weights.so_far())
+                stages.finished(graph_stage(name), lowered[name], weights.so_far())
             del made, program, graph
     return {
         name: LoweredGraph(
@@ -103,10 +104,6 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
         )
         for name, written in lowered.items()
     }
-
-
-def _stage(out_dir: Path, graph: str) -> str:
-    return f"{graph} in {out_dir.name}"
 
 
 def _plain_bounds(model: Any) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +27,11 @@ import export.manifests
 import runtime.harness
 from export import cli
 from export.backends.backend import LoweredGraph
-from export.backends.onnx import WEIGHTS_FILE, lower, lower_on
+from export.backends.onnx import ONNX, WEIGHTS_FILE, lower, lower_on
+from export.backends.xnnpack import XNNPACK
 from export.graphs.graph import Graph
 from export.stages import KEPT, Key, Stages
+from export.targets import TARGETS
 from runtime.bundle import MANIFEST, REPORT_FILES, BundleWriter, TensorInfo, WeightsInfo, read_bundle
 from runtime.leftovers import STAGES, clean, make_locked
 from tests.export.test_pipeline import STEPS, WORDS, FakeCheckpoint, fake_golden, fake_lower, light, set_lower
@@ -243,6 +246,59 @@ def test_what_was_damaged_is_made_again(
     assert content(tmp_path / "out" / NAME) == content(tmp_path / "undisturbed" / NAME)
 
 
+def test_a_result_that_is_none_is_made_again(made: list[str], tmp_path: Path) -> None:
+    kill(tmp_path, runtime.harness, "check_bundle")
+    (left,) = partials(tmp_path)
+    record = json.loads((left / STAGES).read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["desktop outputs", "graphs ", "manifest"]
+    record["stages"][1]["result"]["graphs"] = "many"
+    (left / STAGES).write_text(json.dumps(record))
+    made.clear()
+    run(tmp_path, "--resume")
+    assert made == ["lower", "manifest", "manifest"]
+
+
+def test_what_no_stage_made_is_not_taken_over(made: list[str], tmp_path: Path) -> None:
+    run(tmp_path / "undisturbed")
+    kill(tmp_path / "out", export.graphs.vision, "build_vision_encoder")
+    (left,) = partials(tmp_path / "out")
+    (left / "tmp" / "deep").mkdir(parents=True)
+    for half in (left / "model.pte", left / "tmp" / "deep" / "packed", left / f"{STAGES}.partial"):
+        half.write_bytes(b"half")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (left / "link").symlink_to(outside)
+    run(tmp_path / "out", "--resume")
+    assert content(tmp_path / "out" / NAME) == content(tmp_path / "undisturbed" / NAME)
+    assert [path.name for path in (tmp_path / "out" / NAME).iterdir() if path.is_dir()] == []
+    assert outside.is_dir()
+
+
+def test_each_of_two_backends_is_a_stage(made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowering(name: str) -> Callable[..., dict[str, LoweredGraph]]:
+        def lowered(graphs: Mapping[str, object], out_dir: Path) -> dict[str, LoweredGraph]:
+            made.append(name)
+            if made.count("text") == 1 and name == "text":
+                raise Killed
+            return fake_lower(graphs, out_dir)
+
+        return lowered
+
+    pair = replace(ONNX, lower=lowering("vision"), lower_on=None), replace(XNNPACK, lower=lowering("text"))
+    monkeypatch.setitem(TARGETS, "android", replace(TARGETS["android"], backends=pair))
+    mixed = ["--backend", "vision=onnx,text=xnnpack"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BundleWriter, "_clean_up", lambda self: None)
+        with pytest.raises(Killed):
+            run(tmp_path / "out", *mixed)
+    assert made == ["golden", "vision", "text"]
+    run(tmp_path / "out", *mixed, "--resume")
+    assert made == ["golden", "vision", "text", "text", "manifest", "manifest"]
+    run(tmp_path / "undisturbed", *mixed)
+    (resumed,), (undisturbed,) = (tmp_path / "out").iterdir(), (tmp_path / "undisturbed").iterdir()
+    assert content(resumed) == content(undisturbed)
+
+
 def test_stages_of_other_weights_are_not_used(
     made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +308,10 @@ def test_stages_of_other_weights_are_not_used(
     made.clear()
     run(tmp_path, "--resume")
     assert made == EVERYTHING
-    assert "nothing kept from the interrupted run: its weights were others" in capsys.readouterr().err
+    assert (
+        "nothing kept from the interrupted run: its weights, or files beside them, were others"
+        in capsys.readouterr().err
+    )
     assert read_bundle(tmp_path / NAME).manifest.weights == other
 
 

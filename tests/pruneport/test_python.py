@@ -58,6 +58,7 @@ def test_unknown_name() -> None:
 def test_export_takes_what_the_command_line_takes() -> None:
     parameters = dict(inspect.signature(pruneport.export_bundle).parameters)
     assert parameters.pop("progress").default is False
+    assert parameters.pop("resume").default is False
     assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     assert [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty] == [
         "model",
