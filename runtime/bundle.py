@@ -64,7 +64,7 @@ def _safe_relative(path: str) -> str:
 class TensorInfo(_Record, frozen=True):
     """Name, shape and dtype (a key of DTYPES) of one input or output.
 
-    `dynamic` lists axes that may have any length from 1 to what `shape` says.
+    `dynamic` lists axes that may have any length up to what `shape` says.
     """
 
     name: Name
@@ -97,7 +97,7 @@ class TensorInfo(_Record, frozen=True):
         if dtype != self.dtype or len(shape) != len(self.shape):
             return False
         return all(
-            size == most or (axis in self.dynamic and (not isinstance(size, int) or 0 < size < most))
+            size == most or (axis in self.dynamic and (not isinstance(size, int) or size < most))
             for axis, (size, most) in enumerate(zip(shape, self.shape, strict=True))
         )
 
