@@ -17,10 +17,10 @@ from export.checkpoints import RandomCheckpoint
 from export.graphs.vision import build_vision_encoder
 from export.progress import Progress
 from export.request import Plan, Request, check_memory, describe, plan
-from runtime.bundle import Bundle, MadeInfo, read_bundle
+from runtime.bundle import OWN_LAYOUT, Bundle, MadeInfo, read_bundle
 from runtime.errors import BundleError, NotYetError, RequestError
 from runtime.generation import open_graphs, start_answers
-from runtime.golden import ANSWER, PIXELS, QUESTION, input_key
+from runtime.golden import ANSWER, PIXELS, QUESTION, input_key, step_label, steps
 from runtime.harness import verify
 from runtime.text_graphs import DECODER_BACK, DECODER_FRONT, LM_HEAD, VISION_ENCODER
 from tests.conftest import needs_chromium
@@ -353,5 +353,11 @@ def test_every_pair_passes(
     # What is emulated or evaluated is not timed; the other part is, graph by graph, and never whole answers.
     real = {placed.graph for placed in made.verdict.placements if placed.executed}
     emulated = {graph.graph for graph in made.verdict.graphs if "emulated" in graph.engine}
-    assert {timed.graph for timed in made.verdict.latency} == real - emulated
+    steps_of_real = {
+        step_label(graph.name, step)
+        for graph in made.bundle.manifest.graphs
+        for step in steps(graph, OWN_LAYOUT)
+        if graph.name in real
+    }
+    assert {timed.graph for timed in made.verdict.latency} == steps_of_real - emulated
     assert made.verdict.answers is None
