@@ -23,7 +23,7 @@ from export.graphs.graph import Graph
 from export.graphs.vision import PRECISIONS
 from export.quantize import quantize
 from export.ranges import make_islands
-from export.weights import fill
+from export.weights import at_once, fill
 from runtime.text_graphs import DECODER_BACK, DECODER_FRONT, LM_HEAD, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
@@ -283,7 +283,9 @@ def open_text_parts(
 
     def embedding() -> Graph:
         graph = OpenTokenEmbedding(geometry, tokens=chunk)
-        fill(graph.embed_tokens, checkpoint, "embed_tokens", PRECISIONS[embedding_precision])
+        # A table that is rounded here has to be there; one that is not may wait until it is written.
+        source = at_once(checkpoint) if embedding_in_bytes else checkpoint
+        fill(graph.embed_tokens, source, "embed_tokens", PRECISIONS[embedding_precision])
         if embedding_in_bytes:
             table = graph.embed_tokens.get_parameter("weight")
             graph.embed_tokens = ByteEmbedding(table)

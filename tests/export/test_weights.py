@@ -14,12 +14,16 @@ from torch import nn
 
 from export.backends.executorch import FILE, Delegate, lower
 from export.backends.xnnpack import DELEGATE
+from export.checkpoints import RandomCheckpoint
 from export.families.family import Checkpoint
-from export.graphs.graph import Graph
+from export.graphs.decoder import Context
+from export.graphs.graph import Graph, Parts
+from export.graphs.open_decoder import open_text_parts
 from export.quantize import quantize
 from export.weights import LateCheckpoint, fill, late
 from runtime.bundle import TensorInfo
 from runtime.errors import CheckpointError
+from tests.wide_family import TINY_WIDE
 
 WIDTH, INNER, WORDS = 64, 96, 50
 SHAPES = {
@@ -167,3 +171,16 @@ def test_a_stand_in_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waiting.key == ("large.weight", "torch.float32", "8da4w")
     assert large.weight.shape == (2**14, 2**14)
     assert psutil.Process().memory_info().rss - before < large.weight.numel() / 2
+
+
+def test_a_table_that_is_rounded_while_it_is_built_is_read_before() -> None:
+    """Rows in 8 bits are those of the checkpoint, also where its other weights wait."""
+    checkpoint = LateCheckpoint(RandomCheckpoint(TINY_WIDE, seed=0))
+    frame = TINY_WIDE.family.frame(range(TINY_WIDE.prefix_tokens), TINY_WIDE.geometry)
+    context = Context(TINY_WIDE.geometry, frame, keep=4, cut=2, text=8)
+    graphs = Parts(open_text_parts(checkpoint, context, chunk=4, embedding_in_bytes=True))
+    ids = torch.tensor([[5, 7, 95]])
+    exact = checkpoint.rows("embed_tokens.weight", ids[0].tolist()).float()[None]
+    torch.testing.assert_close(
+        graphs["token_embedding"](ids), exact, rtol=0, atol=float(exact.abs().max()) / 254 * 1.01
+    )
