@@ -41,4 +41,5 @@ class ByteEmbedding(nn.Module):
 
 def _register_operator() -> None:
     """Makes the operator known, for eager mode, for tracing, and with the form that programs hold."""
-    import torch.ao.quantization.fx._decomposed  # noqa: F401 - both imports register
+    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401 - the import registers
+    import torch.ao.quantization.fx._decomposed  # noqa: F401 - as does this
