@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -41,5 +43,7 @@ class ByteEmbedding(nn.Module):
 
 def _register_operator() -> None:
     """Makes the operator known, for eager mode, for tracing, and with the form that programs hold."""
-    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401 - the import registers
-    import torch.ao.quantization.fx._decomposed  # noqa: F401 - as does this
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the library, which nobody here can act on
+        import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401 - the import registers
+        import torch.ao.quantization.fx._decomposed  # noqa: F401 - as does this
