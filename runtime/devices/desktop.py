@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -64,9 +65,7 @@ class _Run:
     def findings(self, device: str) -> Findings:
         pixels, refused = self._pixels()
         manifest = self._bundle.manifest
-        graphs = tuple(
-            self._graph(graph, step) for graph in manifest.graphs for step in steps(graph, manifest.layout) or ("",)
-        )
+        graphs = tuple(finding for graph in manifest.graphs for finding in self._graph(graph))
         asks = manifest.text is not None or manifest.layout != OWN_LAYOUT
         return Findings(
             device=device,
@@ -85,7 +84,15 @@ class _Run:
         except ImageError as err:
             return None, str(err)
 
-    def _graph(self, graph: GraphInfo, step: str) -> GraphFinding:
+    def _graph(self, graph: GraphInfo) -> list[GraphFinding]:
+        """What comes of a graph at each of its steps, opened once."""
+        with ExitStack() as stack:
+            opened = cache(
+                lambda: stack.enter_context(open_session(self._bundle, graph.name, threads=self._job.threads))
+            )
+            return [self._step(graph, step, opened) for step in steps(graph, self._bundle.manifest.layout) or ("",)]
+
+    def _step(self, graph: GraphInfo, step: str, opened: Callable[[], Session]) -> GraphFinding:
         try:
             inputs = graph_inputs(graph, self._golden, step) if step else {}
         except KeyError:
@@ -99,16 +106,16 @@ class _Run:
         trouble: Trouble | None = None
         twin_trouble: Trouble | None = None
         try:
-            with open_session(self._bundle, graph.name, threads=self._job.threads) as session:
-                engine = session.engine
-                if step:
-                    outputs = session.run(inputs)
-                    states = {info.name: inputs[info.name].copy() for info in graph.states}
-                placement = session.placement()
-                if placement.emulated or placement.stand_in or not placement.executed:
-                    self._timing = None
-                elif self._job.timing is not None and step:
-                    latency, twin_trouble = self._timed(session, inputs, step, self._job.timing)
+            session = opened()
+            engine = session.engine
+            if step:
+                outputs = session.run(inputs)
+                states = {info.name: inputs[info.name].copy() for info in graph.states}
+            placement = session.placement()
+            if placement.emulated or placement.stand_in or not placement.executed:
+                self._timing = None
+            elif self._job.timing is not None and step:
+                latency, twin_trouble = self._timed(session, inputs, step, self._job.timing)
         except EngineMissingError as err:
             trouble, placement = Trouble(message=str(err), missing=True), err.placement
         except EngineError as err:
