@@ -5,10 +5,10 @@
 Builds the vision graph of llava-1.5-7b (cut 2, keep 64, seeded random weights) and runs it in PyTorch on sample photos,
 with the tower, the two decoder layers in front of the pruner, or both quantised as XNNPACK gets them:
 
-    tower    the scheme of vision tower and projector
-    layers   the scheme of the decoder layers below the cut
-    keys     relative error (L2) of the keys that the tokens are chosen by, mean over the photos
-    kept     share of the kept tokens that the float32 graph keeps too
+    tower             the scheme of vision tower and projector
+    attention, rest   the schemes of the decoder layers below the cut
+    keys              relative error (L2) of the keys that the tokens are chosen by, mean over the photos
+    kept              share of the kept tokens that the float32 graph keeps too
 
 Random weights have no structure that tokens could be told apart by: their choice is as sensitive as it can be. Writes
 benchmarks/results/kept_tokens.json.
@@ -17,6 +17,7 @@ benchmarks/results/kept_tokens.json.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -28,7 +29,16 @@ sys.path.insert(0, str(ROOT))
 
 RESULT = ROOT / "benchmarks/results/kept_tokens.json"
 KEEP, CUT = 64, 2
-WAYS = ((None, "8da4w"), ("8da8w", "8da4w"), ("8da8w", "8da8w"))
+TOWER = "8da8w"
+# Schemes of the tower, and of attention and the rest of the decoder layers below the cut.
+WAYS = (
+    (None, ("8da4w", "8da4w")),
+    (None, ("8da4w-g32", "8da4w-g32")),
+    (None, ("8da8w", "8da4w")),
+    (None, ("8da8w", "8da4w-g32")),
+    (TOWER, ("8da8w", "8da4w-g32")),
+    (TOWER, ("8da8w", "8da8w")),
+)
 
 
 def main() -> None:
@@ -54,26 +64,44 @@ def main() -> None:
     photos = default_photos(options.photos)
     pixels = [torch.from_numpy(preprocess(photo, image)) for photo in photos.values()]
 
-    def chosen(tower: str | None, layers: str | None) -> list[tuple[set[int], torch.Tensor]]:
-        """The positions of the kept tokens, and the keys of the layer before the pruner, for each photo."""
-        spec = PruneSpec(grid=checkpoint.geometry.grid, keep=KEEP)
-        encoder = build_vision_encoder(checkpoint, entry, spec, cut=CUT, quant_layers=layers)
-        if tower is not None:
-            quantize(encoder, tower)
+    spec = PruneSpec(grid=checkpoint.geometry.grid, keep=KEEP)
+    encoder = build_vision_encoder(checkpoint, entry, spec, cut=CUT)
+    plain = encoder.decoder_layers
+
+    def seen() -> list[Any]:
+        """What the tower hands on of each photo."""
         with torch.no_grad():
-            outputs = [dict(zip(encoder.output_names, encoder(each), strict=True)) for each in pixels]
+            return [encoder.tower(each) for each in pixels]
+
+    def chosen(features: list[Any], layers: tuple[str, str] | None) -> list[tuple[set[int], torch.Tensor]]:
+        """The positions of the kept tokens, and the keys of the layer before the pruner, for each photo."""
+        encoder.decoder_layers = plain
+        if layers is not None:
+            encoder.decoder_layers = copy.deepcopy(plain)
+            for layer in encoder.decoder_layers:
+                quantize(layer.get_submodule("self_attn"), layers[0])
+                quantize(layer, layers[1])
+        with torch.no_grad():
+            outputs = [
+                dict(zip(encoder.output_names, encoder.from_features(each.features, each.keys), strict=True))
+                for each in features
+            ]
         return [(set(out["positions"][0, -KEEP:].tolist()), out[f"key_{CUT - 1}"]) for out in outputs]
 
-    exact = chosen(None, None)
+    features: dict[str | None, list[Any]] = {None: seen()}
+    exact = chosen(features[None], None)
+    quantize(encoder.tower, TOWER)
+    features[TOWER] = seen()
     rows: list[dict[str, Any]] = []
     for tower, layers in WAYS:
-        pairs = list(zip(exact, chosen(tower, layers), strict=True))
+        pairs = list(zip(exact, chosen(features[tower], layers), strict=True))
         kept = [len(want & have) / KEEP for (want, _), (have, _) in pairs]
         keys = [float((have - want).norm() / want.norm()) for (_, want), (_, have) in pairs]
         rows.append(
             {
                 "tower": tower or "fp32",
-                "layers": layers or "fp32",
+                "attention": layers[0],
+                "rest": layers[1],
                 "keys": round(statistics.mean(keys), 4),
                 "kept": [round(share, 3) for share in kept],
             }

@@ -281,14 +281,15 @@ class _Decoder:
         """Whether all layers may stay in memory together: in the machine's beside the graph that is lowered afterwards,
         in a GPU's beside one more layer and the output matrix.
         """
-        import psutil
         import torch
+
+        from export.memory import fits_beside
 
         names = [name for name in self._checkpoint.names() if name.startswith("layers.")]
         size = sum(4 * math.prod(self._checkpoint.shape(name)) for name in names)
         if self._device.type == "cuda":
             return size < 0.7 * torch.cuda.mem_get_info(self._device)[0]
-        return bool(size < 0.3 * psutil.virtual_memory().available)
+        return fits_beside(size)
 
     def _embedded(self, ids: Sequence[int]) -> Tensor:
         """(1, T, D)"""

@@ -12,6 +12,11 @@ def available_bytes(root: Path = Path("/")) -> int:
     return min([int(psutil.virtual_memory().available), *_left_by_limits(root)])
 
 
+def fits_beside(size_bytes: int) -> bool:
+    """Whether so much may be held for convenience: it leaves most of what is available to what an export needs."""
+    return size_bytes < 0.3 * available_bytes()
+
+
 def _left_by_limits(root: Path) -> list[int]:
     """What each limit leaves: of control groups, version 1 and 2, that this process is in, and of those around them."""
     left = []

@@ -17,21 +17,24 @@ class Scheme:
 
     `form` says what a layer becomes. torchao: a linear layer whose activations are quantised to 8 bits on the fly, a
     scale for each token, as ExecuTorch knows it. nbits: an `NBitsLinear`, as ONNX Runtime knows it.
+    `below_cut` names the schemes of attention and of the rest of decoder layers below the cut, None for this one: which
+    tokens are kept hangs on what these compute, and 4 bits move it (benchmarks/results/kept_tokens.json).
     """
 
     bits: Literal[4, 8]
     group: int | None = None
     form: Literal["torchao", "nbits"] = "torchao"
+    below_cut: tuple[str, str] | None = None
 
 
 SCHEMES: dict[str, Scheme] = {
     "8da8w": Scheme(bits=8),
-    "8da4w": Scheme(bits=4, group=128),
-    "8da4w-g64": Scheme(bits=4, group=64),
-    "8da4w-g32": Scheme(bits=4, group=32),
-    "int4": Scheme(bits=4, group=32, form="nbits"),
-    "int4-g64": Scheme(bits=4, group=64, form="nbits"),
-    "int4-g128": Scheme(bits=4, group=128, form="nbits"),
+    "8da4w": Scheme(bits=4, group=128, below_cut=("8da8w", "8da4w-g32")),
+    "8da4w-g64": Scheme(bits=4, group=64, below_cut=("8da8w", "8da4w-g32")),
+    "8da4w-g32": Scheme(bits=4, group=32, below_cut=("8da8w", "8da4w-g32")),
+    "int4": Scheme(bits=4, group=32, form="nbits", below_cut=("int8", "int4")),
+    "int4-g64": Scheme(bits=4, group=64, form="nbits", below_cut=("int8", "int4")),
+    "int4-g128": Scheme(bits=4, group=128, form="nbits", below_cut=("int8", "int4")),
     "int8": Scheme(bits=8, group=32, form="nbits"),
 }
 
@@ -99,3 +102,15 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         if isinstance(layer, torch.nn.Linear) and plain(layer) and (waiting := late(layer.weight)):
             layer.weight = waiting.then(scheme, quantised).stand_in()
     quantize_(module, config, filter_fn=plain)
+
+
+def schemes_below_cut(scheme: str) -> tuple[str, str]:
+    """The schemes of attention and of the rest of a decoder layer below the cut, where text graphs take `scheme`."""
+    return SCHEMES[scheme].below_cut or (scheme, scheme)
+
+
+def quantize_layer(layer: torch.nn.Module, scheme: str, *, below_cut: bool) -> None:
+    """Quantises a decoder layer in place, a finer one where it lies below the cut: see Scheme."""
+    attention, rest = schemes_below_cut(scheme) if below_cut else (scheme, scheme)
+    quantize(layer.get_submodule("self_attn"), attention)
+    quantize(layer, rest)  # what is left of it

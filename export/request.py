@@ -192,14 +192,20 @@ class Plan:
 
     def arithmetic(self, graph: str) -> tuple[str, ...]:
         """What a graph's numbers pass through: decoder layers below the cut may be made as the text graphs' are."""
-        from runtime.text_graphs import VISION_ENCODER
+        from export.quantize import schemes_below_cut
+        from runtime.text_graphs import DECODER_FRONT, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
 
         named = [self.recipe(graph).arithmetic]
         if graph == VISION_ENCODER and self.cut:
             if self.shared_scheme:
-                named.append(self.shared_scheme)
+                named += schemes_below_cut(self.shared_scheme)
             if self.cache == "float16" and self.vision.traced == "fp32":  # keys and values are rounded as they leave
                 named.append("fp16")
+        quant = self.text.module_scheme if self.text and self.cut else None
+        if quant and graph == DECODER_FRONT:
+            named = [*schemes_below_cut(quant)]
+        if quant and graph in (TEXT_PREFILL, TEXT_DECODER):
+            named += schemes_below_cut(quant)
         return tuple(dict.fromkeys(named))
 
     @property
@@ -776,24 +782,30 @@ def _needs_of_late_weights(
 ) -> tuple[float, float]:
     """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes once loaded.
 
-    The more of three: a float32 graph that float16's range is measured on, lowering, and the check, in which all
-    graphs are open and one is read from the file.
+    The more of four: the desktop's decoder layers in float32, which are held for its answer where they fit; a float32
+    graph that float16's range is measured on; lowering; and the check, in which all graphs are open and one is read
+    from the file.
     """
+    from export.memory import fits_beside
+
     of_text, of_vision = _stored_bytes(quant_text, size), _stored_bytes(quant_vision, size)
     tower = entry.vision_parameter_count(0)
     below = entry.vision_parameter_count(cut) - tower
-    vision = tower * of_vision + below * of_text
+    of_below = _stored_bytes_below_cut(entry, cut, quant_text, size)
+    vision = tower * of_vision + below * of_below
     table = math.prod(entry.tensors["embed_tokens.weight"].shape) if text else 0
     layers = entry.text_parameter_count() - table if text else 0
     measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
+    held = 4 * sum(math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers."))
+    answering = held if text and fits_beside(held) else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
     # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
-    opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
+    opening = max(tower * min(of_vision, 2) + below * min(of_below, 2), layers * min(of_text, 2))
     rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
-    checking = bundles * (vision + rows + layers * of_text) + opening
-    # Layers below the cut lie in the file once, with the others.
-    bundle = tower * of_vision + layers * of_text + rows if text else vision
-    return max(measuring, lowering, checking), bundle
+    # Layers below the cut lie in the file once, with those of the vision graph.
+    bundle = vision + (rows + (layers - below) * of_text if text else 0)
+    checking = bundles * bundle + opening
+    return max(answering, measuring, lowering, checking), bundle
 
 
 def _stored_bytes(scheme: str | None, size: int) -> float:
@@ -804,6 +816,18 @@ def _stored_bytes(scheme: str | None, size: int) -> float:
         return size
     group = SCHEMES[scheme].group
     return SCHEMES[scheme].bits / 8 + (2 / group if group else 0)
+
+
+def _stored_bytes_below_cut(entry: ModelEntry, cut: int, quant_text: str | None, size: int) -> float:
+    """What a weight of the decoder layers below the cut takes on average, whose attention is finer than the rest."""
+    from export.quantize import schemes_below_cut
+
+    if quant_text is None or not cut:
+        return _stored_bytes(quant_text, size)
+    attention, rest = (_stored_bytes(scheme, size) for scheme in schemes_below_cut(quant_text))
+    counts = [math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers.0.self_attn.")]
+    share = cut * sum(counts) / (entry.vision_parameter_count(cut) - entry.vision_parameter_count(0))
+    return share * attention + (1 - share) * rest
 
 
 def _nearest_folder(folder: Path) -> Path:

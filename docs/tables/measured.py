@@ -272,14 +272,15 @@ def kept_tokens() -> str:
     rows = [
         (
             row["tower"],
-            row["layers"],
+            row["attention"],
+            row["rest"],
             f"{row['keys']:.2g}",
             f"{min(row['kept']):.0%}",
             f"{sum(row['kept']) / len(row['kept']):.0%}",
         )
         for row in result["rows"]
     ]
-    header = ("tower", "layers below the cut", "keys", "kept, worst", "kept, mean")
+    header = ("tower", "attention below the cut", "rest of these layers", "keys", "kept, worst", "kept, mean")
     return _made(result) + markdown_table(header, rows)
 
 

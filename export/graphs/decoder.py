@@ -14,7 +14,7 @@ from export.blocks.norms import RmsNorm
 from export.blocks.rope import rope_tables
 from export.graphs.graph import Graph
 from export.graphs.vision import PRECISIONS
-from export.quantize import quantize
+from export.quantize import quantize, quantize_layer
 from export.weights import fill
 from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING
 
@@ -305,7 +305,7 @@ def filled_text_graphs(
     for index, layer in enumerate(whole.layers):
         fill(layer, checkpoint, f"layers.{index}", dtype)
         if quant is not None:
-            quantize(layer, quant)
+            quantize_layer(layer, quant, below_cut=index < image.first)
     fill(whole.norm, checkpoint, "norm", dtype)
     fill(whole.lm_head, checkpoint, "lm_head", dtype)
     if quant is not None:

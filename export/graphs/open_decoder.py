@@ -21,7 +21,7 @@ from export.blocks.rope import rope_tables
 from export.graphs.decoder import Context, TokenEmbedding, precise_modules
 from export.graphs.graph import Graph
 from export.graphs.vision import PRECISIONS
-from export.quantize import quantize
+from export.quantize import quantize, quantize_layer
 from export.ranges import make_islands
 from export.weights import at_once, fill
 from runtime.text_graphs import DECODER_BACK, DECODER_FRONT, LM_HEAD, TOKEN_EMBEDDING
@@ -259,7 +259,7 @@ def open_text_parts(
             assert isinstance(held, OpenLayer)
             fill(held.layer, checkpoint, f"layers.{index}", dtype)
             if quant is not None:
-                quantize(held.layer, quant)
+                quantize_layer(held.layer, quant, below_cut=front)
         if dtype == torch.float16:
             graph.half()
             graph.entry = graph.entry.float()  # compared with counts, which float16 does not hold exactly

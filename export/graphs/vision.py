@@ -12,7 +12,7 @@ from export.blocks.attention import causal_mask
 from export.blocks.rope import rope_tables
 from export.graphs.graph import Graph
 from export.models.prompt import read_prompt
-from export.quantize import quantize
+from export.quantize import quantize_layer
 from export.weights import at_once, fill
 from runtime.errors import ExportError
 
@@ -315,5 +315,5 @@ def _fill_decoder(
         else:
             fill(layer, checkpoint, f"layers.{index}", stored)  # the numbers have had their use
         if quant is not None:
-            quantize(layer, quant)
+            quantize_layer(layer, quant, below_cut=True)
     encoder.register_buffer("prefix_hidden", hidden, persistent=False)

@@ -161,9 +161,9 @@ def test_names_say_both(backend: str, words: Mapping[str, str], name: str, tmp_p
         ),
         ("vision=executorch,text=coreml", {"target": "ios"}, ("fp16",), ("int4",), "float16"),
         # With one backend they are quantised with the text graphs, whose weights they share.
-        ("xnnpack", {}, ("8da8w", "8da4w"), ("8da4w",), "float32"),
-        ("xnnpack", {"quant_vision": "none"}, ("fp32", "8da4w"), ("8da4w",), "float32"),
-        ("vision=xnnpack,text=xnnpack", {}, ("8da8w", "8da4w"), ("8da4w",), "float32"),
+        ("xnnpack", {}, ("8da8w", "8da4w-g32"), ("8da4w",), "float32"),
+        ("xnnpack", {"quant_vision": "none"}, ("fp32", "8da8w", "8da4w-g32"), ("8da4w",), "float32"),
+        ("vision=xnnpack,text=xnnpack", {}, ("8da8w", "8da4w-g32"), ("8da4w",), "float32"),
     ],
 )
 def test_a_plan_says_what_each_part_computes_in(

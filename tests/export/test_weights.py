@@ -19,8 +19,9 @@ from export.families.family import Checkpoint
 from export.graphs.decoder import Context
 from export.graphs.graph import Graph, Parts
 from export.graphs.open_decoder import open_text_parts
+from export.graphs.vision import build_vision_encoder
 from export.quantize import quantize
-from export.weights import LateCheckpoint, fill, late
+from export.weights import LateCheckpoint, fill, late, parts_of
 from runtime.bundle import TensorInfo
 from runtime.errors import CheckpointError
 from tests.wide_family import TINY_WIDE
@@ -184,3 +185,32 @@ def test_a_table_that_is_rounded_while_it_is_built_is_read_before() -> None:
     torch.testing.assert_close(
         graphs["token_embedding"](ids), exact, rtol=0, atol=float(exact.abs().max()) / 254 * 1.01
     )
+
+
+@pytest.mark.parametrize(("scheme", "attention", "rest"), [("8da4w", 8, 4), ("8da4w-g64", 8, 4), ("8da8w", 8, 8)])
+def test_layers_below_the_cut_are_finer_and_those_of_both_graphs_are_equal(
+    scheme: str, attention: int, rest: int
+) -> None:
+    """The choice of tokens hangs on them, and the vision graph shares them with `decoder_front`."""
+    text = {**TINY_WIDE.config["text_config"], "hidden_size": 128, "intermediate_size": 256}
+    entry = replace(TINY_WIDE, config={**TINY_WIDE.config, "text_config": text})
+    checkpoint = RandomCheckpoint(entry, seed=0)
+    vision = build_vision_encoder(checkpoint, entry, None, quant_layers=scheme)
+    context = Context(checkpoint.geometry, vision.frame, keep=4, cut=2, text=8)
+    graphs = Parts(open_text_parts(checkpoint, context, chunk=4, quant=scheme))
+    below, above = graphs["decoder_front"], graphs["decoder_back"]
+
+    def steps(layer: nn.Module, name: str) -> int:
+        """How many different whole numbers the rows of a weight are made of."""
+        weight = layer.get_submodule(name).get_parameter("weight").data
+        return len(torch.unique(parts_of(weight)["qdata"]))
+
+    for index in range(2):
+        ours, theirs = vision.decoder_layers[index], below.get_submodule(f"layers.{index}.layer")
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            bits = attention if name.startswith("self_attn") else rest
+            assert (steps(ours, name) > 16) == (bits == 8), name
+            for part, tensor in parts_of(ours.get_submodule(name).get_parameter("weight").data).items():
+                same = parts_of(theirs.get_submodule(name).get_parameter("weight").data)[part]
+                assert torch.equal(tensor, same), (name, part)
+    assert (steps(above.get_submodule("layers.2.layer"), "self_attn.q_proj") > 16) == (rest == 8)

@@ -273,8 +273,15 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
         ({"quant_text": "8da4w", "precision": "fp16"}, "token_embedding", ("int8",)),
         ({"quant_text": "none", "precision": "fp16"}, "token_embedding", ("fp16",)),
         # The decoder layers below the cut are in the vision graph, quantised as the text graphs.
-        ({"quant_text": "8da4w", "precision": "fp16"}, "vision_encoder", ("fp16", "8da4w")),
-        ({"quant_text": "8da4w", "quant_vision": "8da8w"}, "vision_encoder", ("8da8w", "8da4w")),
+        ({"quant_text": "8da4w", "precision": "fp16"}, "vision_encoder", ("fp16", "8da8w", "8da4w-g32")),
+        ({"quant_text": "8da4w", "quant_vision": "8da8w"}, "vision_encoder", ("8da8w", "8da4w-g32")),
+        # These are finer than the others, because the choice of tokens hangs on them.
+        ({"quant_text": "8da4w"}, "decoder_front", ("8da8w", "8da4w-g32")),
+        ({"quant_text": "8da4w"}, "decoder_back", ("8da4w",)),
+        ({"quant_text": "8da8w"}, "decoder_front", ("8da8w",)),
+        ({"backend": "onnx", "quant_text": "int4-g128"}, "decoder_front", ("int8", "int4")),
+        ({"backend": "webgpu", "quant_text": "int4-g128"}, "text_decoder", ("int4-g128", "int8", "int4")),
+        ({"backend": "webgpu", "quant_text": "int4-g128", "cut": "0"}, "text_decoder", ("int4-g128",)),
         ({"quant_text": "8da4w", "precision": "fp16", "cut": "0"}, "vision_encoder", ("fp16",)),
         ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "embed_tokens", ("fp32",)),
         ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "decoder_model_merged", ("int4",)),
