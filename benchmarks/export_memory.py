@@ -1,116 +1,165 @@
-"""What an export takes of memory and disk at full width, stage by stage.
+"""What an export of a whole model takes of memory, disk and time, stage by stage, and what its bundle takes to answer.
 
-    python benchmarks/export_memory.py [--layers 3] [--quant-text 8da4w] [--no-check]
+    python benchmarks/export_memory.py [--model llava-1.5-7b] [--layers 32] [--backend xnnpack] [--output-dir DIR]
 
-Exports LLaVA-1.5-7B's geometry for XNNPACK with as many of its 32 decoder layers as are asked for and seeded random
-weights, in one process. Memory is the high-water mark of that process at the end of each stage, disk the most that the
-output folder held at once. `--no-check` stops in front of the check in the engine, whose memory is the engine's.
-Writes benchmarks/results/memory-*.json.
+Exports the model's geometry with seeded random weights, keep 64, as `pruneport export` does it by default, with as many
+decoder layers as are asked for; then starts the bundle twice, each time in a process of its own that opens all graphs
+and answers a question about a photo.
+
+    peak            high-water mark of memory of all processes of the export together, looked at ten times a second
+    disk            the most that the output folder held at once
+    forecast        what the export said before it began
+    start           from the process's first step to all graphs open, libraries included
+    resident        high-water mark of the process that answered
+
+Exits with 1 where the bundle fails its check. Writes benchmarks/results/export_whole-*.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.answers import _entry  # noqa: E402 - behind the path
+from benchmarks.peer_systems import model  # noqa: E402 - behind the path
 from export.progress import Progress  # noqa: E402 - behind the path
 
-
-class _Enough(Exception):
-    """Everything that was to be measured is done."""
+STARTS = 2
+# A process that opens a bundle and answers, as `pruneport ask` does; ids stand in for a tokenizer's.
+ANSWER = """
+import json, resource, sys, time
+began = time.perf_counter()
+from pathlib import Path
+import numpy as np
+from runtime.bundle import read_bundle
+from runtime.generation import open_graphs, start_answers
+bundle = read_bundle(Path(sys.argv[1]))
+with open_graphs(bundle) as graphs:
+    answers = start_answers(bundle, graphs)
+    start_s = time.perf_counter() - began
+    shape = graphs["vision_encoder"].graph.inputs[0].shape
+    photo = answers.see(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    tokens = list(answers.answer(photo, list(range(5, 25)), max_new_tokens=8, past_end=True))
+resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"start_s": round(start_s, 2), "image_ready_ms": round(photo.image_ready_ms, 1),
+                  "ttft_question_ms": round(tokens[0].ms, 1),
+                  "token_ms": round(sorted(token.ms for token in tokens[1:])[len(tokens) // 2], 1),
+                  "resident_bytes": resident}))
+"""
 
 
 class Stages(Progress):
     """Seconds and the high-water mark of every stage, by its label without the bundle's."""
 
-    def __init__(self, *, stages: int, last: str | None) -> None:
+    def __init__(self, *, stages: int) -> None:
         super().__init__(stages=stages)
-        self.last = last
         self.measured: dict[str, dict[str, float]] = {}
 
     def _line(self, head: str, seconds: float, outcome: str, notes: list[str]) -> None:
         super()._line(head, seconds, outcome, notes)
         label = head.partition("] ")[2].partition(",")[0]
         self.measured[label] = {"s": round(seconds, 1), "peak_gib": round(self._peak_bytes / 2**30, 2)}
-        if label == self.last and not outcome:
-            raise _Enough
 
 
 def main() -> None:
     """Measures and writes the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--quant-text", default="8da4w")
-    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--model", default=model.MODEL)
+    parser.add_argument("--layers", type=int, help="decoder layers, all by default")
+    parser.add_argument("--backend", default="xnnpack")
+    parser.add_argument("--output-dir", type=Path, help="where the bundle stays; without it, it is removed")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = _measured(options, options.output_dir or Path(folder))
+    result["command"] = "python " + " ".join(["benchmarks/export_memory.py", *sys.argv[1:]])
+    name = f"export_whole-{result['model']}-{options.backend}.json"
+    (ROOT / "benchmarks/results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    sys.exit(0 if result["passed"] else 1)
 
+
+def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from export import families
     from export.pipeline import export, stage_count
     from export.request import Request, plan
     from runtime.latency import device_name
 
-    entry = _entry(options.layers)
-    families.MODELS = {entry.name: entry}
-    with tempfile.TemporaryDirectory() as folder:
-        planned = plan(
-            Request(
-                model=entry.name,
-                keep="64",
-                target="android",
-                weights="random",
-                quant_text=options.quant_text,
-                output_dir=folder,
-                force=True,
-            )
+    entry = families.MODELS[options.model]
+    if options.layers is not None:
+        entry = model.entry(options.layers, options.model)
+        families.MODELS = {entry.name: entry}
+    planned = plan(
+        Request(
+            model=entry.name,
+            keep="64",
+            target="android",
+            backend=options.backend,
+            weights="random",
+            output_dir=str(folder),
+            force=True,
         )
-        stages = Stages(stages=stage_count(planned), last="write the bundle" if options.no_check else None)
-        disk = _Disk(Path(folder))
-        with suppress(_Enough):
-            export(planned, progress=stages, version="benchmark")
-        disk.stop()
-    result: dict[str, Any] = {
-        "command": "python " + " ".join(["benchmarks/export_memory.py", *sys.argv[1:]]),
+    )
+    stages = Stages(stages=stage_count(planned))
+    watch = _Watch(folder)
+    began = time.monotonic()
+    made = export(planned, progress=stages, version="benchmark")
+    seconds = time.monotonic() - began
+    watch.stop()
+    path = planned.bundle.path
+    shipped = {file for graph in made.bundle.manifest.graphs for file in graph.files}
+    starts = []
+    for _ in range(STARTS):
+        done = subprocess.run((sys.executable, "-c", ANSWER, str(path)), cwd=ROOT, capture_output=True, check=True)
+        starts.append(json.loads(done.stdout.splitlines()[-1]))
+    return {
         "machine": f"{device_name()}; not a phone",
         "model": entry.name,
-        "quant_text": options.quant_text,
+        "backend": options.backend,
+        "passed": made.verdict.passed,
+        "seconds": round(seconds),
         "stages": stages.measured,
-        "lowering_gib": stages.measured["trace and lower"]["peak_gib"],
-        "bundle_bytes": disk.last,
-        "disk_peak_bytes": disk.most,
+        "peak_bytes": watch.memory,
+        "disk_peak_bytes": watch.disk,
         "forecast": {"ram_bytes": planned.needs.ram_bytes, "disk_bytes": planned.needs.disk_bytes},
+        "shipped_bytes": sum((path / file).stat().st_size for file in shipped),
+        "bundle_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "starts": starts,
     }
-    name = f"memory-{options.layers}layers-{options.quant_text}.json"
-    (ROOT / "benchmarks/results" / name).write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
 
 
-class _Disk(threading.Thread):
-    """The most that the files below a folder took at once, looked at twice a second."""
+class _Watch(threading.Thread):
+    """The most memory that this process and its children took together, and the most that a folder's files took."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
         self.folder = folder
-        self.most = self.last = 0
+        self.memory = self.disk = 0
         self._over = threading.Event()
         self.start()
 
     def run(self) -> None:
-        while not self._over.wait(0.5):
-            taken = 0
+        this = psutil.Process()
+        while not self._over.wait(0.1):
+            memory = disk = 0
+            for process in (this, *this.children(recursive=True)):
+                with suppress(psutil.Error):  # ended since it was listed
+                    memory += process.memory_info().rss
             for path in self.folder.rglob("*"):
                 with suppress(OSError):  # gone since it was listed
-                    taken += path.stat().st_blocks * 512
-            self.most, self.last = max(self.most, taken), taken or self.last
+                    disk += path.stat().st_blocks * 512
+            self.memory, self.disk = max(self.memory, memory), max(self.disk, disk)
 
     def stop(self) -> None:
         self._over.set()

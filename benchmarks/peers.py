@@ -25,9 +25,9 @@ and the medians are those of the runs that they left alone, where there are any.
 as fit into `--memory`, by their own peaks; the one used least recently is stopped, and one that was started again makes
 a run that does not count. A system that takes more alone is not measured, and that is said.
 
-That all compute the same is checked: the image features (of pruneport, which does not hand them out, the values of the
-first decoder layer, in its own quantisation) must have a cosine of at least 0.99 with those of transformers' own
-modules in float32; anything else ends the run.
+A bundle whose own check fails is not measured. That all compute the same is checked: the image features (of pruneport,
+which does not hand them out, the values of the first decoder layer, in its own quantisation) must have a cosine of at
+least 0.99 with those of transformers' own modules in float32; anything else ends the run.
 
 Writes benchmarks/results/peers.json, in which a row replaces that of the same processor, layers and system. Prints the
 table, the ratios, and where pruneport loses.
@@ -228,6 +228,7 @@ class Measurement:
                     **rows.summary(samples),
                     "peak_rss_bytes": said["peak_rss_bytes"],
                     "file_bytes": each.file_bytes,
+                    **({"image_ready_flop": each.image_ready_flop} if each.image_ready_flop else {}),
                     **common,
                     "versions": {**each.versions, **said.get("versions", {}), "numpy": version("numpy")},
                     "note": "; ".join(filter(None, (each.note, said.get("build", "")))),
@@ -262,7 +263,7 @@ def _tell(made: Sequence[rows.Row], unmeasured: Mapping[str, str]) -> None:
         _print_table([rows.ratio_heads(), *compared])
     print()
     not_measured = [f"{name} was not measured: {why}" for name, why in unmeasured.items()]
-    print("\n".join([*rows.losses(made), *rows.spending(made), *not_measured, rows.load(made)]))
+    print("\n".join([*rows.losses(made), *rows.pruning(made), *rows.spending(made), *not_measured, rows.load(made)]))
 
 
 def _print_table(lines: Sequence[Sequence[str]]) -> None:

@@ -42,13 +42,9 @@ def kept(folder: Path, made_from: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def run(*command: str, allowed: tuple[int, ...] = (0,)) -> int:
-    """Runs one step of the making behind everything else, and returns its exit code.
-
-    StepError with the end of what it said when that is none of `allowed`.
-    """
+def run(*command: str) -> None:
+    """Runs one step of the making behind everything else; StepError with the end of what it said when it fails."""
     done = subprocess.run(("nice", "-n", "15", *command), capture_output=True, text=True)
-    if done.returncode not in allowed:
+    if done.returncode:
         said = (done.stdout + done.stderr).strip()[-1000:]
         raise StepError(f"{' '.join(command)} ended with {done.returncode}: {said}")
-    return done.returncode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -31,15 +32,15 @@ class Asked(NamedTuple):
     question: list[int]
 
 
-def entry(layers: int) -> ModelEntry:
-    """LLaVA-1.5-7B with fewer decoder layers, and under a name of its own."""
+def entry(layers: int, model: str = MODEL) -> ModelEntry:
+    """A model of ours with fewer decoder layers, and under a name of its own."""
     from export.families import MODELS
 
-    whole = MODELS[MODEL]
+    whole = MODELS[model]
     return replace(
         whole,
-        name=f"{MODEL}-{layers}-layers",
-        summary="the 7B model's geometry with fewer decoder layers",
+        name=f"{model}-{layers}-layers",
+        summary=f"the geometry of {model} with fewer decoder layers",
         hub_id=None,
         config={**whole.config, "text_config": {**whole.config["text_config"], "num_hidden_layers": layers}},
     )
@@ -59,6 +60,28 @@ def register(layers: int) -> str:
     made = entry(layers)
     cast(dict[str, Any], MODELS)[made.name] = made
     return made.name
+
+
+def operations(layers: int, kept: int, *, cut: int) -> float:
+    """Floating-point operations from pixels to the image's whole KV cache when `kept` tokens go on behind the cut.
+
+    Two for a multiplication with its addition; norms, the pruner and the prompt before the image are left out.
+    """
+    made = entry(layers)
+    geometry: Any = made.geometry
+    image = geometry.image_tokens
+
+    def products(prefix: str, tokens: int) -> float:
+        shapes = (tensor.shape for name, tensor in made.tensors.items() if name.startswith(prefix))
+        return 2.0 * tokens * sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+    width: int = geometry.text.hidden
+
+    def layer(tokens: int) -> float:
+        return products("layers.0.", tokens) + 4.0 * tokens * (made.prefix_tokens + tokens) * width
+
+    tower: float = products("tower.", image) + geometry.tower_layers * 4.0 * image**2 * geometry.vision.hidden
+    return tower + cut * layer(image) + (layers - cut) * layer(kept)
 
 
 def write_inputs(layers: int, folder: Path) -> None:

@@ -69,40 +69,26 @@ def cost_of_pruning() -> str:
 
 
 def gain_of_pruning() -> str:
-    """Returns whole answers, pruned and not, in one run."""
-    (result,) = results("answers-*.json")
-    ms, faster, fewer = result["median_ms"], result["speedup"], result["flop_ratio"]
-    rows = [
-        (
-            what,
-            f"{ms['twin'][what]:.1f}",
-            f"{ms['pruned'][what]:.1f}",
-            f"{faster[what]['median']:.2f}",
-            f"{faster[what]['least']:.2f} to {faster[what]['most']:.2f}",
-            f"{fewer[what]:.2f}" if what in fewer else "",
-        )
-        for what in ms["twin"]
-    ]
-    heads = (
-        "",
-        "unpruned, ms",
-        f"keep {result['keep']}, ms",
-        "times faster",
-        "least and most",
-        "times fewer operations",
-    )
-    caches, files = result["kv_cache_bytes"], result["file_bytes"]
-    return (
-        _made(result)
-        + f"Model: {result['model']}.\n\n"
-        + _rows_of("answers.py")
-        + markdown_table(heads, rows)
-        + "\nWhere photo and question arrive at once, the unpruned model answers after both its image and its first "
-        f"token; where the image was prefilled before, keep {result['keep']} answers "
-        f"{result['twins_full_ttft_over_pruned_ttft']['median']:.1f} times sooner than that.\n"
-        f"\nThe KV cache of these layers takes {caches['pruned']:,} instead of {caches['twin']:,} bytes. The file "
-        f"holds {files['pruned'] / result['weight_bytes']:.3f} times the bytes of the weights.\n"
-    )
+    """Returns the default bundle beside its unpruned twin, processor by processor. Says so where none was measured."""
+    parts = []
+    found = results("peers.json")[0]["rows"] if (RESULTS / "peers.json").exists() else []
+    for (processor, layers), group in peer_rows.groups(found).items():
+        pair = peer_rows.twins(group)
+        if pair is None:
+            continue
+        pruned, twin = pair
+        table = [
+            (each.name, each.unit, each.shown(twin), each.shown(pruned), f"{each.gain(pruned, twin):.2f}")
+            for each in peer_rows.MEASURES
+        ]
+        parts += [
+            f"### {processor}, {layers} of 32 layers\n\n",
+            f"Made by {code(dict.fromkeys(row['command'] for row in pair))}.\n\n",
+            markdown_table(("", "unit", "unpruned", "keep 64", "times better"), table),
+            "".join(f"\n{sentence}.\n" for sentence in peer_rows.pruning(group)),
+            "\n",
+        ]
+    return "".join(parts) or "Not measured yet.\n"
 
 
 def on_a_gpu() -> str:
@@ -250,7 +236,7 @@ def other_systems() -> str:
         said = {name: " and ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("machine", "date")}
         threads = " and ".join(dict.fromkeys(str(row["threads"]) for row in rows))
         versions = {f"{name} {text}" for row in rows for name, text in row["versions"].items()}
-        sentences = (*peer_rows.losses(rows), *peer_rows.spending(rows))
+        sentences = (*peer_rows.losses(rows), *peer_rows.pruning(rows), *peer_rows.spending(rows))
         parts += [
             f"### {processor}, {layers} layers\n\n",
             f"Made by {code(dict.fromkeys(row['command'] for row in rows))}.\n\n",

@@ -229,11 +229,11 @@ def test_every_measurement_is_shown(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tables_follow_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (result,) = measured.results("answers-*.json")
-    result["median_ms"]["twin"]["token"] = 4321.0
-    (tmp_path / "answers-other.json").write_text(json.dumps(result), encoding="utf-8")
+    (result,) = measured.results("kept_tokens.json")
+    result["rows"][0]["keys"] = 0.4321
+    (tmp_path / "kept_tokens.json").write_text(json.dumps(result), encoding="utf-8")
     monkeypatch.setattr(measured, "RESULTS", tmp_path)
-    assert "| token | 4321.0 |" in measured.gain_of_pruning()
+    assert " 0.43 |" in measured.kept_tokens()
     with pytest.raises(FileNotFoundError, match="pruner_overhead"):
         measured.cost_of_pruning()
 
