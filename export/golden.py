@@ -174,7 +174,8 @@ class _Decoder:
         self._desktop, self._checkpoint, self._cut, self._device = desktop, checkpoint, cut, device
         self._watch = watch
         self._layers = range(checkpoint.geometry.text.layers)
-        self._held: dict[int, nn.Module] | None = None
+        self._held: dict[int, nn.Module] = {}
+        self._holds_all = False
         self._last: tuple[nn.Module, Tensor] | None = None
         self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
         self._first_text = 0
@@ -216,8 +217,7 @@ class _Decoder:
         positions = torch.arange(self._first_text, self._first_text + len(text.ids), device=self._device)[None]
         golden[input_key(TEXT_PREFILL, "positions")] = positions[:, :-1]
         golden[input_key(TEXT_DECODER, "positions")] = positions[:, -1:]
-        if self._fits():
-            self._held = {}
+        self._holds_all = self._fits()
         seen, hidden = image["hidden"], embedded
         for index in self._layers:
             if index == self._cut and self._cut:
@@ -240,7 +240,7 @@ class _Decoder:
         logits = self._logits(hidden)
         golden[output_key(TEXT_PREFILL, "logits")] = logits[:, :-1]
         golden[output_key(TEXT_DECODER, "logits")] = logits[:, -1:]
-        return golden | (self._answer(text.question) if self._held is not None else {})
+        return golden | (self._answer(text.question) if self._holds_all else {})
 
     def answer_behind(self, frame: Frame, image: Tensor, text: SampleText) -> dict[str, Tensor]:
         """The answer to the question behind image features (1, keep, D), at contiguous positions."""
@@ -248,7 +248,7 @@ class _Decoder:
 
         if not self._fits():
             return {}
-        self._held = {}
+        self._holds_all = True
         hidden = torch.cat([self._embedded(frame.prefix_ids), image], dim=1)
         self._first_text = hidden.shape[1]
         positions = torch.arange(self._first_text, device=self._device)[None]
@@ -303,7 +303,7 @@ class _Decoder:
             self._desktop.norm(),
             self._checkpoint.tensor("lm_head.weight").float().to(self._device),
         )
-        if self._held is not None:  # as the layers are
+        if self._holds_all:  # as the layers are
             self._last = norm, head
         self._watch("norm", norm)
         normed = norm(hidden)
@@ -331,13 +331,12 @@ class _Decoder:
         return out
 
     def _layer(self, index: int) -> nn.Module:
-        if self._held is not None and index in self._held:
-            return self._held[index]
-        layer = self._desktop.layer(index)
-        self._watch(f"layers.{index}", layer)
-        if self._held is not None:
-            self._held[index] = layer
-        return layer
+        if index not in self._held:
+            if not self._holds_all:
+                self._held.clear()  # before the next one is read; the image and the text take the same in turns
+            self._held[index] = self._desktop.layer(index)
+            self._watch(f"layers.{index}", self._held[index])
+        return self._held[index]
 
 
 class _Cache:

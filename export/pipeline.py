@@ -75,7 +75,7 @@ def export(plan: Plan, *, progress: Progress, version: str, resume: bool = False
     """
     from export.checkpoints import open_checkpoint
     from export.request import check_memory
-    from export.weights import LateCheckpoint
+    from export.weights import Followed, LateCheckpoint
     from runtime.bundle import BundleWriter
     from runtime.leftovers import clean
 
@@ -111,12 +111,13 @@ def export(plan: Plan, *, progress: Progress, version: str, resume: bool = False
                 if not resume and stages_key(leftover.stages) in keys:
                     stage.note("it was of the same request: --resume would have gone on where it stood")
         late = all(recipe.backend.reads_late for recipe in plan.parts.values())
-        making = _Making(plan, LateCheckpoint(checkpoint) if late else checkpoint, progress, version)
+        followed = Followed(checkpoint)
+        making = _Making(plan, LateCheckpoint(followed) if late else followed, progress, version)
         manifests = [
             making.write(bundle, writer, stages)
             for bundle, writer, stages in zip(plan.bundles, writers, kept, strict=True)
         ]
-        del checkpoint, making, kept
+        del checkpoint, followed, making, kept
         gc.collect()
         verdicts = [
             _check(bundle, writer.path, writers[0].path if bundle.spec and plan.twin else None, progress)
@@ -170,6 +171,7 @@ class _Making:
         with self.progress.stage(_label("desktop outputs", bundle)) as stage:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
             desktop = stages.kept("desktop outputs", _Desktop)
+            self._follow(stage)
             if desktop is None:
                 desktop = _Desktop(*self._write_golden(bundle, writer.path))
                 stages.finished("desktop outputs", desktop)
@@ -206,6 +208,17 @@ class _Making:
             )
             stages.finished("manifest", True)
             return manifest
+
+    def _follow(self, stage: Stage) -> None:
+        """Measures how far a stage is by how many of the model's numbers it has read."""
+        from export.weights import Followed, at_once
+
+        followed = at_once(self.checkpoint)
+        assert isinstance(followed, Followed)
+        entry, text = self.plan.entry, self.plan.text is not None
+        numbers = entry.vision_parameter_count(0 if text else self.plan.cut)
+        stage.expect(numbers + (entry.text_parameter_count() if text else 0))
+        followed.seen = stage.advance
 
     def _write_golden(self, bundle: BundlePlan, folder: Path) -> tuple[str, RangesInfo | None]:
         """Writes what the desktop model computes for the photo.
@@ -313,6 +326,7 @@ class _Making:
             else:
                 graphs = self._build(bundle, stage, islands, noted)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
+            self._follow(stage)
             if made:
                 stage.note(KEPT)
             for backend, group, place in self._by_backend(graphs) if graphs is not None else ():

@@ -6,22 +6,41 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from runtime.latency import peak_rss_bytes
 
+# Before that no rate is known, and as long a plain line says nothing new.
+_FIRST_S, _EVERY_S = 10.0, 60.0
+
 
 class Stage:
-    """One running stage; what `note` is told is shown when the stage ends."""
+    """One running stage; what `note` is told is shown when the stage ends.
+
+    `show` is told, once a rate is known, what share of the work is done and how many seconds are left at that rate.
+    """
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.notes: list[str] = []
+        self.show: Callable[[float, float], None] = lambda share, left_s: None
+        self._start, self._total, self._done = time.perf_counter(), 0.0, 0.0
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def expect(self, total: float) -> None:
+        """Says how much work there is, in any unit."""
+        self._total, self._done, self._start = total, 0.0, time.perf_counter()
+
+    def advance(self, done: float) -> None:
+        """Says that so much of it is done, beside what was said before."""
+        self._done += done
+        elapsed = time.perf_counter() - self._start
+        if elapsed >= _FIRST_S and 0 < self._done < self._total:
+            self.show(self._done / self._total, elapsed * (self._total - self._done) / self._done)
 
 
 class Progress:
@@ -45,22 +64,26 @@ class Progress:
         start = time.perf_counter()
         outcome = "stopped"
         try:
-            with self._live(head):
+            with self._live(head) as stage.show:
                 yield stage
             outcome = ""
         finally:
             self._line(head, time.perf_counter() - start, outcome, stage.notes)
 
     @contextmanager
-    def _live(self, head: str) -> Iterator[None]:
-        if self.quiet or not self.stream.isatty():
-            yield
+    def _live(self, head: str) -> Iterator[Callable[[float, float], None]]:
+        """Says that a stage runs; what it yields shows how far it is."""
+        if self.quiet:
+            yield lambda share, left_s: None
+            return
+        if not self.stream.isatty():
+            yield self._lines(head)
             return
         from rich.console import Console
 
         console = Console(file=self.stream)
         if console.is_dumb_terminal or not console.encoding.startswith("utf"):
-            yield  # neither a line that is drawn again and again, nor the characters it is drawn with
+            yield self._lines(head)  # neither a line that is drawn again and again, nor the characters for it
             return
         from rich.markup import escape
         from rich.progress import Progress as RichProgress
@@ -68,8 +91,20 @@ class Progress:
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with RichProgress(*columns, console=console, transient=True) as live:
-            live.add_task(escape(head), total=None)
-            yield
+            task = live.add_task(escape(head), total=None)
+            yield lambda share, left_s: live.update(task, description=escape(f"{head}: {_far(share, left_s)}"))
+
+    def _lines(self, head: str) -> Callable[[float, float], None]:
+        """Shows how far a stage is as plain lines, now and then."""
+        last = time.perf_counter()
+
+        def show(share: float, left_s: float) -> None:
+            nonlocal last
+            if time.perf_counter() - last >= _EVERY_S:
+                last = time.perf_counter()
+                print(f"{head}: {_far(share, left_s)}", file=self.stream, flush=True)
+
+        return show
 
     def _line(self, head: str, seconds: float, outcome: str, notes: list[str]) -> None:
         # Kept here because measuring latency resets the process's own high-water mark.
@@ -82,6 +117,11 @@ class Progress:
         )
         for note in notes:
             print(f"      {note}", file=self.stream, flush=True)
+
+
+def _far(share: float, left_s: float) -> str:
+    minutes, seconds = divmod(round(left_s), 60)
+    return f"{share:.0%}, about {minutes} min {seconds} s left" if minutes else f"{share:.0%}, about {seconds} s left"
 
 
 @contextmanager

@@ -125,11 +125,12 @@ def at_once(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.source if isinstance(checkpoint, LateCheckpoint) else checkpoint
 
 
-class LateCheckpoint:
-    """A checkpoint whose tensors fill modules with stand-ins: for backends that read a weight when they write it."""
+class Followed:
+    """A checkpoint that tells `seen` how many numbers each tensor has that was read; rows do not count."""
 
     def __init__(self, source: Checkpoint) -> None:
         self.source = source
+        self.seen: Callable[[int], None] = lambda count: None
 
     @property
     def family(self) -> Family[Any]:
@@ -165,7 +166,9 @@ class LateCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads one tensor, now."""
-        return self.source.tensor(name)
+        read = self.source.tensor(name)
+        self.seen(read.numel())
+        return read
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Reads a few rows of a matrix, now."""
@@ -178,3 +181,7 @@ class LateCheckpoint:
     def identity(self) -> WeightsInfo:
         """Where the weights came from, with a hash over all of them."""
         return self.source.identity()
+
+
+class LateCheckpoint(Followed):
+    """A checkpoint whose tensors fill modules with stand-ins: for backends that read a weight when they write it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
@@ -27,11 +28,51 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
     return executorch.lower(graphs, out_dir, DELEGATE)
 
 
+# A partition ends behind the layer in which it comes to hold so many numbers: while one is opened, its weights are in
+# memory as the file has them and as they are packed, and only then the former are given back.
+PIECE_NUMBERS = 350_000_000
+_LAYER = re.compile(r".*\blayers\.\d+\b")
+
+
 def _partitioner() -> tuple[Any, list[Any]]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.utils.configs import get_transform_passes
 
-    return XnnpackPartitioner(), get_transform_passes()
+    class InPieces(XnnpackPartitioner):  # type: ignore[misc]
+        def partition(self, exported_program: Any) -> Any:
+            result = super().partition(exported_program)
+            for tag, spec in list(result.partition_tags.items()):
+                for piece in split(exported_program, tag):
+                    result.partition_tags[piece] = spec
+            return result
+
+    return InPieces(), get_transform_passes()
+
+
+def split(program: torch.export.ExportedProgram, tag: str) -> list[str]:
+    """Tags the nodes of a large partition anew, some whole layers each, and returns the tags beside the first one."""
+    from executorch.backends.xnnpack.utils.utils import is_param_node
+
+    made: list[str] = []
+    layer, held = "", 0
+    seen: set[torch.fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.meta.get("delegation_tag") != tag:
+            continue
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = next((found[0] for path, _ in stack.values() if (found := _LAYER.match(path))), None)
+        if inside is not None and inside != layer:
+            if held >= PIECE_NUMBERS:
+                made.append(f"{tag}_{len(made) + 1}")
+                held = 0
+            layer = inside
+        for value in node.all_input_nodes:
+            if value.op == "placeholder" and value not in seen and is_param_node(program, value):
+                seen.add(value)
+                held += value.meta["val"].numel()
+        if made:
+            node.meta["delegation_tag"] = made[-1]
+    return made
 
 
 def _said(record: logging.LogRecord) -> tuple[str, str] | None:

@@ -160,15 +160,16 @@ def accumulator_bits() -> int:
 
 def _bindings() -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the module announces on import that it is experimental
-            from executorch.extension.pybindings import portable_lib
+        # Not its public name, portable_lib: that imports the whole exporter, which takes seconds and 140 MB, to say
+        # that it is experimental. The library needs those of torch to be there.
+        import torch  # noqa: F401
+        from executorch.extension.pybindings import _C
     except ImportError as err:
         raise EngineMissingError(
             f"the ExecuTorch engine is not installed ({err}); pip install 'pruneport[executorch]'"
         ) from err
     _share_weights()
-    return portable_lib
+    return _C
 
 
 @cache

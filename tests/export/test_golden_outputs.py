@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +17,8 @@ from export.families.family import ModelEntry
 from export.families.llava.config import LlavaGeometry
 from export.golden import _Decoder, device_words, golden_device, make_golden
 from export.models.pocket import POCKET, pocket_folder
-from export.models.prompt import read_prompt
+from export.models.prompt import read_prompt, sample_text
+from export.weights import Followed
 from pruning import PruneSpec, reference
 from pruning.vlm_pruner.settings import Settings
 from runtime.errors import ExportError, RequestError
@@ -189,3 +191,30 @@ def test_layers_stay_on_a_gpu_that_has_room(free_bytes: int, fits: bool, monkeyp
     desktop = TINY.family.desktop(checkpoint, "cpu")
     decoder = _Decoder(desktop, checkpoint, 2, gpu, lambda name, module: None)
     assert decoder._fits() is fits
+
+
+def test_layers_that_do_not_fit_together_are_read_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image and text take the same layer in turns; with all of them in memory the numbers are the same."""
+    checkpoint = Followed(RandomCheckpoint(TINY, seed=0))
+    read: list[int] = []
+    checkpoint.seen = read.append
+    text = sample_text(None, TINY.geometry, TINY, tokens=9)
+    pixels = np.random.default_rng(0).standard_normal(TINY.geometry.pixel_values).astype(np.float32)
+    spec = PruneSpec(grid=TINY.geometry.grid, keep=4)
+
+    def made(*, fits: bool) -> dict[str, Any]:
+        monkeypatch.setattr("export.memory.fits_beside", lambda size: fits)
+        return make_golden(checkpoint, TINY, spec, pixel_values=pixels, text=text)
+
+    streamed = made(fits=False)
+    layers = range(TINY.geometry.text.layers)
+    in_layers = sum(math.prod(TINY.tensors[name].shape) for name in TINY.tensors if name.startswith("layers."))
+    below = sum(math.prod(TINY.tensors[n].shape) for n in TINY.tensors if n.startswith(("layers.0.", "layers.1.")))
+    others = [math.prod(TINY.tensors[name].shape) for name in TINY.tensors if not name.startswith("layers.")]
+    assert len(layers) > 2
+    # Those below the cut serve the image alone, then come again for the text.
+    assert sum(read) <= in_layers + below + sum(others)
+    held = made(fits=True)
+    assert "answer.ids" in held.keys() - streamed.keys()
+    for name, array in streamed.items():
+        np.testing.assert_array_equal(array, held[name], err_msg=name)

@@ -23,6 +23,7 @@ from export.graphs.vision import build_vision_encoder
 from export.quantize import quantize
 from export.weights import LateCheckpoint, fill, late, parts_of
 from runtime.bundle import TensorInfo
+from runtime.engines.executorch import _bindings
 from runtime.errors import CheckpointError
 from tests.wide_family import TINY_WIDE
 
@@ -214,3 +215,43 @@ def test_layers_below_the_cut_are_finer_and_those_of_both_graphs_are_equal(
                 same = parts_of(theirs.get_submodule(name).get_parameter("weight").data)[part]
                 assert torch.equal(tensor, same), (name, part)
     assert (steps(above.get_submodule("layers.2.layer"), "self_attn.q_proj") > 16) == (rest == 8)
+
+
+class Layers(Graph):
+    """Three layers of two linear ones, behind one another, with a constant that all of them add."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.shift = nn.Parameter(torch.linspace(-1, 1, WIDTH), requires_grad=False)
+        for layer in self.layers:
+            fill(layer, checkpoint, "layer", torch.float32)
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="x", shape=(1, 5, WIDTH), dtype="float32"),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x + self.shift)
+        return x
+
+
+def test_a_large_graph_is_opened_in_pieces_of_whole_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a piece is opened its weights are in memory twice; the numbers are those of one piece."""
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def lowered(name: str) -> tuple[int, int, torch.Tensor]:
+        graph = Layers(cast(Checkpoint, Drawn())).eval().requires_grad_(False)
+        (tmp_path / name).mkdir()
+        (taken,) = lower({"all": graph}, tmp_path / name, DELEGATE)["all"].coverage
+        assert taken.outside_nodes == 0
+        program = _bindings()._load_program(str(tmp_path / name / FILE))
+        (out,) = program.load_method("all")([x])
+        return taken.partitions, taken.nodes, out.clone()
+
+    whole = lowered("whole")
+    monkeypatch.setattr("export.backends.xnnpack.PIECE_NUMBERS", WIDTH * INNER)
+    pieces = lowered("pieces")
+    assert (whole[0], pieces[0]) == (1, 3)
+    assert whole[1] == pieces[1]
+    assert torch.equal(whole[2], pieces[2])

@@ -168,10 +168,8 @@ def test_placement_in_onnxruntime(bundles: Callable[[Engine], Path]) -> None:
 
 
 def test_program_reader_agrees_with_the_bindings(bundles: Callable[[Engine], Path]) -> None:
-    from executorch.extension.pybindings import portable_lib
-
     path = bundles("executorch") / f"{VISION}.pte"
-    program = portable_lib._load_program(str(path))
+    program = _bindings()._load_program(str(path))
     methods = read_program(path)
     assert [method.name for method in methods] == [program.get_method_name(i) for i in range(program.num_methods())]
 
@@ -279,11 +277,28 @@ def test_program_without_the_method(bundles: Callable[[Engine], Path], tmp_path:
         _pick_method(graph, (method("a"),), tmp_path)
 
 
+def test_opening_a_program_does_not_import_the_exporter(bundles: Callable[[Engine], Path], root: Path) -> None:
+    """Which takes longer than everything else that a bundle needs to be opened."""
+    script = """
+import sys
+from pathlib import Path
+from runtime.bundle import read_bundle
+from runtime.session import open_session
+with open_session(read_bundle(Path(sys.argv[1])), "vision_encoder"):
+    heavy = ("executorch.exir", "torchao", "transformers", "torch._inductor", "torch._dynamo")
+    print([name for name in heavy if name in sys.modules])
+"""
+    command = (sys.executable, "-c", script, str(bundles("executorch")))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize(
     ("engine", "module", "extra"),
     [
         ("onnxruntime", "onnxruntime", "onnx"),
-        ("executorch", "executorch.extension.pybindings.portable_lib", "executorch"),
+        ("executorch", "executorch.extension.pybindings._C", "executorch"),
     ],
 )
 def test_engine_that_is_not_installed(

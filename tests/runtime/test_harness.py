@@ -229,7 +229,7 @@ def test_program_no_delegate_took_anything_of(program: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("engine", "module"),
-    [("onnxruntime", "onnxruntime"), ("executorch", "executorch.extension.pybindings.portable_lib")],
+    [("onnxruntime", "onnxruntime"), ("executorch", "executorch.extension.pybindings._C")],
 )
 def test_missing_engine_is_not_checked_and_names_the_remedy(
     program: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, engine: str, module: str
