@@ -39,12 +39,13 @@ from export.progress import Progress  # noqa: E402 - behind the path
 STARTS = 2
 # A process that opens a bundle and answers, as `pruneport ask` does; ids stand in for a tokenizer's.
 ANSWER = """
-import json, resource, sys, time
+import json, sys, time
 began = time.perf_counter()
 from pathlib import Path
 import numpy as np
 from runtime.bundle import read_bundle
 from runtime.generation import open_graphs, start_answers
+from runtime.latency import peak_rss_bytes
 bundle = read_bundle(Path(sys.argv[1]))
 with open_graphs(bundle) as graphs:
     answers = start_answers(bundle, graphs)
@@ -52,11 +53,10 @@ with open_graphs(bundle) as graphs:
     shape = graphs["vision_encoder"].graph.inputs[0].shape
     photo = answers.see(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     tokens = list(answers.answer(photo, list(range(5, 25)), max_new_tokens=8, past_end=True))
-resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"start_s": round(start_s, 2), "image_ready_ms": round(photo.image_ready_ms, 1),
                   "ttft_question_ms": round(tokens[0].ms, 1),
                   "token_ms": round(sorted(token.ms for token in tokens[1:])[len(tokens) // 2], 1),
-                  "resident_bytes": resident}))
+                  "resident_bytes": peak_rss_bytes()}))
 """
 
 

@@ -12,8 +12,8 @@ from typing import TextIO
 
 from runtime.latency import peak_rss_bytes
 
-# Before that no rate is known, and as long a plain line says nothing new.
-_FIRST_S, _EVERY_S = 10.0, 60.0
+# Before so many seconds and such a share no rate is known; a plain line says something new once in so many seconds.
+_FIRST_S, _FIRST_SHARE, _EVERY_S = 10.0, 0.05, 60.0
 
 
 class Stage:
@@ -39,7 +39,7 @@ class Stage:
         """Says that so much of it is done, beside what was said before."""
         self._done += done
         elapsed = time.perf_counter() - self._start
-        if elapsed >= _FIRST_S and 0 < self._done < self._total:
+        if elapsed >= _FIRST_S and _FIRST_SHARE * self._total <= self._done < self._total:
             self.show(self._done / self._total, elapsed * (self._total - self._done) / self._done)
 
 

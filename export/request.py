@@ -786,6 +786,7 @@ def _needs_of_late_weights(
     graph that float16's range is measured on; lowering; and the check, in which all graphs are open and one is read
     from the file.
     """
+    from export.backends.xnnpack import PIECE_NUMBERS
     from export.memory import fits_beside
 
     of_text, of_vision = _stored_bytes(quant_text, size), _stored_bytes(quant_vision, size)
@@ -799,8 +800,9 @@ def _needs_of_late_weights(
     held = 4 * sum(math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers."))
     answering = held if text and fits_beside(held) else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
-    # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
-    opening = max(tower * min(of_vision, 2) + below * min(of_below, 2), layers * min(of_text, 2))
+    # The file has float32 weights in 16 bits, where they were published so, and each piece's while it is opened.
+    piece = PIECE_NUMBERS + held // 4 // entry.geometry.text.layers
+    opening = min(piece, max(tower + below, layers)) * min(max(of_vision, of_below, of_text if text else 0), 2)
     rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
     # Layers below the cut lie in the file once, with those of the vision graph.
     bundle = vision + (rows + (layers - below) * of_text if text else 0)

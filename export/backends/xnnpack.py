@@ -31,7 +31,7 @@ def lower(graphs: Mapping[str, Graph], out_dir: Path) -> dict[str, LoweredGraph]
 # A partition ends behind the layer in which it comes to hold so many numbers: while one is opened, its weights are in
 # memory as the file has them and as they are packed, and only then the former are given back.
 PIECE_NUMBERS = 350_000_000
-_LAYER = re.compile(r".*\blayers\.\d+\b")
+_LAYER = re.compile(r".*layers\.\d+\b")
 
 
 def _partitioner() -> tuple[Any, list[Any]]:
