@@ -61,7 +61,7 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
     """
     import torch
 
-    from export.weights import late, read_now
+    from export.weights import late
 
     if scheme not in SCHEMES:
         raise ExportError(f"the quantisation scheme {scheme!r} is not known; allowed: {', '.join(SCHEMES)}")
@@ -75,7 +75,6 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         from export.blocks.nbits import NBitsLinear
 
         assert known.group is not None
-        read_now(module)
         for owner in list(module.modules()):
             for name, layer in owner.named_children():
                 if isinstance(layer, torch.nn.Linear):

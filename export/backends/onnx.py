@@ -20,8 +20,11 @@ from runtime.engines.onnxruntime import recording_options
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
+    import torch
+
     from export.graphs.graph import Graph
     from export.stages import Stages
+    from export.weights import Waiting
     from runtime.bundle import DelegateCoverage
 
 OPSET = 20
@@ -55,6 +58,8 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
     import onnx_ir
     import torch
 
+    from export.weights import Waiting
+
     made_before: dict[str, _Written] = {}
     for name in graphs:
         kept = None if stages is None else stages.kept(graph_stage(name), _Written)
@@ -63,11 +68,13 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
         made_before[name] = kept
     last = next(reversed(made_before.values()), None)
     lowered: dict[str, _Written] = dict(made_before)
-    with _Weights(out_dir / WEIGHTS_FILE, last.offsets if last else {}) as weights:
+    waiting = Waiting()
+    with _Weights(out_dir / WEIGHTS_FILE, last.offsets if last else {}, waiting) as weights:
         for name in graphs:
             if name in made_before:
                 continue
             graph = graphs[name]
+            waiting.expect(graph)
             program = trace(graph)
             with (
                 warnings.catch_warnings(),
@@ -126,12 +133,16 @@ def _plain_bounds(model: Any) -> None:
 class _Weights:
     """A file of tensors that several graphs refer to; what has the same bytes lies there once.
 
-    `offsets` says where by the sha256 of these bytes; given what is there already, the file is added to.
+    `offsets` says where by the sha256 of these bytes; given what is there already, the file is added to. Weights of
+    `waiting` are read as they are written, one at a time, and none again for another graph.
     """
 
-    def __init__(self, path: Path, offsets: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, offsets: Mapping[str, int], waiting: Waiting) -> None:
         self.path = path
         self.offsets = dict(offsets)
+        self._waiting = waiting
+        # The sha256 of weights that waited, by their keys.
+        self._known: dict[tuple[str, ...], str] = {}
         self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> Self:
@@ -145,7 +156,7 @@ class _Weights:
         size = self._file.tell()
         return {self.path: FileInfo(sha256=self._sha256.hexdigest(), size_bytes=size)} if size else {}
 
-    def _add(self, data: bytes) -> None:
+    def _add(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._sha256.update(data)
 
@@ -157,7 +168,10 @@ class _Weights:
             self.path.unlink()
 
     def move_out(self, model: Any) -> bool:
-        """Replaces the large initializers of an `onnx_ir` model by references into the file; whether there were any."""
+        """Replaces the large initializers of an `onnx_ir` model by references into the file; whether there were any.
+
+        CheckpointError where a weight cannot be read.
+        """
         import onnx_ir
 
         moved = False
@@ -165,24 +179,44 @@ class _Weights:
             tensor = value.const_value
             if tensor.nbytes < _LEAST_SHARED_BYTES:
                 continue
-            data = tensor.tobytes()
-            key = hashlib.sha256(data).hexdigest()
-            if key not in self.offsets:
-                self._add(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
-                self.offsets[key] = self._file.tell()
-                self._add(data)
             value.const_value = onnx_ir.ExternalTensor(
                 self.path.name,
-                self.offsets[key],
-                len(data),
+                self.offsets[self._stored(tensor)],
+                tensor.nbytes,
                 tensor.dtype,
                 shape=tensor.shape,
                 name=tensor.name,
                 base_dir=self.path.parent,
             )
             moved = True
+        self._waiting.forget()
         self._file.flush()
         return moved
+
+    def _stored(self, tensor: Any) -> str:
+        """Adds the bytes of a tensor to the file if they are not in there; their sha256."""
+        import torch
+
+        raw = getattr(tensor, "raw", None)  # of torch where the exporter made it of a program's weight
+        weight = self._waiting.key(raw) if isinstance(raw, torch.Tensor) else None
+        if weight in self._known:
+            return self._known[weight]
+        data = tensor.tobytes() if weight is None else _bytes(self._waiting.numbers(raw))
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self.offsets:
+            self._add(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
+            self.offsets[key] = self._file.tell()
+            self._add(data)
+        if weight is not None:
+            self._known[weight] = key
+        return key
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """What a tensor is made of, without a copy; ONNX, as torch on all it runs on here, has the least byte first."""
+    import torch
+
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def coverage_of(file: Path) -> DelegateCoverage:
@@ -224,4 +258,5 @@ ONNX = Backend(
     lower_on=lower_on,
     one_by_one=True,
     open_axes=True,
+    reads_late=True,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from export.weights import late
 
 # Of ONNX Runtime's own operators, not of the ONNX standard.
 MATMUL_NBITS = "com.microsoft::MatMulNBits"
@@ -14,6 +17,8 @@ MATMUL_NBITS = "com.microsoft::MatMulNBits"
 # without it 8-bit weights have no kernel at all: one token through 4096 x 4096 weights took 0.4 ms on one core instead
 # of 130, with 4 bits 0.3 instead of 1.2.
 _ACTIVATIONS_IN_8_BITS = 4
+# A weight is packed in pieces of whole rows, of about so many numbers: in float32 an output matrix takes gigabytes.
+_NUMBERS_AT_ONCE = 2**22
 
 
 class NBitsLinear(nn.Module):
@@ -29,21 +34,19 @@ class NBitsLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, layer: nn.Linear, *, bits: Literal[4, 8], group: int) -> None:
-        """`group` must divide the layer's inputs."""
+        """`group` must divide the layer's inputs. A weight that waits in its checkpoint goes on waiting."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bits, self.group = bits, group
-        zero = float(2 ** (bits - 1))
-        weight = layer.weight.detach().float().reshape(layer.out_features, -1, group)
-        largest = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True))
-        scales = largest / -zero
-        steps = torch.where(scales == 0, 0.0, 1.0 / scales)
-        # Half a step up and down to the integer below: torch.round would bring ties to even ones.
-        integers = (weight * steps + zero + 0.5).floor().clamp(0, 2 * zero - 1).to(torch.uint8)
-        if bits == 4:
-            integers = integers[..., ::2] | integers[..., 1::2] << 4
-        self.register_buffer("packed", integers.contiguous())  # (N, K / group, group * bits / 8) uint8
-        self.register_buffer("scales", scales.squeeze(2).contiguous())  # (N, K / group) float32
+
+        def made(weight: Tensor) -> Mapping[str, Tensor]:
+            return pack(weight, bits=bits, group=group)
+
+        waiting = late(layer.weight)
+        step = f"nbits{bits}-g{group}"
+        held = made(layer.weight.detach()) if waiting is None else waiting.then(step, made).stand_ins()
+        self.register_buffer("packed", held["packed"])
+        self.register_buffer("scales", held["scales"])
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
     @property
@@ -74,3 +77,28 @@ class NBitsLinear(nn.Module):
             version=1,
         )
         return out if self.bias is None else out + self.bias
+
+
+def pack(weight: Tensor, *, bits: Literal[4, 8], group: int) -> dict[str, Tensor]:
+    """(N, K) -> `packed` (N, K / group, group * bits / 8) uint8, `scales` (N, K / group) float32"""
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // group, group * bits // 8, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, columns // group, device=weight.device)
+    at_once = max(1, _NUMBERS_AT_ONCE // columns)
+    for first in range(0, rows, at_once):
+        piece = slice(first, first + at_once)
+        packed[piece], scales[piece] = _packed_rows(weight[piece].float().reshape(-1, columns // group, group), bits)
+    return {"packed": packed, "scales": scales}
+
+
+def _packed_rows(weight: Tensor, bits: Literal[4, 8]) -> tuple[Tensor, Tensor]:
+    """(N, G, group) -> (N, G, group * bits / 8) uint8, (N, G)"""
+    zero = float(2 ** (bits - 1))
+    largest = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True))
+    scales = largest / -zero
+    steps = torch.where(scales == 0, 0.0, 1.0 / scales)
+    # Half a step up and down to the integer below: torch.round would bring ties to even ones.
+    integers = (weight * steps + zero + 0.5).floor_().clamp_(0, 2 * zero - 1).to(torch.uint8)
+    if bits == 4:
+        integers = integers[..., ::2] | integers[..., 1::2] << 4
+    return integers, scales.squeeze(2)
