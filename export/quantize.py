@@ -22,6 +22,8 @@ class Scheme:
     bits: Literal[4, 8]
     group: int | None = None
     form: Literal["torchao", "nbits"] = "torchao"
+    # What a scale takes in the file.
+    scale_bits: Literal[16, 32] = 16
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -29,10 +31,10 @@ SCHEMES: dict[str, Scheme] = {
     "8da4w": Scheme(bits=4, group=128),
     "8da4w-g64": Scheme(bits=4, group=64),
     "8da4w-g32": Scheme(bits=4, group=32),
-    "int4": Scheme(bits=4, group=32, form="nbits"),
-    "int4-g64": Scheme(bits=4, group=64, form="nbits"),
+    "int4": Scheme(bits=4, group=32, form="nbits", scale_bits=32),
+    "int4-g64": Scheme(bits=4, group=64, form="nbits", scale_bits=32),
     "int4-g128": Scheme(bits=4, group=128, form="nbits"),
-    "int8": Scheme(bits=8, group=32, form="nbits"),
+    "int8": Scheme(bits=8, group=32, form="nbits", scale_bits=32),
 }
 
 
@@ -75,10 +77,12 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         from export.blocks.nbits import NBitsLinear
 
         assert known.group is not None
+        scale_dtype = torch.float16 if known.scale_bits == 16 else torch.float32
         for owner in list(module.modules()):
             for name, layer in owner.named_children():
                 if isinstance(layer, torch.nn.Linear):
-                    setattr(owner, name, NBitsLinear(layer, bits=known.bits, group=known.group))
+                    packed = NBitsLinear(layer, bits=known.bits, group=known.group, scale_dtype=scale_dtype)
+                    setattr(owner, name, packed)
         return
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup

@@ -258,6 +258,11 @@ def plan(request: Request) -> Plan:
     if quant_text and not mixed and layout is None and asked["vision"] is None:
         default_quant_vision = backend.quant_vision_with_text
     scheme = request.quant_vision or default_quant_vision
+    if layout and scheme in backend.quant_vision and scheme not in layout.quant_vision:
+        raise RequestError(
+            f"quant_vision={scheme} does not go with layout={layout.runtime}, which takes "
+            f"{', '.join((*layout.quant_vision, NONE))}; leave --quant-vision out"
+        )
     quant_vision = _quantisation("quant_vision", scheme, backend.quant_vision, backend, target)
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
     default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -141,8 +142,9 @@ class _Weights:
         self.path = path
         self.offsets = dict(offsets)
         self._waiting = waiting
-        # The sha256 of weights that waited, by their keys.
+        # Of weights that waited the sha256, by their keys, and of those that stay in the graphs the numbers.
         self._known: dict[tuple[str, ...], str] = {}
+        self._small: dict[tuple[str, ...], Any] = {}
         self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> Self:
@@ -178,6 +180,7 @@ class _Weights:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor.nbytes < _LEAST_SHARED_BYTES:
+                value.const_value = self._here(tensor)
                 continue
             value.const_value = onnx_ir.ExternalTensor(
                 self.path.name,
@@ -193,15 +196,25 @@ class _Weights:
         self._file.flush()
         return moved
 
+    def _here(self, tensor: Any) -> Any:
+        """A tensor that stays in the graph, read if it waits."""
+        import onnx_ir
+
+        raw = _of_torch(tensor)
+        weight = None if raw is None else self._waiting.key(raw)
+        if raw is None or weight is None:
+            return tensor
+        if weight not in self._small:
+            self._small[weight] = self._waiting.numbers(raw).numpy(force=True).copy()
+        return onnx_ir.tensor(self._small[weight], name=tensor.name)
+
     def _stored(self, tensor: Any) -> str:
         """Adds the bytes of a tensor to the file if they are not in there; their sha256."""
-        import torch
-
-        raw = getattr(tensor, "raw", None)  # of torch where the exporter made it of a program's weight
-        weight = self._waiting.key(raw) if isinstance(raw, torch.Tensor) else None
+        raw = _of_torch(tensor)
+        weight = None if raw is None else self._waiting.key(raw)
         if weight in self._known:
             return self._known[weight]
-        data = tensor.tobytes() if weight is None else _bytes(self._waiting.numbers(raw))
+        data = tensor.tobytes() if raw is None else _bytes(self._waiting.numbers(raw))
         key = hashlib.sha256(data).hexdigest()
         if key not in self.offsets:
             self._add(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
@@ -212,11 +225,42 @@ class _Weights:
         return key
 
 
+def _of_torch(tensor: Any) -> torch.Tensor | None:
+    """What the exporter made an `onnx_ir` tensor of, where that is a tensor of torch, such as a program's weight."""
+    import torch
+
+    raw = getattr(tensor, "raw", None)
+    return raw if isinstance(raw, torch.Tensor) else None
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """What a tensor is made of, without a copy; ONNX, as torch on all it runs on here, has the least byte first."""
     import torch
 
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    of_bytes: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(of_bytes)
+
+
+def read_when_written(model: Any, waiting: Waiting) -> None:
+    """Lets the initializers of an `onnx_ir` model that wait in their checkpoint be read whenever somebody writes them.
+
+    For who writes files by `onnx_ir` itself, which keeps none of them.
+    """
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        raw = _of_torch(tensor)
+        if raw is not None and waiting.key(raw) is not None:
+            value.const_value = onnx_ir.LazyTensor(
+                partial(_read, raw, waiting), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
+            )
+
+
+def _read(raw: torch.Tensor, waiting: Waiting) -> Any:
+    import onnx_ir
+
+    return onnx_ir.tensor(waiting.numbers(raw).numpy(force=True))
 
 
 def coverage_of(file: Path) -> DelegateCoverage:
@@ -251,8 +295,10 @@ ONNX = Backend(
     name="onnx",
     engine="onnxruntime",
     precisions=("fp32", "fp16"),
-    quant_vision=(),
-    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
+    quant_vision=("int8",),
+    quant_text=("int4-g128", "int4-g64", "int4", "int8"),
+    quant_vision_with_text="int8",
+    quant_rows="int8",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     lower=lower,
     lower_on=lower_on,
