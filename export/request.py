@@ -749,7 +749,15 @@ def _needs(
     size = 2 if precision == "fp16" else 4
     if backend.reads_late and text_backend.reads_late:
         ram_bytes, bundle_bytes = _needs_of_late_weights(
-            entry, cut, size, text=text, quant_vision=quant_vision, quant_text=quant_text, bundles=bundles
+            entry,
+            cut,
+            size,
+            text=text,
+            quant_vision=quant_vision,
+            quant_text=quant_text,
+            backend=backend,
+            text_backend=text_backend,
+            bundles=bundles,
         )
     else:
         graph_bytes = entry.vision_parameter_count(cut) * size
@@ -777,9 +785,11 @@ def _needs_of_late_weights(
     text: bool,
     quant_vision: str | None,
     quant_text: str | None,
+    backend: Backend,
+    text_backend: Backend,
     bundles: int,
 ) -> tuple[float, float]:
-    """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes once loaded.
+    """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes.
 
     The more of three: a float32 graph that float16's range is measured on, lowering, and the check, in which all
     graphs are open and one is read from the file.
@@ -792,23 +802,47 @@ def _needs_of_late_weights(
     layers = entry.text_parameter_count() - table if text else 0
     measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
-    # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
-    opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
     rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
-    checking = bundles * (vision + rows + layers * of_text) + opening
+
+    def opened(backend: Backend, scheme: str | None) -> float:
+        return _opened_bytes(scheme) if backend.engine == "onnxruntime" else _stored_bytes(scheme, size)
+
+    held = tower * opened(backend, quant_vision) + below * opened(backend, quant_text)
+    held += layers * opened(text_backend, quant_text)
+    if text_backend.engine == "onnxruntime":
+        opening = 0.0  # rows and what is not packed yet are pages of the file, which the system may take back
+    else:
+        held += rows
+        # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
+        opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
+    checking = bundles * held + opening
     # Layers below the cut lie in the file once, with the others.
     bundle = tower * of_vision + layers * of_text + rows if text else vision
     return max(measuring, lowering, checking), bundle
 
 
 def _stored_bytes(scheme: str | None, size: int) -> float:
-    """What a weight takes as XNNPACK packs it, its share of a group's scale in 16 bits included."""
+    """What a weight takes in the file, its share of a group's scale included."""
     from export.quantize import SCHEMES
 
     if scheme is None:
         return size
-    group = SCHEMES[scheme].group
-    return SCHEMES[scheme].bits / 8 + (2 / group if group else 0)
+    known = SCHEMES[scheme]
+    return known.bits / 8 + (known.scale_bits / 8 / known.group if known.group else 0)
+
+
+def _opened_bytes(scheme: str | None) -> float:
+    """What a weight takes once ONNX Runtime has packed it: float32, or integers with a scale and a sum of each group.
+
+    Float16 weights are expanded, as processors without float16 arithmetic have to.
+    """
+    from export.quantize import SCHEMES
+
+    if scheme is None:
+        return 4
+    known = SCHEMES[scheme]
+    assert known.group is not None
+    return known.bits / 8 + 8 / known.group
 
 
 def _nearest_folder(folder: Path) -> Path:

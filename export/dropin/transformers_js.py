@@ -118,7 +118,9 @@ def _info(name: str, file: Path, folder: Path, *, arithmetic: tuple[str, ...], l
     from runtime.bundle import GraphInfo, TensorInfo
     from runtime.engines.onnxruntime import DTYPE_BY_ONNX_TYPE
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # nothing is run
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def infos(tensors: list[Any]) -> tuple[TensorInfo, ...]:
         return tuple(
