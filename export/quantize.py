@@ -25,6 +25,8 @@ class Scheme:
     group: int | None = None
     form: Literal["torchao", "nbits"] = "torchao"
     below_cut: tuple[str, str] | None = None
+    # What a scale takes in the file.
+    scale_bits: Literal[16, 32] = 16
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -32,9 +34,9 @@ SCHEMES: dict[str, Scheme] = {
     "8da4w": Scheme(bits=4, group=128, below_cut=("8da8w", "8da4w-g32")),
     "8da4w-g64": Scheme(bits=4, group=64, below_cut=("8da8w", "8da4w-g32")),
     "8da4w-g32": Scheme(bits=4, group=32, below_cut=("8da8w", "8da4w-g32")),
-    "int4": Scheme(bits=4, group=32, form="nbits", below_cut=("int8", "int4")),
-    "int4-g64": Scheme(bits=4, group=64, form="nbits", below_cut=("int8", "int4")),
-    "int4-g128": Scheme(bits=4, group=128, form="nbits", below_cut=("int8", "int4")),
+    "int4": Scheme(bits=4, group=32, form="nbits", scale_bits=32, below_cut=("int8", "int4")),
+    "int4-g64": Scheme(bits=4, group=64, form="nbits", scale_bits=32, below_cut=("int8", "int4-g64")),
+    "int4-g128": Scheme(bits=4, group=128, form="nbits", below_cut=("int8", "int4-g64")),
     "int8": Scheme(bits=8, group=32, form="nbits"),
 }
 
@@ -64,7 +66,7 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
     """
     import torch
 
-    from export.weights import late, read_now
+    from export.weights import late
 
     if scheme not in SCHEMES:
         raise ExportError(f"the quantisation scheme {scheme!r} is not known; allowed: {', '.join(SCHEMES)}")
@@ -78,11 +80,12 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         from export.blocks.nbits import NBitsLinear
 
         assert known.group is not None
-        read_now(module)
+        scale_dtype = torch.float16 if known.scale_bits == 16 else torch.float32
         for owner in list(module.modules()):
             for name, layer in owner.named_children():
                 if isinstance(layer, torch.nn.Linear):
-                    setattr(owner, name, NBitsLinear(layer, bits=known.bits, group=known.group))
+                    packed = NBitsLinear(layer, bits=known.bits, group=known.group, scale_dtype=scale_dtype)
+                    setattr(owner, name, packed)
         return
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -264,6 +264,11 @@ def plan(request: Request) -> Plan:
     if quant_text and not mixed and layout is None and asked["vision"] is None:
         default_quant_vision = backend.quant_vision_with_text
     scheme = request.quant_vision or default_quant_vision
+    if layout and scheme in backend.quant_vision and scheme not in layout.quant_vision:
+        raise RequestError(
+            f"quant_vision={scheme} does not go with layout={layout.runtime}, which takes "
+            f"{', '.join((*layout.quant_vision, NONE))}; leave --quant-vision out"
+        )
     quant_vision = _quantisation("quant_vision", scheme, backend.quant_vision, backend, target)
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
     default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)
@@ -750,7 +755,15 @@ def _needs(
     size = 2 if precision == "fp16" else 4
     if backend.reads_late and text_backend.reads_late:
         ram_bytes, bundle_bytes = _needs_of_late_weights(
-            entry, cut, size, text=text, quant_vision=quant_vision, quant_text=quant_text, bundles=bundles
+            entry,
+            cut,
+            size,
+            text=text,
+            quant_vision=quant_vision,
+            quant_text=quant_text,
+            backend=backend,
+            text_backend=text_backend,
+            bundles=bundles,
         )
     else:
         graph_bytes = entry.vision_parameter_count(cut) * size
@@ -778,9 +791,11 @@ def _needs_of_late_weights(
     text: bool,
     quant_vision: str | None,
     quant_text: str | None,
+    backend: Backend,
+    text_backend: Backend,
     bundles: int,
 ) -> tuple[float, float]:
-    """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes once loaded.
+    """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes.
 
     The more of four: the desktop's decoder layers in float32, which are held for its answer where they fit; a float32
     graph that float16's range is measured on; lowering; and the check, in which all graphs are open and one is read
@@ -789,47 +804,70 @@ def _needs_of_late_weights(
     from export.backends.xnnpack import PIECE_NUMBERS
     from export.memory import fits_beside
 
-    of_text, of_vision = _stored_bytes(quant_text, size), _stored_bytes(quant_vision, size)
+    def stored(scheme: str | None) -> float:
+        return _stored_bytes(scheme, size)
+
+    def opened(by: Backend) -> Callable[[str | None], float]:
+        return _opened_bytes if by.engine == "onnxruntime" else stored
+
     tower = entry.vision_parameter_count(0)
     below = entry.vision_parameter_count(cut) - tower
-    of_below = _stored_bytes_below_cut(entry, cut, quant_text, size)
-    vision = tower * of_vision + below * of_below
     table = math.prod(entry.tensors["embed_tokens.weight"].shape) if text else 0
     layers = entry.text_parameter_count() - table if text else 0
-    measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
-    held = 4 * sum(math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers."))
-    answering = held if text and fits_beside(held) else 0
-    lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
-    # The file has float32 weights in 16 bits, where they were published so, and each piece's while it is opened.
-    piece = PIECE_NUMBERS + held // 4 // entry.geometry.text.layers
-    opening = min(piece, max(tower + below, layers)) * min(max(of_vision, of_below, of_text if text else 0), 2)
     rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
+    all_layers = sum(math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers."))
+    answering = 4 * all_layers if text and fits_beside(4 * all_layers) else 0
+    measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
+    lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
     # Layers below the cut lie in the file once, with those of the vision graph.
-    bundle = vision + (rows + (layers - below) * of_text if text else 0)
-    checking = bundles * bundle + opening
+    bundle = tower * stored(quant_vision) + _below_cut_bytes(entry, cut, quant_text, stored)
+    bundle += rows + (layers - below) * stored(quant_text) if text else 0
+    held = tower * opened(backend)(quant_vision) + _below_cut_bytes(entry, cut, quant_text, opened(backend))
+    held += layers * opened(text_backend)(quant_text)
+    opening = 0.0
+    if text_backend.engine == "executorch":
+        held += rows - below * stored(quant_text) if text else 0  # XNNPACK shares what it packs
+        # The file has float32 weights in 16 bits, where they were published so, and each piece's while it is opened.
+        piece = PIECE_NUMBERS + all_layers // entry.geometry.text.layers
+        opening = min(piece, max(tower + below, layers)) * min(max(stored(quant_vision), stored(quant_text)), 2)
+    checking = bundles * held + opening
     return max(answering, measuring, lowering, checking), bundle
 
 
 def _stored_bytes(scheme: str | None, size: int) -> float:
-    """What a weight takes as XNNPACK packs it, its share of a group's scale in 16 bits included."""
+    """What a weight takes in the file, its share of a group's scale included."""
     from export.quantize import SCHEMES
 
     if scheme is None:
         return size
-    group = SCHEMES[scheme].group
-    return SCHEMES[scheme].bits / 8 + (2 / group if group else 0)
+    known = SCHEMES[scheme]
+    return known.bits / 8 + (known.scale_bits / 8 / known.group if known.group else 0)
 
 
-def _stored_bytes_below_cut(entry: ModelEntry, cut: int, quant_text: str | None, size: int) -> float:
-    """What a weight of the decoder layers below the cut takes on average, whose attention is finer than the rest."""
+def _opened_bytes(scheme: str | None) -> float:
+    """What a weight takes once ONNX Runtime has packed it: float32, or integers with a scale and a sum of each group.
+
+    Float16 weights are expanded, as processors without float16 arithmetic have to.
+    """
+    from export.quantize import SCHEMES
+
+    if scheme is None:
+        return 4
+    known = SCHEMES[scheme]
+    assert known.group is not None
+    return known.bits / 8 + 8 / known.group
+
+
+def _below_cut_bytes(entry: ModelEntry, cut: int, quant_text: str | None, of: Callable[[str | None], float]) -> float:
+    """What the decoder layers below the cut take, whose attention is finer than the rest; `of` one weight by scheme."""
     from export.quantize import schemes_below_cut
 
-    if quant_text is None or not cut:
-        return _stored_bytes(quant_text, size)
-    attention, rest = (_stored_bytes(scheme, size) for scheme in schemes_below_cut(quant_text))
-    counts = [math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers.0.self_attn.")]
-    share = cut * sum(counts) / (entry.vision_parameter_count(cut) - entry.vision_parameter_count(0))
-    return share * attention + (1 - share) * rest
+    total = 0.0
+    for name in entry.tensors:
+        if name.startswith(tuple(f"layers.{index}." for index in range(cut))):
+            attention, rest = schemes_below_cut(quant_text) if quant_text else (None, None)
+            total += math.prod(entry.tensors[name].shape) * of(attention if ".self_attn." in name else rest)
+    return total
 
 
 def _nearest_folder(folder: Path) -> Path:

@@ -53,7 +53,7 @@ def _transformers_js() -> WriteLayout:
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    MULTIMODAL_RUNNER: Layout(MULTIMODAL_RUNNER, XNNPACK, XNNPACK.quant_text, _multimodal_runner),
+    MULTIMODAL_RUNNER: Layout(MULTIMODAL_RUNNER, XNNPACK, XNNPACK.quant_vision, XNNPACK.quant_text, _multimodal_runner),
     # It names 4-bit weights; what it calls int8 and q8 is another format, which also rounds activations.
-    TRANSFORMERS_JS: Layout(TRANSFORMERS_JS, ONNX, ("none", "int4", "int4-g64", "int4-g128"), _transformers_js),
+    TRANSFORMERS_JS: Layout(TRANSFORMERS_JS, ONNX, (), ("none", "int4", "int4-g64", "int4-g128"), _transformers_js),
 }

@@ -47,60 +47,138 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor
     return cast
 
 
+Whole = torch.Tensor | Mapping[str, torch.Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Late:
     """A weight that waits in its checkpoint until somebody who writes a program asks for its numbers.
 
     `key` says which tensor it is and all that is done to it, so that equal keys of one checkpoint mean equal numbers.
-    `like` is a tensor without memory of the same shape, dtype and class. In a module stands a `stand_in`, which can be
-    traced and lowered like the weight itself, but holds no number: computing with it gives nonsense.
+    `like` is a tensor without memory of the same shape, dtype and class, or several by their names where the weight
+    becomes these. In a module stands a `stand_in`, which can be traced and lowered like the weight itself, but holds no
+    number: computing with it gives nonsense.
     """
 
     key: tuple[str, ...]
-    like: torch.Tensor
-    read: Callable[[], torch.Tensor]
+    like: Whole
+    read: Callable[[], Whole]
 
-    def then(self, step: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Late:
+    def then(self, step: str, change: Callable[[torch.Tensor], Whole]) -> Late:
         """The same weight with `change` made to it when it is read."""
-        return Late((*self.key, step), change(self.like), lambda: change(self.read()))
+        return Late((*self.key, step), change(_one(self.like)), lambda: change(_one(self.read())))
 
     def stand_in(self) -> nn.Parameter:
         """A parameter of the weight's shape, dtype and class, over memory that nobody has touched."""
-        parameter = nn.Parameter(_untouched(self.like), requires_grad=False)
-        setattr(parameter, _MARK, self)
+        parameter = nn.Parameter(_untouched(_one(self.like)), requires_grad=False)
+        setattr(parameter, _MARK, (self, None))
         return parameter
+
+    def stand_ins(self) -> dict[str, torch.Tensor]:
+        """Tensors for the buffers of a module, by their names, where the weight becomes several."""
+        made = {name: _untouched(like) for name, like in parts_of(self.like).items()}
+        for name, tensor in made.items():
+            setattr(tensor, _MARK, (self, name))
+        return made
 
 
 _MARK = "_pruneport_late"
 
 
-def late(parameter: torch.Tensor) -> Late | None:
-    """The weight that a parameter of a module stands for; None where it is the weight itself."""
-    found: Late | None = getattr(parameter, _MARK, None)
-    return found
+def _one(whole: Whole) -> torch.Tensor:
+    assert isinstance(whole, torch.Tensor)
+    return whole
 
 
-def late_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, Late]]:
-    """Every stand-in of a module: its owner, its name there, itself, and what it stands for."""
+def late(held: torch.Tensor) -> Late | None:
+    """The weight that a parameter or buffer of a module stands for; None where it is the weight itself."""
+    found: tuple[Late, str | None] | None = getattr(held, _MARK, None)
+    return None if found is None else found[0]
+
+
+def _stand_ins(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, Late, str | None]]:
+    """Every stand-in of a module: its owner, its name there, itself, what it stands for, and which part of that."""
     for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            found = late(parameter)
+        for name, held in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            found: tuple[Late, str | None] | None = getattr(held, _MARK, None)
             if found is not None:
-                yield owner, name, parameter, found
+                yield owner, name, held, *found
 
 
 def read_now(module: nn.Module) -> None:
     """Puts the weights themselves where a module has stand-ins."""
-    for owner, name, _, found in late_parameters(module):
-        setattr(owner, name, nn.Parameter(found.read(), requires_grad=False))
+    waiting = Waiting()
+    waiting.expect(module)
+    for owner, name, held, found, part in _stand_ins(module):
+        if part is None:
+            setattr(owner, name, nn.Parameter(_one(found.read()), requires_grad=False))
+        else:
+            setattr(owner, name, waiting.numbers(held))
 
 
-def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plain tensors that a tensor is made of, by their names in it; a plain one is its own part."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return {"": tensor}
-    names, _ = tensor.__tensor_flatten__()
-    return {name: getattr(tensor, name) for name in names}
+def parts_of(whole: Whole) -> Mapping[str, torch.Tensor]:
+    """The plain tensors that a weight is made of, by their names in it; a plain one is its own part."""
+    if not isinstance(whole, torch.Tensor):
+        return whole
+    if not hasattr(whole, "__tensor_flatten__"):
+        return {"": whole}
+    names, _ = whole.__tensor_flatten__()
+    return {name: getattr(whole, name) for name in names}
+
+
+class Waiting:
+    """The weights that programs wait for which were traced with stand-ins, those of the graphs that this was shown.
+
+    `numbers` reads one; the last that was read is kept, because one that became several tensors is asked for in parts.
+    """
+
+    def __init__(self) -> None:
+        # By the address of its memory, which a stand-in keeps through tracing and lowering; held, so that it stays so.
+        self._waiting: dict[int, tuple[Late, str, torch.Tensor]] = {}
+        self._last: tuple[tuple[str, ...], Mapping[str, torch.Tensor]] | None = None
+
+    def expect(self, graph: nn.Module) -> None:
+        """Remembers what the stand-ins of a graph stand for."""
+        for _, _, held, found, part in _stand_ins(graph):
+            tensors = parts_of(held.data) if part is None else {part: held}
+            for name, tensor in tensors.items():
+                self._waiting[tensor.data_ptr()] = found, name, tensor
+
+    def key(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
+        """Names the weight that a tensor of a traced program stands for; None where it is none of them."""
+        found = self._found(tensor)
+        return None if found is None else (*found[0].key, found[1])
+
+    def numbers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The weight that a tensor of a traced program stands for, or the tensor itself.
+
+        CheckpointError where it cannot be read.
+        """
+        found = self._found(tensor)
+        if found is None:
+            return tensor
+        waiting, part = found
+        if self._last is None or self._last[0] != waiting.key:
+            self._last = None  # before the next is read
+            self._last = waiting.key, parts_of(waiting.read())
+        read = self._last[1][part]
+        if read.shape != tensor.shape or read.dtype != tensor.dtype:
+            raise AssertionError(
+                f"{waiting.key} was read as {list(read.shape)} {read.dtype}, but traced as {list(tensor.shape)} "
+                f"{tensor.dtype}"
+            )
+        return read
+
+    def forget(self) -> None:
+        """Lets go of the weight that was read last."""
+        self._last = None
+
+    def _found(self, tensor: torch.Tensor) -> tuple[Late, str] | None:
+        # A tensor that only says what a result would be like has no address.
+        if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.device.type != "cpu":
+            return None
+        found = self._waiting.get(tensor.data_ptr())
+        return None if found is None else found[:2]
 
 
 def _untouched(like: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,8 +21,11 @@ from runtime.engines.onnxruntime import recording_options
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
+    import torch
+
     from export.graphs.graph import Graph
     from export.stages import Stages
+    from export.weights import Waiting
     from runtime.bundle import DelegateCoverage
 
 OPSET = 20
@@ -55,6 +59,8 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
     import onnx_ir
     import torch
 
+    from export.weights import Waiting
+
     made_before: dict[str, _Written] = {}
     for name in graphs:
         kept = None if stages is None else stages.kept(graph_stage(name), _Written)
@@ -63,11 +69,13 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
         made_before[name] = kept
     last = next(reversed(made_before.values()), None)
     lowered: dict[str, _Written] = dict(made_before)
-    with _Weights(out_dir / WEIGHTS_FILE, last.offsets if last else {}) as weights:
+    waiting = Waiting()
+    with _Weights(out_dir / WEIGHTS_FILE, last.offsets if last else {}, waiting) as weights:
         for name in graphs:
             if name in made_before:
                 continue
             graph = graphs[name]
+            waiting.expect(graph)
             program = trace(graph)
             with (
                 warnings.catch_warnings(),
@@ -126,12 +134,17 @@ def _plain_bounds(model: Any) -> None:
 class _Weights:
     """A file of tensors that several graphs refer to; what has the same bytes lies there once.
 
-    `offsets` says where by the sha256 of these bytes; given what is there already, the file is added to.
+    `offsets` says where by the sha256 of these bytes; given what is there already, the file is added to. Weights of
+    `waiting` are read as they are written, one at a time, and none again for another graph.
     """
 
-    def __init__(self, path: Path, offsets: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, offsets: Mapping[str, int], waiting: Waiting) -> None:
         self.path = path
         self.offsets = dict(offsets)
+        self._waiting = waiting
+        # Of weights that waited the sha256, by their keys, and of those that stay in the graphs the numbers.
+        self._known: dict[tuple[str, ...], str] = {}
+        self._small: dict[tuple[str, ...], Any] = {}
         self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> Self:
@@ -145,7 +158,7 @@ class _Weights:
         size = self._file.tell()
         return {self.path: FileInfo(sha256=self._sha256.hexdigest(), size_bytes=size)} if size else {}
 
-    def _add(self, data: bytes) -> None:
+    def _add(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._sha256.update(data)
 
@@ -157,32 +170,97 @@ class _Weights:
             self.path.unlink()
 
     def move_out(self, model: Any) -> bool:
-        """Replaces the large initializers of an `onnx_ir` model by references into the file; whether there were any."""
+        """Replaces the large initializers of an `onnx_ir` model by references into the file; whether there were any.
+
+        CheckpointError where a weight cannot be read.
+        """
         import onnx_ir
 
         moved = False
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor.nbytes < _LEAST_SHARED_BYTES:
+                value.const_value = self._here(tensor)
                 continue
-            data = tensor.tobytes()
-            key = hashlib.sha256(data).hexdigest()
-            if key not in self.offsets:
-                self._add(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
-                self.offsets[key] = self._file.tell()
-                self._add(data)
             value.const_value = onnx_ir.ExternalTensor(
                 self.path.name,
-                self.offsets[key],
-                len(data),
+                self.offsets[self._stored(tensor)],
+                tensor.nbytes,
                 tensor.dtype,
                 shape=tensor.shape,
                 name=tensor.name,
                 base_dir=self.path.parent,
             )
             moved = True
+        self._waiting.forget()
         self._file.flush()
         return moved
+
+    def _here(self, tensor: Any) -> Any:
+        """A tensor that stays in the graph, read if it waits."""
+        import onnx_ir
+
+        raw = _of_torch(tensor)
+        weight = None if raw is None else self._waiting.key(raw)
+        if raw is None or weight is None:
+            return tensor
+        if weight not in self._small:
+            self._small[weight] = self._waiting.numbers(raw).numpy(force=True).copy()
+        return onnx_ir.tensor(self._small[weight], name=tensor.name)
+
+    def _stored(self, tensor: Any) -> str:
+        """Adds the bytes of a tensor to the file if they are not in there; their sha256."""
+        raw = _of_torch(tensor)
+        weight = None if raw is None else self._waiting.key(raw)
+        if weight in self._known:
+            return self._known[weight]
+        data = tensor.tobytes() if raw is None else _bytes(self._waiting.numbers(raw))
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self.offsets:
+            self._add(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
+            self.offsets[key] = self._file.tell()
+            self._add(data)
+        if weight is not None:
+            self._known[weight] = key
+        return key
+
+
+def _of_torch(tensor: Any) -> torch.Tensor | None:
+    """What the exporter made an `onnx_ir` tensor of, where that is a tensor of torch, such as a program's weight."""
+    import torch
+
+    raw = getattr(tensor, "raw", None)
+    return raw if isinstance(raw, torch.Tensor) else None
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """What a tensor is made of, without a copy; ONNX, as torch on all it runs on here, has the least byte first."""
+    import torch
+
+    of_bytes: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(of_bytes)
+
+
+def read_when_written(model: Any, waiting: Waiting) -> None:
+    """Lets the initializers of an `onnx_ir` model that wait in their checkpoint be read whenever somebody writes them.
+
+    For who writes files by `onnx_ir` itself, which keeps none of them.
+    """
+    import onnx_ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        raw = _of_torch(tensor)
+        if raw is not None and waiting.key(raw) is not None:
+            value.const_value = onnx_ir.LazyTensor(
+                partial(_read, raw, waiting), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
+            )
+
+
+def _read(raw: torch.Tensor, waiting: Waiting) -> Any:
+    import onnx_ir
+
+    return onnx_ir.tensor(waiting.numbers(raw).numpy(force=True))
 
 
 def coverage_of(file: Path) -> DelegateCoverage:
@@ -192,6 +270,8 @@ def coverage_of(file: Path) -> DelegateCoverage:
     from runtime.bundle import DelegateCoverage
 
     options = recording_options(severity=3)
+    # Nothing is run: packing would take as much memory again as the weights.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     nodes = sum(len(part.get_nodes()) for part in session.get_provider_graph_assignment_info())
     return DelegateCoverage(delegate="CPUExecutionProvider", partitions=1, nodes=nodes)
@@ -217,11 +297,14 @@ ONNX = Backend(
     name="onnx",
     engine="onnxruntime",
     precisions=("fp32", "fp16"),
-    quant_vision=(),
-    quant_text=("none", "int4", "int4-g64", "int4-g128", "int8"),
+    quant_vision=("int8",),
+    quant_text=("int4-g128", "int4-g64", "int4", "int8"),
+    quant_vision_with_text="int8",
+    quant_rows="int8",
     packages=("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
     lower=lower,
     lower_on=lower_on,
     one_by_one=True,
     open_axes=True,
+    reads_late=True,
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from export.weights import late
+from runtime.errors import CheckpointError
 
 # Of ONNX Runtime's own operators, not of the ONNX standard.
 MATMUL_NBITS = "com.microsoft::MatMulNBits"
@@ -14,6 +18,8 @@ MATMUL_NBITS = "com.microsoft::MatMulNBits"
 # without it 8-bit weights have no kernel at all: one token through 4096 x 4096 weights took 0.4 ms on one core instead
 # of 130, with 4 bits 0.3 instead of 1.2.
 _ACTIVATIONS_IN_8_BITS = 4
+# A weight is packed in pieces of whole rows, of about so many numbers: in float32 an output matrix takes gigabytes.
+_NUMBERS_AT_ONCE = 2**22
 
 
 class NBitsLinear(nn.Module):
@@ -28,22 +34,26 @@ class NBitsLinear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear, *, bits: Literal[4, 8], group: int) -> None:
-        """`group` must divide the layer's inputs."""
+    def __init__(
+        self, layer: nn.Linear, *, bits: Literal[4, 8], group: int, scale_dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`group` must divide the layer's inputs. A weight that waits in its checkpoint goes on waiting.
+
+        `scale_dtype` is what scales are stored in; the engine takes them in float32. CheckpointError for weights whose
+        scales it does not hold.
+        """
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bits, self.group = bits, group
-        zero = float(2 ** (bits - 1))
-        weight = layer.weight.detach().float().reshape(layer.out_features, -1, group)
-        largest = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True))
-        scales = largest / -zero
-        steps = torch.where(scales == 0, 0.0, 1.0 / scales)
-        # Half a step up and down to the integer below: torch.round would bring ties to even ones.
-        integers = (weight * steps + zero + 0.5).floor().clamp(0, 2 * zero - 1).to(torch.uint8)
-        if bits == 4:
-            integers = integers[..., ::2] | integers[..., 1::2] << 4
-        self.register_buffer("packed", integers.contiguous())  # (N, K / group, group * bits / 8) uint8
-        self.register_buffer("scales", scales.squeeze(2).contiguous())  # (N, K / group) float32
+
+        def made(weight: Tensor) -> Mapping[str, Tensor]:
+            return pack(weight, bits=bits, group=group, scale_dtype=scale_dtype)
+
+        waiting = late(layer.weight)
+        step = f"nbits{bits}-g{group}-{scale_dtype}"
+        held = made(layer.weight.detach()) if waiting is None else waiting.then(step, made).stand_ins()
+        self.register_buffer("packed", held["packed"])
+        self.register_buffer("scales", held["scales"])
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
     @property
@@ -52,7 +62,7 @@ class NBitsLinear(nn.Module):
         integers = self.packed
         if self.bits == 4:
             integers = torch.stack((integers & 15, integers >> 4), dim=3).flatten(2)
-        values: Tensor = (integers.float() - 2 ** (self.bits - 1)) * self.scales[..., None]
+        values: Tensor = (integers.float() - 2 ** (self.bits - 1)) * self.scales.float()[..., None]
         return values.flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +71,8 @@ class NBitsLinear(nn.Module):
             return nn.functional.linear(x, self.weight, self.bias)
         out: Tensor = torch.onnx.ops.symbolic(
             MATMUL_NBITS,
-            (x, self.packed, self.scales),
+            # Where that is a cast, ONNX Runtime makes it once, when it opens the graph.
+            (x, self.packed, self.scales.float()),
             {
                 "K": self.in_features,
                 "N": self.out_features,
@@ -74,3 +85,37 @@ class NBitsLinear(nn.Module):
             version=1,
         )
         return out if self.bias is None else out + self.bias
+
+
+def pack(
+    weight: Tensor, *, bits: Literal[4, 8], group: int, scale_dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """(N, K) -> `packed` (N, K / group, group * bits / 8) uint8, `scales` (N, K / group) in `scale_dtype`"""
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // group, group * bits // 8, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, columns // group, dtype=scale_dtype, device=weight.device)
+    at_once = max(1, _NUMBERS_AT_ONCE // columns)
+    for first in range(0, rows, at_once):
+        piece = slice(first, first + at_once)
+        part = weight[piece].float().reshape(-1, columns // group, group)
+        packed[piece], scales[piece] = _packed_rows(part, bits, scale_dtype)
+    if not scales.is_meta and not torch.isfinite(scales).all():
+        raise CheckpointError(
+            f"a weight has the value {float(weight.abs().max()):.3g}, whose scale {scale_dtype} does not hold; take "
+            "--quant-text int4, which has scales in float32"
+        )
+    return {"packed": packed, "scales": scales}
+
+
+def _packed_rows(weight: Tensor, bits: Literal[4, 8], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(N, G, group) -> (N, G, group * bits / 8) uint8, (N, G)"""
+    zero = float(2 ** (bits - 1))
+    largest = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True))
+    scales = (largest / -zero).to(scale_dtype)
+    # Integers of the scale as it is stored.
+    steps = torch.where(scales == 0, 0.0, 1.0 / scales.float())
+    # Half a step up and down to the integer below: torch.round would bring ties to even ones.
+    integers = (weight * steps + zero + 0.5).floor_().clamp_(0, 2 * zero - 1).to(torch.uint8)
+    if bits == 4:
+        integers = integers[..., ::2] | integers[..., 1::2] << 4
+    return integers, scales.squeeze(2)

@@ -20,6 +20,7 @@ class Layout:
 
     runtime: str
     backend: Backend
+    quant_vision: tuple[str, ...]
     quant_text: tuple[str, ...]
     load: Callable[[], WriteLayout]
 

@@ -28,8 +28,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends.onnx import OPSET, coverage_of, quiet
+from export.backends.onnx import OPSET, coverage_of, quiet, read_when_written
 from export.backends.tracing import converting, trace
+from export.graphs.graph import Graph
 from export.models.prompt import TokenizerFiles, end_ids, read_prompt, read_tokenizer_files
 from export.quantize import SCHEMES
 from export.settings import read_object, without_non_finite
@@ -95,7 +96,7 @@ def write_transformers_js(
     configs["config.json"]["transformers.js_config"] = {
         "dtype": dtypes,
         "use_external_data_format": {
-            VISION: _save(trace(vision), (), None, files[VISION], vision.input_names, vision.output_names),
+            VISION: _save(vision, (), None, files[VISION], vision.input_names, vision.output_names),
             EMBEDDING: _write_embedding(checkpoint, files[EMBEDDING], precision),
             DECODER: _write_decoder(checkpoint, files[DECODER], precision, quant_text),
         },
@@ -117,7 +118,9 @@ def _info(name: str, file: Path, folder: Path, *, arithmetic: tuple[str, ...], l
     from runtime.bundle import GraphInfo, TensorInfo
     from runtime.engines.onnxruntime import DTYPE_BY_ONNX_TYPE
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # nothing is run
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def infos(tensors: list[Any]) -> tuple[TensorInfo, ...]:
         return tuple(
@@ -200,7 +203,7 @@ def _write_decoder(checkpoint: Checkpoint, file: Path, precision: str, quant: st
 
 
 def _save(
-    model: torch.nn.Module | torch.export.ExportedProgram,
+    graph: torch.nn.Module,
     inputs: tuple[Tensor, ...],
     free: tuple[Any, ...] | None,
     file: Path,
@@ -209,17 +212,22 @@ def _save(
 ) -> bool:
     """Converts and writes one graph; True when its weights got a file of their own.
 
-    `free` names the dimensions that are no fixed number, for each argument of the model's forward.
+    `free` names the dimensions that are no fixed number, for each argument of its forward; None where all are fixed, of
+    a `Graph`, which knows its inputs. Weights that wait in their checkpoint are read as they are written.
     """
     import onnx_ir
     import torch
 
-    traced = model if isinstance(model, torch.export.ExportedProgram) else None
+    from export.weights import Waiting
+
+    traced = trace(graph) if isinstance(graph, Graph) and free is None else None
+    waiting = Waiting()
+    waiting.expect(graph)
     with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # deprecations inside the converter, which nobody here can act on
         with converting("the ONNX exporter", {file.stem: traced}):
             made = torch.onnx.export(
-                model,
+                traced or graph,
                 inputs,
                 dynamo=True,
                 dynamic_shapes=free,
@@ -231,6 +239,7 @@ def _save(
             )
         if made is None:
             raise ExportError(f"the ONNX exporter returned nothing for {file.stem}; run again with -v to see why")
+        read_when_written(made.model, waiting)
         weights = [value.const_value for value in made.model.graph.initializers.values()]
         large: bool = sum(weight.nbytes for weight in weights if weight is not None) > _INLINE_LIMIT_BYTES
         onnx_ir.save(made.model, file, external_data=f"{file.name}_data" if large else None)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from export.blocks.attention import HIDDEN
-from export.blocks.byte_embedding import ByteEmbedding
+from export.blocks.byte_embedding import ByteEmbedding, GatheredByteEmbedding
 from export.blocks.decoder_layer import DecoderLayer
 from export.blocks.norms import RmsNorm
 from export.blocks.rope import rope_tables
 from export.graphs.decoder import Context, TokenEmbedding, precise_modules
 from export.graphs.graph import Graph
 from export.graphs.vision import PRECISIONS
-from export.quantize import quantize, quantize_layer
+from export.quantize import SCHEMES, quantize, quantize_layer
 from export.ranges import make_islands
 from export.weights import at_once, fill
 from runtime.text_graphs import DECODER_BACK, DECODER_FRONT, LM_HEAD, TOKEN_EMBEDDING
@@ -283,12 +283,13 @@ def open_text_parts(
 
     def embedding() -> Graph:
         graph = OpenTokenEmbedding(geometry, tokens=chunk)
-        # A table that is rounded here has to be there; one that is not may wait until it is written.
-        source = at_once(checkpoint) if embedding_in_bytes else checkpoint
+        gathered = quant is not None and SCHEMES[quant].form == "nbits"
+        # A table that is rounded here has to be there; others may wait until they are written.
+        source = at_once(checkpoint) if embedding_in_bytes and not gathered else checkpoint
         fill(graph.embed_tokens, source, "embed_tokens", PRECISIONS[embedding_precision])
         if embedding_in_bytes:
             table = graph.embed_tokens.get_parameter("weight")
-            graph.embed_tokens = ByteEmbedding(table)
+            graph.embed_tokens = GatheredByteEmbedding(table) if gathered else ByteEmbedding(table)
         return with_islands(graph, {})
 
     def part(name: str, build: Callable[[], Graph]) -> tuple[tuple[str, ...], Callable[[], Mapping[str, Graph]]]:

@@ -98,8 +98,8 @@ def test_pairs_that_mean_nothing(backend: str, words: Mapping[str, str], message
 
 
 def test_a_scheme_that_this_part_has_not_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotYetError, match=r"quant_vision=8da8w: not yet on backend onnx; .*: xnnpack, qnn"):
-        planned(tmp_path, "vision=onnx,text=xnnpack", quant_vision="8da8w")
+    with pytest.raises(NotYetError, match=r"quant_vision=8da8w: not yet on backend nnapi; .*: xnnpack, onnx, qnn"):
+        planned(tmp_path, "vision=nnapi,text=xnnpack", quant_vision="8da8w")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,7 @@ def test_names_say_both(backend: str, words: Mapping[str, str], name: str, tmp_p
         # Each part computes as its own backend makes it; the layers below the cut are the vision graph's.
         ("vision=onnx,text=xnnpack", {}, ("fp32",), ("8da4w",), "float32"),
         ("vision=onnx,text=xnnpack", {"quant_text": "none"}, ("fp32",), ("fp32",), "float32"),
+        ("vision=onnx,text=xnnpack", {"quant_vision": "int8"}, ("int8",), ("8da4w",), "float32"),
         ("vision=qnn,text=xnnpack", {"soc": CHIP}, ("fp16",), ("8da4w",), "float32"),
         ("vision=qnn,text=xnnpack", {"soc": CHIP, "quant_vision": "a16w8"}, ("a16w8",), ("8da4w",), "float32"),
         ("vision=xnnpack,text=onnx", {"quant_vision": "8da8w", "quant_text": "int4"}, ("8da8w",), ("int4",), "float32"),

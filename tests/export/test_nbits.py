@@ -21,8 +21,9 @@ from export.families.llava.family import LLAVA
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph
 from export.quantize import SCHEMES, quantize
+from runtime.bundle import TensorInfo
 from runtime.check.parity import BOUNDS
-from runtime.errors import ExportError
+from runtime.errors import CheckpointError, ExportError
 from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL
 from tests.tiny_llava import CONFIG, TINY
 
@@ -87,17 +88,67 @@ def test_weights_are_rounded_to_the_nearest_step(scheme: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(256, 6, bias=False)
     layer.weight.data[2, :128] = 0.0
-    packed = NBitsLinear(layer, bits=known.bits, group=known.group)
-    got = numpy_weight(packed.packed.numpy(), packed.scales.numpy(), known.bits, known.group)
+    scale_dtype = torch.float16 if known.scale_bits == 16 else torch.float32
+    packed = NBitsLinear(layer, bits=known.bits, group=known.group, scale_dtype=scale_dtype)
+    got = numpy_weight(packed.packed.numpy(), packed.scales.float().numpy(), known.bits, known.group)
     np.testing.assert_array_equal(got, packed.weight.numpy())
     weight = layer.weight.detach().numpy()
-    step = np.abs(packed.scales.numpy()).repeat(known.group, axis=1)
+    step = np.abs(packed.scales.float().numpy()).repeat(known.group, axis=1)
     error = np.abs(got - weight)
     # Only the far end of the other sign has no integer: there are 8 negative ones of 4 bits and 7 positive ones.
     clipped = np.abs(weight) > (2 ** (known.bits - 1) - 1) * step
     assert (error[~clipped] <= step[~clipped] * 0.50001).all()
     assert (error <= step * 1.00001).all()
     assert np.count_nonzero(got[2, :128]) == 0
+
+
+class OneLayer(Graph):
+    """x (1, 5, 256) -> y (1, 5, 6)"""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def input_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="x", shape=(1, 5, 256), dtype="float32"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="y", shape=(1, 5, 6), dtype="float32"),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)
+        return out
+
+
+@torch.no_grad()
+def test_engine_takes_scales_in_16_bits(tmp_path: Path) -> None:
+    """They lie in the file in 16 bits, and the engine computes with these very numbers."""
+    import onnx
+    import onnxruntime
+
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 6, bias=False)
+    layer.weight.data[2, :128] *= 1e-3
+    packed = NBitsLinear(layer, bits=4, group=128, scale_dtype=torch.float16)
+    graph = OneLayer(packed).eval()
+    lower({"one": graph}, tmp_path)
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "one.onnx").graph.initializer}
+    assert kinds == {"layer.packed": onnx.TensorProto.UINT8, "layer.scales": onnx.TensorProto.FLOAT16}
+    session = onnxruntime.InferenceSession(tmp_path / "one.onnx", providers=["CPUExecutionProvider"])
+    (x,) = graph.example_inputs()
+    (got,) = session.run(None, {"x": x.numpy()})
+    assert relative(got, graph(x).numpy()) < 0.02
+    for row in range(6):  # the small weights, too
+        assert cosine(got[..., row], graph(x)[..., row].numpy()) > 0.999
+
+
+def test_a_scale_beyond_float16_is_refused() -> None:
+    layer = nn.Linear(128, 2, bias=False)
+    layer.weight.data[1, 5] = 1e6
+    with pytest.raises(
+        CheckpointError, match=r"the value 1e\+06, whose scale torch.float16 does not hold; take --quant"
+    ):
+        NBitsLinear(layer, bits=4, group=128, scale_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,7 +1,9 @@
-"""Weights that wait in their checkpoint: read once, as XNNPACK packs them, and written as if they had been there."""
+"""Weights that wait in their checkpoint: read once, as a backend writes them, and written as if they had been there."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from export.backends import onnx
 from export.backends.executorch import FILE, Delegate, lower
 from export.backends.xnnpack import DELEGATE
+from export.blocks.byte_embedding import GatheredByteEmbedding
 from export.checkpoints import RandomCheckpoint
 from export.families.family import Checkpoint
 from export.graphs.decoder import Context
@@ -21,10 +25,11 @@ from export.graphs.graph import Graph, Parts
 from export.graphs.open_decoder import open_text_parts
 from export.graphs.vision import build_vision_encoder
 from export.quantize import quantize
-from export.weights import LateCheckpoint, fill, late, parts_of
+from export.weights import LateCheckpoint, fill, late, parts_of, read_now
 from runtime.bundle import TensorInfo
 from runtime.engines.executorch import _bindings
 from runtime.errors import CheckpointError
+from tests.export.test_nbits import SMALL
 from tests.wide_family import TINY_WIDE
 
 WIDTH, INNER, WORDS = 64, 96, 50
@@ -47,6 +52,8 @@ class Drawn:
     def __init__(self, *, beyond: str = "none") -> None:
         self.reads: Counter[str] = Counter()
         self.beyond = beyond
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self.most_alive = 0
 
     def shape(self, name: str) -> tuple[int, ...]:
         return SHAPES[name]
@@ -56,7 +63,11 @@ class Drawn:
         drawn = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(len(name)))
         if name.startswith(self.beyond):
             drawn *= 1e6
-        return drawn.half() if name.startswith("exact") else drawn
+        read = drawn.half() if name.startswith("exact") else drawn
+        if read.dim() > 1:
+            self.alive.add(read)
+            self.most_alive = max(self.most_alive, len(self.alive))
+        return read
 
 
 class Layer(nn.Module):
@@ -83,6 +94,10 @@ class Stack(Graph):
         dtype = "float16" if self.exact.weight.dtype == torch.float16 else "float32"
         return (TensorInfo(name="x", shape=(1, self.tokens, WIDTH), dtype=dtype),)
 
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        dtype = self.input_infos()[0].dtype
+        return (TensorInfo(name="scores", shape=(1, self.tokens, WORDS), dtype=dtype),)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.head(self.exact(self.layer(x)))
         return out
@@ -93,27 +108,37 @@ class Words(Graph):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH, device="meta")
+        self.words: nn.Module = nn.Embedding(WORDS, WIDTH, device="meta")
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
         return (TensorInfo(name="ids", shape=(1, 3), dtype="int64"),)
+
+    def output_infos(self) -> tuple[TensorInfo, ...]:
+        return (TensorInfo(name="rows", shape=(1, 3, WIDTH), dtype="float32"),)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.words(ids)
         return out
 
 
-def _graphs(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Graph]:
-    """Two graphs that share their layers, and a table; beside float32, one layer has groups of scales, one channels."""
+TORCHAO, NBITS = ("8da4w-g32", "8da8w"), ("int4", "int8")
+
+
+def _graphs(checkpoint: Checkpoint, dtype: torch.dtype, schemes: tuple[str, str] | None = TORCHAO) -> dict[str, Graph]:
+    """Two graphs that share their layers, and a table; beside float32, one layer has one scheme, another the other."""
     layer, exact = Layer(), nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
     head, words = nn.Linear(WIDTH, WORDS, bias=False, device="meta"), Words()
     fill(layer, checkpoint, "layer", dtype)
     fill(exact, checkpoint, "exact", dtype)
     fill(head, checkpoint, "head", dtype)
     fill(words.words, checkpoint, "words", dtype)
-    if dtype == torch.float32:
-        quantize(layer.up, "8da4w-g32")
-        quantize(layer.down, "8da8w")
+    if dtype == torch.float32 and schemes is not None:
+        for part, scheme in zip((layer.up, layer.down), schemes, strict=True):
+            alone = nn.ModuleDict({"it": part})  # quantising may put another module into its place
+            quantize(alone, scheme)
+            setattr(layer, "up" if part is layer.up else "down", alone["it"])
+        if schemes == NBITS:
+            words.words = GatheredByteEmbedding(words.words.get_parameter("weight"))
     graphs = {"five": Stack(5, layer, exact, head), "one": Stack(1, layer, exact, head), "words": words}
     return {name: graph.eval().requires_grad_(False) for name, graph in graphs.items()}
 
@@ -139,10 +164,10 @@ def test_a_delegate_that_cannot_wait_gets_the_weights_themselves(tmp_path: Path)
     graphs = _graphs(LateCheckpoint(cast(Checkpoint, Drawn())), torch.float32)
     words = graphs["words"]
     assert isinstance(words, Words)
-    assert late(words.words.weight) is not None
+    assert late(words.words.get_parameter("weight")) is not None
     lower({"words": words}, tmp_path, replace(DELEGATE, reads_late=False))
-    assert late(words.words.weight) is None
-    assert torch.equal(words.words.weight, Drawn().tensor("words.weight"))
+    assert late(words.words.get_parameter("weight")) is None
+    assert torch.equal(words.words.get_parameter("weight"), Drawn().tensor("words.weight"))
 
 
 def test_what_cannot_be_read_late_is_said_as_ever_and_leaves_nothing(tmp_path: Path) -> None:
@@ -255,3 +280,70 @@ def test_a_large_graph_is_opened_in_pieces_of_whole_layers(tmp_path: Path, monke
     assert (whole[0], pieces[0]) == (1, 3)
     assert whole[1] == pieces[1]
     assert torch.equal(whole[2], pieces[2])
+
+
+# ONNX
+
+
+def _onnx_files(graphs: Mapping[str, Graph], folder: Path) -> dict[str, bytes]:
+    folder.mkdir()
+    onnx.lower(graphs, folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "schemes"), [(torch.float32, NBITS), (torch.float32, None), (torch.float16, None)], ids=str
+)
+def test_onnx_reads_each_weight_once_and_not_a_byte_differs(
+    dtype: torch.dtype, schemes: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    source = Drawn()
+    graphs = _graphs(LateCheckpoint(cast(Checkpoint, source)), dtype, schemes)
+    assert dict(source.reads) == {"layer.up.bias": 1}
+    late_files = _onnx_files(graphs, tmp_path / "late")
+    assert dict(source.reads) == dict.fromkeys(SHAPES, 1)
+    assert source.most_alive == 1  # each is let go of before the next is read
+    assert not source.alive
+    assert set(late_files) == {"five.onnx", "one.onnx", "words.onnx", onnx.WEIGHTS_FILE}
+    at_once = _onnx_files(_graphs(cast(Checkpoint, Drawn()), dtype, schemes), tmp_path / "at_once")
+    assert late_files == at_once
+
+
+def test_packed_weights_can_be_read_now() -> None:
+    graphs = _graphs(LateCheckpoint(cast(Checkpoint, Drawn())), torch.float32, NBITS)
+    expected = _graphs(cast(Checkpoint, Drawn()), torch.float32, NBITS)
+    for name, graph in graphs.items():
+        read_now(graph)
+        held, wanted = graph.state_dict(), expected[name].state_dict()
+        assert held.keys() == wanted.keys()
+        assert all(late(held[key]) is None and torch.equal(held[key], wanted[key]) for key in held), name
+
+
+def test_what_onnx_cannot_read_late_is_said_as_ever(tmp_path: Path) -> None:
+    graphs = _graphs(LateCheckpoint(cast(Checkpoint, Drawn(beyond="head"))), torch.float16)
+    with pytest.raises(CheckpointError, match=r"^head\.weight has values beyond the range of float16; use"):
+        onnx.lower({"one": graphs["one"]}, tmp_path)
+
+
+def test_no_stand_in_is_left_in_onnx_graphs(tmp_path: Path) -> None:
+    """All text graphs, with the embedding in 8 bits: as with weights that were there, and the rows are no zeros."""
+    import onnxruntime
+
+    source = RandomCheckpoint(SMALL, seed=1)
+    context = Context(SMALL.geometry, SMALL.family.frame(range(7), SMALL.geometry), keep=4, cut=1, text=8)
+    files = {}
+    for name, checkpoint in (("late", LateCheckpoint(source)), ("at_once", source)):
+        parts = Parts(open_text_parts(checkpoint, context, chunk=4, quant="int4", embedding_in_bytes=True))
+        files[name] = _onnx_files(parts, tmp_path / name)
+        gc.collect()
+    assert files["late"] == files["at_once"]
+    ids = torch.tensor([[5, 7, SMALL.geometry.text.vocab - 1]])
+    session = onnxruntime.InferenceSession(tmp_path / "late/token_embedding.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"ids": ids.numpy()})
+    table = source.tensor("embed_tokens.weight").float()
+    assert torch.equal(torch.from_numpy(got), GatheredByteEmbedding(table)(ids))
+    exact = table[ids]
+    assert (exact.abs().amax(dim=2) > 0).all()
+    step = torch.unflatten(exact, 2, (-1, 32)).abs().amax(dim=3, keepdim=True) / 127
+    error = torch.unflatten(torch.from_numpy(got) - exact, 2, (-1, 32)).abs()
+    assert (error <= step * 0.50001).all()

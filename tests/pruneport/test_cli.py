@@ -100,7 +100,7 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ({"quant_text": "int4"}, "unknown xnnpack quant_text 'int4'"),
         (
             {"quant_text": "8da4w", "backend": "onnx"},
-            "unknown onnx quant_text '8da4w'; allowed: none, int4, int4-g64, int4-g128, int8",
+            "unknown onnx quant_text '8da4w'; allowed: int4-g128, int4-g64, int4, int8, none",
         ),
         ({"quant_text": "int3", "backend": "onnx"}, "unknown onnx quant_text 'int3', did you mean 'int"),
         (
@@ -108,6 +108,10 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
             "quant_text=int8 does not go with layout=transformers.js, which takes none, int4, ",
         ),
         ({"quant_text": "int4", "backend": "onnx", "only": "vision"}, "quant_text=int4 has nothing to quantise"),
+        (
+            {"quant_vision": "int8", "backend": "onnx", "layout": "transformers.js"},
+            "quant_vision=int8 does not go with layout=transformers.js, which takes none; leave --quant-vision out",
+        ),
         ({"quant_text": "8da8w", "only": "vision"}, "quant_text=8da8w has nothing to quantise"),
         ({"text_tokens": "191"}, "text_tokens=191 must lie in 192..1437 (pocket knows 2048 positions"),
         ({"text_tokens": "1438"}, "text_tokens=1438 must lie in 192..1437"),
@@ -154,7 +158,7 @@ def test_names_and_numbers_that_mean_nothing(changes: dict[str, str | bool], mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "onnx", "quant_vision": "8da8w"}, "quant_vision=8da8w: not yet on backend onnx"),
+        ({"backend": "nnapi", "quant_vision": "8da8w"}, "quant_vision=8da8w: not yet on backend nnapi"),
     ],
 )
 def test_what_later_versions_will_do(changes: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -283,6 +287,11 @@ def test_default_precision_is_the_backends_but_for_small_models_and_quantised_to
         ({"backend": "webgpu", "quant_text": "int4-g128"}, "text_decoder", ("int4-g128", "int8", "int4")),
         ({"backend": "webgpu", "quant_text": "int4-g128", "cut": "0"}, "text_decoder", ("int4-g128",)),
         ({"quant_text": "8da4w", "precision": "fp16", "cut": "0"}, "vision_encoder", ("fp16",)),
+        ({"backend": "onnx", "quant_text": "int4"}, "vision_encoder", ("int8", "int4")),
+        ({"backend": "onnx", "quant_text": "int4"}, "token_embedding", ("int8",)),
+        ({"backend": "onnx", "quant_text": "int4", "quant_vision": "none"}, "vision_encoder", ("fp32", "int4")),
+        ({"backend": "onnx", "quant_text": "none"}, "token_embedding", ("fp32",)),
+        ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "vision_encoder", ("fp32",)),
         ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "embed_tokens", ("fp32",)),
         ({"backend": "onnx", "quant_text": "int4", "layout": "transformers.js"}, "decoder_model_merged", ("int4",)),
         # Core ML's packages share nothing: each graph is compressed by its own scheme.
@@ -298,14 +307,15 @@ def test_a_plan_says_what_each_graph_computes_in(
 
 
 @pytest.mark.parametrize("cut", ["2", "0"])
-def test_text_is_quantised_by_default_on_xnnpack_alone(tmp_path: Path, cut: str) -> None:
+def test_text_of_large_models_is_quantised_by_default_on_two_backends(tmp_path: Path, cut: str) -> None:
     def quant_text(**changes: str) -> str | None:
         text = plan(request(tmp_path, weights="random", cut=cut, **changes)).text
         assert text is not None
         return text.scheme
 
     assert quant_text(model="llava-1.5-7b") == "8da4w"
-    assert quant_text(model="llava-1.5-7b", backend="onnx") is None
+    assert quant_text(model="llava-1.5-7b", backend="onnx") == "int4-g128"
+    assert quant_text(model="llava-1.5-7b", backend="webgpu") is None
     assert quant_text(model="pocket") is None
 
 
