@@ -23,6 +23,8 @@ import runtime.session
 from export import cli
 from export.families import MODELS
 from export.request import MOST_KEEPS, Request, describe, plan
+from export.sweep.cell import plan_cells
+from export.sweep.matrix import read_matrix
 from runtime.ask import OpenBundle
 from runtime.bundle import MANIFEST, REPORT_FILES, VISION_ENCODER, Bundle, is_report, of_keep, read_bundle
 from runtime.errors import BundleError, PruneportError, RequestError
@@ -63,6 +65,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 keep=keep,
                 method="uniform",  # whose graphs are small: a method's own are no other than in a bundle of one keep
                 backend=request.param,
+                quant_text="none",
                 weights=write_tiny(folder / "weights"),
                 image=folder / "photo.png",
                 text_tokens=200,
@@ -80,7 +83,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_what_lies_in_the_bundle(exported: Exported) -> None:
     bundle = exported.bundle
     bundle.check_files()
-    assert bundle.manifest.name == f"tiny-keep2-5-android-{exported.backend}-uniform-text200"
+    assert bundle.manifest.name.startswith(f"tiny-keep2-5-android-{exported.backend}-uniform-")
     graphs = [graph.name for graph in bundle.manifest.graphs]
     text = ["decoder_front", "decoder_back", "lm_head", "token_embedding"]
     assert graphs == ["vision_encoder_keep2", "vision_encoder_keep5", *text]
@@ -375,6 +378,31 @@ def test_plan_of_several(tmp_path: Path) -> None:
     twin = planned("64,16", twin=True).twin
     assert twin is not None
     assert (twin.name, twin.graphs) == ("pocket-keepall-android-xnnpack", (VISION_ENCODER,))
+
+
+def test_cells_of_a_sweep(tmp_path: Path) -> None:
+    """A cell may be of several keeps; what a sweep leaves of its bundle are all reports."""
+    (tmp_path / "matrix.yaml").write_text(
+        "model: pocket\nkeep: ['64,16', 64]\nbackend: [onnx, vulkan]\nweights: random\n"
+    )
+    cells = plan_cells(
+        read_matrix(tmp_path / "matrix.yaml"), tmp_path / "out", version="0", source="a", tell=lambda line: None
+    )
+    assert [cell.bundle for cell in cells] == [
+        "pocket-keep64-16-android-onnx-random",
+        "",
+        "pocket-keep64-android-onnx-random",
+        "pocket-keep64-android-vulkan-random",
+    ]
+    assert "backend vulkan makes graphs for one number of image tokens" in cells[1].refusal
+    assert cells[0].job("a", None).flags[1] == "--keep=64,16"
+    folder = cells[0].folder / cells[0].bundle
+    folder.mkdir(parents=True)
+    reports = [*REPORT_FILES, *(of_keep(name, keep) for name in REPORT_FILES for keep in (64, 16))]
+    for name in (MANIFEST, *reports, "vision_encoder_keep64.onnx", "golden-keep16.safetensors"):
+        (folder / name).write_text("x")
+    cells[0].drop_graphs()
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *reports}
 
 
 # Manifests that contradict themselves
