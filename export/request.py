@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from export.calibration import default_photos, read_photos, sample_paths
-from runtime.bundle import VISION_ENCODER, of_keep
 from runtime.errors import ExportError, ImageError, NotYetError, OutputError, PruneportError, RequestError
 from runtime.names import is_text, stored_name
 
@@ -263,6 +262,7 @@ def plan(request: Request) -> Plan:
     """
     from export.families import MODELS
     from export.targets import TARGETS
+    from runtime.bundle import VISION_ENCODER, of_keep
 
     entry = MODELS[_known("model", request.model, MODELS)]
     target = TARGETS[_known("target", request.target, TARGETS)]

@@ -27,6 +27,7 @@ from export.sweep.cell import plan_cells
 from export.sweep.matrix import read_matrix
 from runtime.ask import OpenBundle
 from runtime.bundle import MANIFEST, REPORT_FILES, VISION_ENCODER, Bundle, is_report, of_keep, read_bundle
+from runtime.engines import ENGINES
 from runtime.errors import BundleError, PruneportError, RequestError
 from runtime.golden import ANSWER, QUESTION
 from tests.sample_bundle import Sample, edit_manifest, make_bundle, noise_photo, rehash
@@ -51,7 +52,7 @@ class Exported:
         return read_bundle(self.path)
 
 
-@pytest.fixture(scope="module", params=["onnx", "xnnpack"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "xnnpack")])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     folder = tmp_path_factory.mktemp(request.param)
     photo = noise_photo()
@@ -221,7 +222,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counts["program"] += 1
             super().__init__(opened)
 
-    engines = {name: counted(load) for name, load in runtime.session.ENGINES.items()}
+    engines = {name: counted(load) for name, load in ENGINES.items()}
     monkeypatch.setattr(runtime.session, "ENGINES", engines)
     monkeypatch.setattr(runtime.engines.executorch, "_Program", Program)
     monkeypatch.setattr(runtime.ask, "open_tokenizer", Numbers)
