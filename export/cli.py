@@ -79,7 +79,12 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     )
     what = verb.add_argument_group("what to export")
     what.add_argument("--model", required=True, metavar="M", help="model to export, e.g. llava-1.5-7b or pocket")
-    what.add_argument("--keep", required=True, metavar="N|all", help="image tokens to keep; `all` does not prune")
+    what.add_argument(
+        "--keep",
+        required=True,
+        metavar="N|all",
+        help="image tokens to keep; `all` does not prune; N,N,...: several keeps in one bundle (xnnpack, onnx)",
+    )
     what.add_argument("--target", default="android", metavar="T", help="android (default) or ios")
     what.add_argument(
         "--backend",
@@ -160,6 +165,7 @@ def _add_ask(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     verb.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     verb.add_argument("photo", metavar="PHOTO", help="a picture, or a prefill saved before (*.safetensors)")
     verb.add_argument("question", metavar="QUESTION", nargs="+", help="what to ask")
+    verb.add_argument("--keep", metavar="N", help="which of the bundle's keeps to ask (default: its first)")
     verb.add_argument("--compare", action="store_true", help="ask the unpruned twin that lies beside the bundle, too")
     verb.add_argument("--max-new-tokens", default="64", metavar="N", help="end the answer there (default 64)")
     verb.add_argument("--temperature", default="0", metavar="T", help="0 is greedy (default)")
@@ -395,6 +401,7 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
     inquiry = Inquiry(
         photo=Path(args.photo),
         questions=tuple(args.question),
+        keep=None if args.keep is None else whole_number("keep", args.keep, 1, 10**6),
         max_new_tokens=whole_number("max_new_tokens", args.max_new_tokens, 1, 10**6),
         sampling=Sampling(
             temperature=number("temperature", args.temperature),

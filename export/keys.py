@@ -23,7 +23,7 @@ def request_key(plan: Plan, bundle: BundlePlan, *, version: str) -> str:
 
     made_of = {
         "bundle": bundle.name,
-        "spec": repr(bundle.spec),
+        "keeps": repr(bundle.keeps),
         "parts": {part: _told(recipe) for part, recipe in plan.parts.items()},
         "cut": plan.cut,
         "text_tokens": plan.text_tokens,

@@ -14,6 +14,7 @@ from runtime.bundle import (
     GoldenInfo,
     GraphInfo,
     ImageInfo,
+    KeepInfo,
     MadeInfo,
     Manifest,
     PruneInfo,
@@ -24,7 +25,7 @@ from runtime.bundle import (
 
 if TYPE_CHECKING:
     from export.families.family import Checkpoint
-    from export.request import BundlePlan, Plan
+    from export.request import BundlePlan, KeepPlan, Plan
 
 # Packages whose version can change what a bundle computes.
 TOOLS = (
@@ -66,7 +67,7 @@ def manifest_of(
         created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         weights=checkpoint.identity(),
         target=_target_info(plan),
-        prune=_prune_info(plan, bundle),
+        prune=_prune_info(plan, bundle.keeps[0]),
         graphs=graphs,
         image=image,
         prompt=prompt,
@@ -78,6 +79,11 @@ def manifest_of(
         ranges=ranges,
         text_ranges=text_ranges,
         calibration=_calibration_info(plan),
+        keeps=tuple(
+            KeepInfo(prune=_prune_info(plan, each), graph=each.graph, golden=each.golden) for each in bundle.keeps
+        )
+        if len(bundle.keeps) > 1
+        else (),
     )
 
 
@@ -97,14 +103,14 @@ def _target_info(plan: Plan) -> TargetInfo:
     )
 
 
-def _prune_info(plan: Plan, bundle: BundlePlan) -> PruneInfo:
+def _prune_info(plan: Plan, keep: KeepPlan) -> PruneInfo:
     from pruning import settings_numbers
 
-    geometry, spec = plan.entry.geometry, bundle.spec
+    geometry, spec = plan.entry.geometry, keep.spec
     return PruneInfo(
         cut=plan.cut,
         image_tokens=geometry.image_tokens,
-        keep=geometry.image_tokens if spec is None else spec.keep,
+        keep=keep.keep,
         grid=geometry.grid,
         pruned=spec is not None,
         method=None if spec is None else spec.method,

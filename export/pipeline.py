@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from shutil import copyfile
@@ -20,7 +20,7 @@ from runtime.bundle import GraphInfo, Manifest, RangesInfo, read_bundle
 from runtime.errors import ExportError
 from runtime.hand_over import hand_over_fault, text_side
 from runtime.ready_made import EMBED_TOKENS
-from runtime.text_graphs import TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.text_graphs import TEXT_PREFILL, TOKEN_EMBEDDING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from export.models.prompt import SampleText
     from export.progress import Progress, Stage
     from export.ranges import Ranges
-    from export.request import BundlePlan, Plan
+    from export.request import BundlePlan, KeepPlan, Plan
     from runtime.bundle import (
         Bundle,
         BundleWriter,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     )
     from runtime.check.verdict import Verdict
 
-GOLDEN_FILE = "golden.safetensors"
 # How many default photos, beside the photo of the check, show how large the numbers inside a float16 graph become.
 RANGE_PHOTOS = 4
 
@@ -120,7 +119,7 @@ def export(plan: Plan, *, progress: Progress, version: str, resume: bool = False
         del checkpoint, followed, making, kept
         gc.collect()
         verdicts = [
-            _check(bundle, writer.path, writers[0].path if bundle.spec and plan.twin else None, progress)
+            _check(bundle, writer.path, writers[0].path if plan.twin and bundle is not plan.twin else None, progress)
             for bundle, writer in zip(plan.bundles, writers, strict=True)
         ]
         with progress.stage("finish"):
@@ -170,14 +169,11 @@ class _Making:
         # Streamed layer by layer, and before the graph's own weights are in memory: lowering alone sets the peak.
         with self.progress.stage(_label("desktop outputs", bundle)) as stage:
             preprocess(plan.photo, image)  # refuses a photo that no phone could take, before transformers tries it
-            desktop = stages.kept("desktop outputs", _Desktop)
-            self._follow(stage)
-            if desktop is None:
-                desktop = _Desktop(*self._write_golden(bundle, writer.path))
-                stages.finished("desktop outputs", desktop)
-            else:
-                stage.note(KEPT)
-            device, text_half = desktop.device, desktop.text_ranges
+            self._follow(stage, times=len(bundle.keeps))
+            made = [self._desktop(keep, bundle, writer.path, stages, stage) for keep in bundle.keeps]
+            # Of one that was kept, another GPU may have made it; each is named once.
+            device = ", ".join(dict.fromkeys(each.device for each in made))
+            text_half = _widest([each.text_ranges for each in made if each.text_ranges is not None])
             stage.note(f"made on {device}")
             if text_half is not None:
                 stage.note(f"fp16 range of the text graphs: {text_half}")
@@ -199,7 +195,10 @@ class _Making:
                     image=image,
                     text=None if ready else self._text_info(),
                     golden=GoldenInfo(
-                        file=GOLDEN_FILE, device=device, torch=metadata.version("torch"), photo=plan.photo_name
+                        file=bundle.keeps[0].golden,
+                        device=device,
+                        torch=metadata.version("torch"),
+                        photo=plan.photo_name,
                     ),
                     ranges=lowered.ranges,
                     text_ranges=text_half,
@@ -209,19 +208,31 @@ class _Making:
             stages.finished("manifest", True)
             return manifest
 
-    def _follow(self, stage: Stage) -> None:
-        """Measures how far a stage is by how many of the model's numbers it has read."""
+    def _follow(self, stage: Stage, *, times: int = 1) -> None:
+        """Measures how far a stage is by how many of the model's numbers it has read, so many times each."""
         from export.weights import Followed, at_once
 
         followed = at_once(self.checkpoint)
         assert isinstance(followed, Followed)
         entry, text = self.plan.entry, self.plan.text is not None
         numbers = entry.vision_parameter_count(0 if text else self.plan.cut)
-        stage.expect(numbers + (entry.text_parameter_count() if text else 0))
+        stage.expect(times * (numbers + (entry.text_parameter_count() if text else 0)))
         followed.seen = stage.advance
 
-    def _write_golden(self, bundle: BundlePlan, folder: Path) -> tuple[str, RangesInfo | None]:
-        """Writes what the desktop model computes for the photo.
+    def _desktop(self, keep: KeepPlan, bundle: BundlePlan, folder: Path, stages: Stages, stage: Stage) -> _Desktop:
+        """Writes the golden file of one keep, unless an interrupted run did."""
+        several = len(bundle.keeps) > 1
+        name = f"desktop outputs of keep {keep.keep}" if several else "desktop outputs"
+        desktop = stages.kept(name, _Desktop)
+        if desktop is None:
+            desktop = _Desktop(*self._write_golden(keep, folder))
+            stages.finished(name, desktop)
+        else:
+            stage.note(f"{KEPT}: {keep.golden}" if several else KEPT)
+        return desktop
+
+    def _write_golden(self, keep: KeepPlan, folder: Path) -> tuple[str, RangesInfo | None]:
+        """Writes what the desktop model computes for the photo at one keep.
 
         Returns the device that computed it, and where the text graphs compute in float16 what that means for them.
         """
@@ -239,7 +250,7 @@ class _Making:
             golden = make_golden(
                 self.checkpoint,
                 self.plan.entry,
-                bundle.spec,
+                keep.spec,
                 cut=self.plan.cut,
                 framed=self.plan.framed,
                 pixel_values=self._desktop_pixels(),
@@ -254,13 +265,13 @@ class _Making:
                 f"the desktop outputs do not fit into the memory of {device_words(device)}; free it, or take "
                 "--reference cpu"
             ) from error
-        if bundle.spec is not None and golden["kept_indices"].shape != (bundle.spec.keep,):
+        if keep.spec is not None and golden["kept_indices"].shape != (keep.keep,):
             raise ExportError(
-                f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {bundle.spec.keep}: "
+                f"the desktop model kept {golden['kept_indices'].size} image tokens instead of {keep.keep}: "
                 "pruning did not happen as asked; please report this"
             )
         # Serialised in memory first: a full disk is then an OSError like any other.
-        (folder / GOLDEN_FILE).write_bytes(save({**golden, "photo": self.plan.photo}))
+        (folder / keep.golden).write_bytes(save({**golden, "photo": self.plan.photo}))
         made_on = device_words(device)
         if watch is None or plan.text is None:
             return made_on, None
@@ -298,7 +309,7 @@ class _Making:
                 infos[name] = graph.input_infos(), graph.output_infos()
                 if scheme := plan.recipe(name).backend_scheme:
                     graph.compression = scheme
-                if name == VISION_ENCODER and plan.calibration is not None:
+                if plan.sees(name) and plan.calibration is not None:
                     image = plan.entry.family.image(self.checkpoint.folder, self.checkpoint.geometry)
                     graph.calibration = [(preprocess(photo, image),) for photo in plan.calibration.values()]
             return built
@@ -329,7 +340,7 @@ class _Making:
             self._follow(stage)
             if made:
                 stage.note(KEPT)
-            for backend, group, place in self._by_backend(graphs) if graphs is not None else ():
+            for backend, group, place in self._by_backend(bundle, graphs) if graphs is not None else ():
                 if place in made:
                     continue
                 (folder / place).mkdir(exist_ok=True)
@@ -343,7 +354,7 @@ class _Making:
                     written = backend.lower(to_lower, folder / place)
                 made[place] = _Lowered(
                     tuple(info(name, place, written[name]) for name in group),
-                    self._half.info if VISION_ENCODER in list(group) and self._half else None,
+                    self._half.info if bundle.graphs[0] in list(group) and self._half else None,
                 )
                 for graph in made[place].graphs:
                     self._check_taken(graph.name, graph.coverage, stage)
@@ -352,17 +363,18 @@ class _Making:
         graph_infos = tuple(graph for place in places for graph in made[place].graphs)
         if plan.text is not None:
             by_name = {graph.name: graph for graph in graph_infos}
-            fault = hand_over_fault(by_name[VISION_ENCODER], *text_side(by_name))
-            if fault:
-                raise ExportError(f"{fault}; please report this")
+            for vision in bundle.graphs:
+                fault = hand_over_fault(by_name[vision], *text_side(by_name))
+                if fault:
+                    raise ExportError(f"{fault}; please report this")
         return _Lowered(graph_infos, next((each.ranges for each in made.values() if each.ranges), None))
 
-    def _by_backend(self, graphs: Parts) -> Iterator[tuple[Backend, Parts, str]]:
+    def _by_backend(self, bundle: BundlePlan, graphs: Parts) -> Iterator[tuple[Backend, Parts, str]]:
         """What each backend is to lower, and where: two of them may call their files alike, and get a folder each."""
         if not self.plan.mixed:
             yield self.plan.vision.backend, graphs, ""
             return
-        for (part, recipe), group in zip(self.plan.parts.items(), graphs.split(), strict=True):
+        for (part, recipe), group in zip(self.plan.parts.items(), graphs.split(len(bundle.keeps)), strict=True):
             yield recipe.backend, group, f"{part}/"
 
     def _lower_ready_made(self, bundle: BundlePlan, folder: Path, islands: tuple[str, ...], stages: Stages) -> _Lowered:
@@ -374,7 +386,7 @@ class _Making:
         kept = stages.kept("graphs ", _Lowered)
         with self.progress.stage(_label("build the graphs", bundle)) as stage:
             if kept is None:
-                encoder = self._vision(bundle, stage)
+                encoder = self._vision(bundle.keeps[0], stage)
             else:
                 stage.note(KEPT)
         with self.progress.stage(_label("trace and lower", bundle)) as stage:
@@ -414,16 +426,21 @@ class _Making:
         from export.ranges import make_islands
 
         plan = self.plan
-        encoder = self._vision(bundle, stage)
+        # The first says what the text graphs need to know; the others are built when they are come to.
+        encoder = self._vision(bundle.keeps[0], stage)
         waiting = [encoder]
-        vision = ((VISION_ENCODER,), lambda: noted({VISION_ENCODER: waiting.pop()}))
+
+        def vision_graph(keep: KeepPlan) -> Mapping[str, Graph]:
+            return noted({keep.graph: waiting.pop() if waiting else self._vision(keep, stage)})
+
+        vision = [((keep.graph,), partial(vision_graph, keep)) for keep in bundle.keeps]
         if plan.text_tokens is None or plan.text is None:
-            return Parts([vision])
+            return Parts(vision)
         geometry = self.checkpoint.geometry
         context = Context(
             geometry,
             encoder.frame,
-            keep=encoder.keep,
+            keep=max(keep.keep for keep in bundle.keeps),
             cut=plan.cut,
             text=plan.text_tokens,
             index=encoder.index_name,
@@ -459,7 +476,7 @@ class _Making:
                 chunk=PROMPT_CHUNK,
                 precise=islands,
             )
-            return Parts([vision, *((names, lambda build=build: noted(build())) for names, build in parts)])
+            return Parts([*vision, *((names, lambda build=build: noted(build())) for names, build in parts)])
 
         def text() -> Mapping[str, Graph]:
             precision = plan.recipe(TOKEN_EMBEDDING).traced
@@ -472,9 +489,9 @@ class _Making:
                 make_islands(built[TEXT_PREFILL], precise_modules(self.checkpoint, islands))
             return noted(built)
 
-        return Parts([vision, (TEXT_GRAPHS, text)])
+        return Parts([*vision, (TEXT_GRAPHS, text)])
 
-    def _vision(self, bundle: BundlePlan, stage: Stage) -> VisionEncoder:
+    def _vision(self, keep: KeepPlan, stage: Stage) -> VisionEncoder:
         from export.graphs.vision import build_vision_encoder
         from export.quantize import quantize
 
@@ -485,7 +502,7 @@ class _Making:
         encoder = build_vision_encoder(
             self.checkpoint,
             plan.entry,
-            bundle.spec,
+            keep.spec,
             cut=plan.cut,
             framed=plan.framed,
             precision=plan.vision.traced,
@@ -494,11 +511,10 @@ class _Making:
             cache=plan.cache,
             index=plan.index,
         )
-        keep = bundle.spec.keep if bundle.spec else plan.entry.geometry.image_tokens
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
-        if handed_on != keep:
+        if handed_on != keep.keep:
             raise ExportError(
-                f"{VISION_ENCODER} hands on {handed_on} image tokens instead of {keep}; please report this"
+                f"{keep.graph} hands on {handed_on} image tokens instead of {keep.keep}; please report this"
             )
         if self._half is not None and self._half.islands:
             from export.ranges import make_islands
@@ -617,4 +633,12 @@ def _check(bundle: BundlePlan, path: Path, twin: Path | None, progress: Progress
 
 
 def _label(what: str, bundle: BundlePlan) -> str:
-    return f"{what}, {f'keep {bundle.spec.keep}' if bundle.spec else 'unpruned'}"
+    return f"{what}, {bundle.words}"
+
+
+def _widest(found: Sequence[RangesInfo]) -> RangesInfo | None:
+    """What holds for all of the ranges that were found, those of several keeps."""
+    if not found:
+        return None
+    widest = max(found, key=lambda info: info.worst_value)
+    return msgspec.structs.replace(widest, islands=tuple(sorted({name for info in found for name in info.islands})))

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,8 +51,12 @@ RAM_PER_QUANTISED_WEIGHT = 2.6
 RAM_PER_LARGEST_WEIGHT = 12
 # A number of the token embedding in 8 bits, with its share of a scale in 32 bits for each 32.
 _BYTES_PER_ROW_NUMBER = 1.125
-# Golden tensors, reports and the photo beside the graph.
-BUNDLE_EXTRA_BYTES = 64 * 2**20
+# Golden tensors, reports and the photo beside the graphs, for each keep; all that several keeps do not share.
+KEEP_EXTRA_BYTES = 64 * 2**20
+# A sentence of them, and a folder's name, hold so many.
+MOST_KEEPS = 8
+
+GOLDEN_FILE = "golden.safetensors"
 
 PARTS = ("vision", "text")
 # What can be exported without the rest.
@@ -92,15 +96,41 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeepPlan:
+    """One keep of a bundle, the vision graph and the golden file that are its own; `spec` None prunes nothing."""
+
+    keep: int
+    spec: PruneSpec | None
+    graph: str
+    golden: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundlePlan:
-    """One bundle to make; `spec` None means that nothing is pruned."""
+    """One bundle to make, at one or several keeps, the default first."""
 
     path: Path
-    spec: PruneSpec | None
+    keeps: tuple[KeepPlan, ...]
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def spec(self) -> PruneSpec | None:
+        """How it prunes by default; None for not at all."""
+        return self.keeps[0].spec
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The names of its vision graphs."""
+        return tuple(each.graph for each in self.keeps)
+
+    @property
+    def words(self) -> str:
+        """Its keeps in words."""
+        counts = ", ".join(str(each.keep) for each in self.keeps)
+        return f"keep {counts}" if len(self.keeps) > 1 or self.spec else "unpruned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +208,16 @@ class Plan:
         """The dtype of the positions that are handed on: between two engines int32, which all have; else its own."""
         return "int32" if self.mixed else None
 
+    def sees(self, graph: str) -> bool:
+        """Whether a graph is a vision graph."""
+        return any(graph in bundle.graphs for bundle in self.bundles)
+
     def recipe(self, graph: str) -> Recipe:
         """How a graph is made: as its part, but that the token embedding, a table of rows, has a scheme of its own."""
         from runtime.ready_made import EMBED_TOKENS
-        from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
+        from runtime.text_graphs import TOKEN_EMBEDDING
 
-        if graph == VISION_ENCODER or self.text is None:
+        if self.sees(graph) or self.text is None:
             return self.vision
         if graph not in (TOKEN_EMBEDDING, EMBED_TOKENS):
             return self.text
@@ -193,10 +227,10 @@ class Plan:
     def arithmetic(self, graph: str) -> tuple[str, ...]:
         """What a graph's numbers pass through: decoder layers below the cut may be made as the text graphs' are."""
         from export.quantize import schemes_below_cut
-        from runtime.text_graphs import DECODER_FRONT, TEXT_DECODER, TEXT_PREFILL, VISION_ENCODER
+        from runtime.text_graphs import DECODER_FRONT, TEXT_DECODER, TEXT_PREFILL
 
         named = [self.recipe(graph).arithmetic]
-        if graph == VISION_ENCODER and self.cut:
+        if self.sees(graph) and self.cut:
             if self.shared_scheme:
                 named += schemes_below_cut(self.shared_scheme)
             if self.cache == "float16" and self.vision.traced == "fp32":  # keys and values are rounded as they leave
@@ -236,6 +270,7 @@ def plan(request: Request) -> Plan:
     """
     from export.families import MODELS
     from export.targets import TARGETS
+    from runtime.bundle import VISION_ENCODER, of_keep
 
     entry = MODELS[_known("model", request.model, MODELS)]
     target = TARGETS[_known("target", request.target, TARGETS)]
@@ -285,18 +320,20 @@ def plan(request: Request) -> Plan:
         text_precision = _known(f"{text_backend.name} precision", wanted, text_backend.precisions)
     text_tokens = _text_tokens(request.text_tokens, entry) if whole else None
     tokens = entry.geometry.image_tokens
-    keep = _keep(request.keep, tokens, entry.name)
+    keeps = _keeps(request.keep, tokens, entry.name)
+    if len(keeps) > 1:
+        _check_takes_keeps(request.keep, backends, layout)
     seed = whole_number("seed", request.seed, 0, 2**32 - 1)
-    if request.twin and keep == tokens:
+    if request.twin and tokens in keeps:
         raise RequestError(f"keep={request.keep} makes the unpruned twin itself; leave --twin out")
-    _check_size("vision_encoder", entry.vision_parameter_count(cut), backend, entry, precision)
+    _check_size(VISION_ENCODER, entry.vision_parameter_count(cut), backend, entry, precision)
     if whole:
         _check_size("text_prefill", entry.text_parameter_count(), text_backend, entry, text_precision)
     _check_weights(request.weights)
     for each in dict.fromkeys((backend, text_backend)):
         _check_installed(each)
     _check_reference(request.reference)
-    method = _method(request.method, cut, pruned=keep < tokens)
+    method = _method(request.method, cut, pruned=min(keeps) < tokens)
     photo_path = _photo_path(request.image)
     calibration = _calibration(request.calibration, backend, quant_vision)
 
@@ -320,16 +357,26 @@ def plan(request: Request) -> Plan:
         )
     folder = Path(request.output_dir)
 
-    def bundle_plan(keep: int) -> BundlePlan:
-        kept = f"keep{keep}" if keep < tokens else "keepall"
-        by = method if keep < tokens and request.method not in (None, DEFAULT_METHOD) else ""
+    def bundle_plan(keeps: Sequence[int]) -> BundlePlan:
+        kept = "keep" + "-".join(str(keep) if keep < tokens else "all" for keep in keeps)
+        by = method if min(keeps) < tokens and request.method not in (None, DEFAULT_METHOD) else ""
         made_by = f"vision-{backend.name}-text-{text_backend.name}" if mixed else backend.name
         parts = (entry.name, kept, target.name, made_by, *(choice for choice in (by, *choices) if choice))
-        spec = _prune_spec(entry, keep, method) if keep < tokens else None
-        return BundlePlan(path=folder / "-".join(parts), spec=spec)
+        return BundlePlan(
+            path=folder / "-".join(parts),
+            keeps=tuple(
+                KeepPlan(
+                    keep=keep,
+                    spec=_prune_spec(entry, keep, method) if keep < tokens else None,
+                    graph=VISION_ENCODER if len(keeps) == 1 else f"{VISION_ENCODER}_keep{keep}",
+                    golden=GOLDEN_FILE if len(keeps) == 1 else of_keep(GOLDEN_FILE, keep),
+                )
+                for keep in keeps
+            ),
+        )
 
-    bundle = bundle_plan(keep)
-    twin = bundle_plan(tokens) if request.twin else None
+    bundle = bundle_plan(keeps)
+    twin = bundle_plan([tokens]) if request.twin else None
     for path in (bundle.path, *([twin.path] if twin else [])):
         if path.exists() or path.is_symlink():
             raise OutputError(f"{path} exists and is not overwritten; move it away or choose another output folder")
@@ -344,6 +391,7 @@ def plan(request: Request) -> Plan:
         backend=backend,
         text_backend=text_backend,
         bundles=2 if twin else 1,
+        goldens=len(keeps) + (1 if twin else 0),
         folder=folder,
     )
     if needs.disk_bytes > needs.disk_free_bytes and not request.force:
@@ -377,10 +425,12 @@ def plan(request: Request) -> Plan:
 def describe(plan: Plan) -> str:
     """What the plan will make, from what, and what it needs, as a few lines of text."""
     tokens = plan.entry.geometry.image_tokens
-    spec = plan.bundle.spec
+    spec = next((each.spec for each in plan.bundle.keeps if each.spec), None)
     where = f"before decoder layer {plan.cut}" if plan.cut else "after the projector"
-    kept = f"{spec.keep} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
+    counts = " or ".join(str(each.keep) for each in plan.bundle.keeps)
+    kept = f"{counts} of {tokens} image tokens kept {where}" if spec else f"all {tokens} image tokens, not pruned"
     kept += f", chosen by {spec.method}" if spec else ""
+    kept += f"; {len(plan.bundle.keeps)} graphs over the same weights" if len(plan.bundle.keeps) > 1 else ""
     schemes = [f"{part} {recipe.scheme}" for part, recipe in plan.parts.items() if recipe.scheme]
     makers = _maker(plan.vision, *schemes)
     if plan.mixed:
@@ -624,6 +674,46 @@ def whole_number(what: str, text: str, low: int, high: int, why: str = "") -> in
     return int(text)
 
 
+def _keeps(text: str, tokens: int, model: str) -> tuple[int, ...]:
+    """The numbers of image tokens that `text` names, in its order: one, or several with commas between them."""
+    words = text.split(",")
+    if len(words) == 1:
+        return (_keep(text, tokens, model),)
+    if "" in words:
+        raise RequestError(f"keep={text[:60]!r} has nothing on one side of a comma; write numbers such as 192,128,64")
+    keeps = tuple(_keep(word, tokens, model) for word in words)
+    twice = next((keep for keep in keeps if keeps.count(keep) > 1), None)
+    if twice is not None:
+        raise RequestError(f"keep={text[:60]} names {twice} twice; name each keep once")
+    if len(keeps) > MOST_KEEPS:
+        raise RequestError(f"keep={text[:60]} names {len(keeps)} keeps; one bundle holds at most {MOST_KEEPS}")
+    return keeps
+
+
+def _check_takes_keeps(text: str, backends: Mapping[str, Backend], layout: Layout | None) -> None:
+    """Refuses several keeps where their vision graphs could not share text graphs and weights."""
+    from export.targets import TARGETS
+
+    if layout:
+        raise RequestError(
+            f"keep={text} does not go with layout={layout.runtime}, whose runtime knows one number of image tokens; "
+            "give one keep, or leave --layout out"
+        )
+    closed = dict.fromkeys(backend.name for backend in backends.values() if not backend.open_axes)
+    if not closed:
+        return
+    able = dict.fromkeys(
+        f"{backend.name} ({target.name})"
+        for target in TARGETS.values()
+        for backend in target.backends
+        if backend.open_axes
+    )
+    raise RequestError(
+        f"keep={text}: backend {' and '.join(closed)} makes graphs for one number of image tokens alone; give one "
+        f"keep, or take a backend that makes several in one bundle: {', '.join(able)}"
+    )
+
+
 def _keep(text: str, tokens: int, model: str) -> int:
     if text == "all":
         return tokens
@@ -748,6 +838,7 @@ def _needs(
     backend: Backend,
     text_backend: Backend,
     bundles: int,
+    goldens: int,
     folder: Path,
 ) -> Needs:
     from export.memory import available_bytes
@@ -778,7 +869,7 @@ def _needs(
     return Needs(
         ram_bytes=BASE_RAM_BYTES + int(ram_bytes),
         ram_available_bytes=available_bytes(),
-        disk_bytes=int(bundles * (bundle_bytes + BUNDLE_EXTRA_BYTES)),
+        disk_bytes=int(bundles * bundle_bytes + goldens * KEEP_EXTRA_BYTES),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
 

@@ -126,7 +126,7 @@ class Exported:
 def export_bundle(
     *,
     model: str,
-    keep: int | Literal["all"],
+    keep: int | Literal["all"] | Sequence[int | Literal["all"]],
     target: str = "android",
     backend: str | None = None,
     soc: str | None = None,
@@ -152,7 +152,8 @@ def export_bundle(
 ) -> Exported:
     """Makes a bundle from a checkpoint and checks it in its engine, as `pruneport export` does.
 
-    Each choice is the flag of that name. `resume` goes on where an export of the same choices was killed.
+    Each choice is the flag of that name; `keep` may be several numbers, for one bundle of all. `resume` goes on where
+    an export of the same choices was killed.
     `progress` tells on standard error what is being done, and what it took.
 
     Returns the bundle's `path` and the `verdict` of the check: outputs that differ from the desktop's are a verdict
@@ -166,7 +167,7 @@ def export_bundle(
     planned = plan(
         Request(
             model=str(model),
-            keep=str(keep),
+            keep=str(keep) if isinstance(keep, int | str) else ",".join(map(str, keep)),
             target=str(target),
             backend=_word(backend),
             soc=_word(soc),

@@ -14,10 +14,21 @@ import numpy as np
 
 from runtime.bundle import OWN_LAYOUT, Bundle, read_bundle
 from runtime.errors import BundleError, OutputError, RequestError
-from runtime.generation import Prefill, Sampling, Token, check_room, open_graphs, start_answers
+from runtime.generation import (
+    Answers,
+    Prefill,
+    Sampling,
+    Token,
+    check_hand_over,
+    check_room,
+    open_graphs,
+    start_answers,
+)
 from runtime.image import load_photo, preprocess
 from runtime.latency import peak_rss_bytes
 from runtime.prompt import open_tokenizer
+from runtime.session import open_session
+from runtime.text_graphs import VISION_ENCODER
 
 PREFILL_SUFFIX = ".safetensors"
 
@@ -49,10 +60,14 @@ class Took:
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """Questions about one photo: a picture file, or a prefill that `save_prefill` wrote before."""
+    """Questions about one photo: a picture file, or a prefill that `save_prefill` wrote before.
+
+    `keep` None is the bundle's first, or the one that made the prefill.
+    """
 
     photo: Path
     questions: tuple[str, ...]
+    keep: int | None = None
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
@@ -105,47 +120,87 @@ class Answer(Iterator[str]):
         return self._took()
 
 
+@dataclass
+class _Side:
+    """What an open bundle has of one keep: the view, its answers over the open graphs, the photo that was seen last."""
+
+    bundle: Bundle
+    answers: Answers
+    last: tuple[np.ndarray, Prefill] | None = None
+
+
 class OpenBundle:
     """A bundle with its graphs open in their engine, ready to be asked about photos; made by `open_bundle`.
 
     It answers one question at a time: the next one ends an answer that is still streaming. Leaving its `with` block, or
     `close`, lets go of the memory.
+
+    Where a bundle has several keeps, all share the open text graphs; each has a KV cache of its own, and answers a
+    question of its own. The vision graph of a keep is opened when that is first asked for, and stays open: from then
+    on a switch opens nothing.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Opens the graphs of a bundle whose files were checked. Raises BundleError, EngineError."""
-        self.bundle = bundle
+        """Opens the graphs of a bundle, or of a view of it, whose files were checked. Raises BundleError, EngineError.
+
+        Where nobody names a keep, it is the view's, or else the bundle's first.
+        """
+        self.bundle = bundle.at()
+        self._threads = threads
         self._tokenizer = open_tokenizer(bundle)
+        self._sides: dict[int, _Side] = {}
         with ExitStack() as stack:
-            graphs = stack.enter_context(open_graphs(bundle, threads=threads))
-            self._answers = start_answers(bundle, graphs)
-            self.emulated = any(graph.placement().emulated for graph in graphs.values())
+            self._graphs = stack.enter_context(open_graphs(self.bundle, threads=threads))
+            answers = start_answers(self.bundle, self._graphs)
+            self._sides[self.bundle.manifest.prune.keep] = _Side(self.bundle, answers)
+            self.emulated = any(graph.placement().emulated for graph in self._graphs.values())
             self._open = stack.pop_all()
         self._closed = False
-        self._last: tuple[np.ndarray, Prefill] | None = None
 
-    def see(self, photo: Photo) -> Prefill:
+    def see(self, photo: Photo, *, keep: int | None = None) -> Prefill:
         """Prefills a photo, which then can be asked about again and again, and saved with `Prefill.save`.
 
-        The photo that was seen last, pixel for pixel, is not prefilled again. Raises ImageError, BundleError for the
-        prefill of another bundle, EngineError.
+        `keep` is one of the bundle's, by default the one it was opened at; a prefill is of the keep that made it. The
+        photo that was seen last at a keep, pixel for pixel, is not prefilled again. Raises ImageError, RequestError for
+        a keep that the bundle does not have, BundleError for the prefill of another bundle or keep, EngineError.
         """
+        return self._seen(photo, keep)[1]
+
+    def _seen(self, photo: Photo, keep: int | None) -> tuple[_Side, Prefill]:
         self._check_open()
         if isinstance(photo, str | os.PathLike):
             photo = _load(Path(photo))
         if isinstance(photo, Prefill):
-            photo.check_made_by(self.bundle.identity)
-            return photo
+            view = made_by(self.bundle, photo, keep)
+            return self._side(view.manifest.prune.keep), photo
+        side = self._side(keep)
         pixels = preprocess(photo, self.bundle.manifest.image)
-        if self._last is None or not np.array_equal(self._last[0], pixels):
-            self._last = pixels, self._answers.see(pixels)
-        return self._last[1]
+        if side.last is None or not np.array_equal(side.last[0], pixels):
+            side.last = pixels, side.answers.see(pixels)
+        return side, side.last[1]
+
+    def _side(self, keep: int | None) -> _Side:
+        """The bundle at a keep, whose vision graph is opened where it is not yet."""
+        view = self.bundle.at(keep)
+        count = view.manifest.prune.keep
+        if count not in self._sides:
+            check_hand_over(view)
+            vision = open_session(view, VISION_ENCODER, threads=self._threads)
+            try:
+                answers = start_answers(view, {**self._graphs, VISION_ENCODER: vision})
+            except BundleError:
+                vision.close()
+                raise
+            self._open.callback(vision.close)
+            self._sides[count] = _Side(view, answers)
+        return self._sides[count]
 
     def ask(
         self,
         photo: Photo,
         question: str,
         *,
+        keep: int | None = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -154,30 +209,31 @@ class OpenBundle:
     ) -> Answer:
         """Asks a question about a photo; the answer streams while it is read.
 
-        Questions about one photo share its prefill. `max_new_tokens` and the first text of `stop` end the answer, of
-        which the latter is no part. `temperature` lies in 0..100, 0 is greedy; above it tokens are drawn, by `seed`,
-        from the likeliest up to a share of `top_p`.
+        `keep` is that of `see`. Questions about one photo share its prefill. `max_new_tokens` and the first text of
+        `stop` end the answer, of which the latter is no part. `temperature` lies in 0..100, 0 is greedy; above it
+        tokens are drawn, by `seed`, from the likeliest up to a share of `top_p`.
 
-        Refused before anything runs: RequestError for a question or a number that cannot be answered, ImageError,
-        BundleError for the prefill of another bundle.
+        Refused before anything runs: RequestError for a question, a number or a keep that cannot be answered,
+        ImageError, BundleError for the prefill of another bundle.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         check_stops(stops)
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         ids = self._tokenizer.question_ids(question)
-        check_room(len(ids), max_new_tokens, room=self._answers.room)
-        seen = self.see(photo)
-        tokens = self._answers.answer(seen, ids, max_new_tokens=max_new_tokens, sampling=sampling)
+        assert self.bundle.manifest.text is not None  # or nothing could have been opened
+        check_room(len(ids), max_new_tokens, room=self.bundle.manifest.text.tokens)
+        side, seen = self._seen(photo, keep)
+        tokens = side.answers.answer(seen, ids, max_new_tokens=max_new_tokens, sampling=sampling)
         times_ms: list[float] = []
 
         def took() -> Took:
             return Took(
-                bundle=self.bundle.manifest.name,
+                bundle=side.bundle.title,
                 image_ready_ms=seen.image_ready_ms,
                 question_tokens=len(ids),
                 ttft_ms=times_ms[0] if times_ms else None,
                 token_ms=tuple(times_ms[1:]),
-                kv_cache_bytes=self._answers.cache_bytes,
+                kv_cache_bytes=side.answers.cache_bytes,
                 peak_rss_bytes=peak_rss_bytes(),
             )
 
@@ -194,7 +250,7 @@ class OpenBundle:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RequestError(f"{self.bundle.manifest.name} is closed; open it again with open_bundle")
+            raise RequestError(f"{self.bundle.title} is closed; open it again with open_bundle")
 
     def close(self) -> None:
         """Lets go of the graphs and their memory; the bundle cannot be asked afterwards."""
@@ -210,13 +266,14 @@ class OpenBundle:
         self.close()
 
 
-def open_bundle(path: str | os.PathLike[str], *, threads: int | None = None) -> OpenBundle:
+def open_bundle(path: str | os.PathLike[str], *, keep: int | None = None, threads: int | None = None) -> OpenBundle:
     """Hashes a bundle's files and opens its graphs, to be asked. ONNX bundles need no torch for it.
 
-    `threads` None means the cores of the machine, at most 4. Raises BundleError for a bundle that is damaged or that
-    cannot be asked, RequestError for one that only an Apple device can run, EngineError, EngineMissingError.
+    `keep` is the one to answer at where a question names none, by default the first of the bundle's. `threads` None
+    means the cores of the machine, at most 4. Raises BundleError for a bundle that is damaged or that cannot be asked,
+    RequestError for one that only an Apple device can run or that lacks this keep, EngineError, EngineMissingError.
     """
-    bundle = _askable(Path(path))
+    bundle = _askable(Path(path)).at(keep)
     open_tokenizer(bundle)  # refused before the hashes, which take longer
     bundle.check_files()
     return OpenBundle(bundle, threads=threads)
@@ -244,6 +301,16 @@ def _load(path: Path) -> np.ndarray | Prefill:
     return Prefill.load(path) if path.suffix == PREFILL_SUFFIX else load_photo(path)
 
 
+def made_by(bundle: Bundle, photo: Prefill, keep: int | None) -> Bundle:
+    """The view of a bundle that made a prefill; BundleError where none did, or another than that of `keep`."""
+    views = bundle.siblings if keep is None else (bundle.at(keep),)
+    for view in views:
+        if view.identity == photo.bundle:
+            return view
+    photo.check_made_by(views[0].identity)
+    return views[0]
+
+
 def ask(
     path: Path, inquiry: Inquiry, *, compare: bool, say: Callable[[str], None], tell: Callable[[str], None]
 ) -> tuple[Took, ...]:
@@ -253,7 +320,7 @@ def ask(
     graph is opened. Raises RequestError, BundleError, ImageError, EngineError; a note of a KeyboardInterrupt says what
     was written.
     """
-    bundle = _askable(path)
+    bundle = _askable(path).at(inquiry.keep)
     assert bundle.manifest.text is not None
     tokenizer = open_tokenizer(bundle)
     for question in inquiry.questions:
@@ -265,7 +332,7 @@ def ask(
         bundles.append(unpruned_twin(bundle))
     seen = _load(inquiry.photo)
     if isinstance(seen, Prefill):
-        seen.check_made_by(bundle.identity)
+        bundles[0] = bundle = made_by(bundle, seen, inquiry.keep)
     for each in bundles:
         each.check_files()
     took: list[Took] = []
@@ -274,7 +341,7 @@ def ask(
     try:
         for each in bundles:
             if compare:
-                tell(each.manifest.name)
+                tell(each.title)
             with OpenBundle(each) as opened:
                 if opened.emulated:
                     tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
@@ -350,14 +417,16 @@ def unpruned_twin(bundle: Bundle) -> Bundle:
             unreadable.append(str(err))
             continue
         theirs = other.manifest
-        same = (theirs.model, theirs.weights, theirs.target, theirs.text) == (
+        same = (theirs.model, theirs.weights, theirs.target, theirs.text, theirs.prune.cut) == (
             ours.model,
             ours.weights,
             ours.target,
             ours.text,
+            ours.prune.cut,
         )
-        if same and not theirs.prune.pruned and theirs.prune.cut == ours.prune.cut:
-            return other
+        for view in other.views if same else ():
+            if not view.manifest.prune.pruned:
+                return view
     raise BundleError(
         f"no unpruned twin of {bundle.path} lies beside it; export one with --keep all and the same settings, or "
         f"export both with --twin{''.join(f' (not looked at: {why})' for why in unreadable)}"

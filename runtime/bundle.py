@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 import msgspec
 import numpy as np
 
-from runtime.errors import BundleError, CheckpointError, OutputError, PruneportError
+from runtime.errors import BundleError, CheckpointError, OutputError, PruneportError, RequestError
 from runtime.leftovers import STAGES, make_locked, take_over
 from runtime.names import LONGEST_NAME, is_text
 
@@ -27,6 +27,8 @@ FLOAT16_LARGEST = 65504.0
 # The layout that this runtime runs; others are runtimes of other people.
 OWN_LAYOUT = "pruneport"
 REPORT_FILES = ("parity.json", "latency.json", "report.md", "report.html")
+# The graph from pixels to image tokens. A bundle of several keeps has one for each, under names of their own.
+VISION_ENCODER = "vision_encoder"
 # What the harness and the phones agree to exchange; bfloat16 is absent because numpy has no such type.
 DTYPES: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name) for name in ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
@@ -365,6 +367,17 @@ class GoldenInfo(_Record, frozen=True):
         _safe_relative(self.file)
 
 
+class KeepInfo(_Record, frozen=True):
+    """One keep of a bundle that has several: how it prunes, its vision graph, and its golden file."""
+
+    prune: PruneInfo
+    graph: Name
+    golden: str
+
+    def __post_init__(self) -> None:
+        _safe_relative(self.golden)
+
+
 class MadeInfo(_Record, frozen=True):
     """Which backend lowered the graphs of one part, in what and for what: see TargetInfo."""
 
@@ -453,6 +466,8 @@ class Manifest(_Record, frozen=True):
 
     `layout` names the runtime for which the files lie as it expects them; where that is not our own, `text` is None.
     `ranges` is None where the vision graph does not compute in float16, and so is `text_ranges` for the text graphs.
+    `keeps` is empty in a bundle of one keep. Of several it lists each, the default first, whose `prune` and `golden`
+    stand here, too. Each has a vision graph of its own; the other graphs serve all, and have room for the largest.
     """
 
     name: str
@@ -473,6 +488,7 @@ class Manifest(_Record, frozen=True):
     ranges: RangesInfo | None = None
     text_ranges: RangesInfo | None = None
     calibration: CalibrationInfo | None = None
+    keeps: tuple[KeepInfo, ...] = ()
     files: dict[str, FileInfo] = {}
     schema_version: int = SCHEMA_VERSION
 
@@ -488,6 +504,8 @@ class Manifest(_Record, frozen=True):
             raise ValueError("graphs is empty; a bundle holds at least one graph")
         if len(set(names)) != len(names):
             raise ValueError(f"two graphs are named alike: {names}")
+        if self.keeps:
+            self._check_keeps(names)
         for what, count, stated in (
             ("prompt.prefix_ids", len(self.prompt.prefix_ids), self.frame.before),
             ("prune.image_tokens", self.prune.image_tokens, self.frame.image),
@@ -499,10 +517,28 @@ class Manifest(_Record, frozen=True):
         if MANIFEST in self.files:
             raise ValueError(f"files lists {MANIFEST}, which cannot hold its own hash")
 
+    def _check_keeps(self, graphs: list[str]) -> None:
+        counts = [info.prune.keep for info in self.keeps]
+        own = [info.graph for info in self.keeps]
+        if len(counts) < 2 or len(set(counts)) != len(counts):
+            raise ValueError(f"keeps lists {counts}; it must be empty, or list two keeps or more, each once")
+        if len(set(own)) != len(own) or not set(own) <= set(graphs):
+            raise ValueError(f"keeps names the graphs {own}, which must differ and be among {graphs}")
+        if VISION_ENCODER in graphs:
+            raise ValueError(f"a bundle of several keeps has no graph {VISION_ENCODER!r}, but one for each keep")
+        if len({info.golden for info in self.keeps}) != len(own):
+            raise ValueError("two keeps have the same golden file")
+        if (self.keeps[0].prune, self.keeps[0].golden) != (self.prune, self.golden.file):
+            raise ValueError("prune and golden must be those of the first of keeps")
+        same = [(info.prune.cut, info.prune.image_tokens, info.prune.grid) for info in self.keeps]
+        if len(set(same)) != 1:
+            raise ValueError(f"keeps differ in their cut, image_tokens or grid: {same}")
+
     @property
     def needed_files(self) -> tuple[str, ...]:
         """The files without which the bundle cannot be checked, in a fixed order."""
-        return (*(file for graph in self.graphs for file in graph.files), self.golden.file)
+        goldens = dict.fromkeys((self.golden.file, *(info.golden for info in self.keeps)))
+        return (*(file for graph in self.graphs for file in graph.files), *goldens)
 
 
 class _Version(msgspec.Struct):
@@ -511,12 +547,96 @@ class _Version(msgspec.Struct):
     schema_version: int
 
 
+def of_keep(file: str, keep: int) -> str:
+    """The name of a file of which each keep has one: `golden.safetensors` -> `golden-keep64.safetensors`."""
+    stem, dot, ending = file.partition(".")
+    return f"{stem}-keep{keep}{dot}{ending}"
+
+
+def is_report(file: str) -> bool:
+    """Whether a file of a bundle is a report, be it of all keeps or of one."""
+    return re.sub(r"-keep[0-9]+(?=\.)", "", file) in REPORT_FILES
+
+
 class Bundle:
-    """A bundle that was read from disk; made by `read_bundle`."""
+    """A bundle that was read from disk; made by `read_bundle`.
+
+    One of several keeps has no `vision_encoder`: `at` gives a view of it for one keep, whose manifest, graphs and
+    golden are those of a bundle of that keep alone.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._whole = self
+        # In a view, the graphs as their files call them, by the names that the view has for them.
+        self._stored: dict[str, GraphInfo] = {}
+        self._hashed: dict[str, tuple[int, int, int]] = {}
+
+    @property
+    def keeps(self) -> tuple[int, ...]:
+        """How many image tokens it can keep, the default first; of a view its own."""
+        return tuple(info.prune.keep for info in self.manifest.keeps) or (self.manifest.prune.keep,)
+
+    @property
+    def views(self) -> tuple[Bundle, ...]:
+        """The bundle at each of its keeps; itself where it has one."""
+        return tuple(self.at(keep) for keep in self.keeps)
+
+    @property
+    def siblings(self) -> tuple[Bundle, ...]:
+        """The views of the same bundle, this one among them, which comes first."""
+        others = tuple(view for view in self._whole.views if view.keeps != self.at().keeps)
+        return (self.at(), *others)
+
+    @property
+    def is_view(self) -> bool:
+        """True for one of several keeps."""
+        return self._whole is not self
+
+    @property
+    def title(self) -> str:
+        """Its name, and in a view the keep."""
+        return f"{self.manifest.name}, keep {self.manifest.prune.keep}" if self.is_view else self.manifest.name
+
+    def at(self, keep: int | None = None) -> Bundle:
+        """The bundle at one of its keeps, by default the first; itself where it has no other.
+
+        RequestError for a keep that it does not have.
+        """
+        if keep in (None, self.manifest.prune.keep) and not self.manifest.keeps:
+            return self
+        whole = self._whole
+        manifest = whole.manifest
+        chosen = next((info for info in manifest.keeps if keep in (None, info.prune.keep)), None)
+        if chosen is None:
+            only = " alone" if len(whole.keeps) == 1 else ""
+            raise RequestError(
+                f"keep={keep}: {self.path} has the keep{'s' * (not only)} {', '.join(map(str, whole.keeps))}{only}; "
+                f"take one that it has, or export again with --keep {','.join(map(str, (*whole.keeps, keep)))}"
+            )
+        stored = whole.graph(chosen.graph)
+        shared = {graph.name for graph in manifest.graphs} - {info.graph for info in manifest.keeps}
+        view = Bundle(
+            self.path,
+            msgspec.structs.replace(
+                manifest,
+                prune=chosen.prune,
+                golden=msgspec.structs.replace(manifest.golden, file=chosen.golden),
+                graphs=tuple(
+                    msgspec.structs.replace(graph, name=VISION_ENCODER) if graph is stored else graph
+                    for graph in manifest.graphs
+                    if graph is stored or graph.name in shared
+                ),
+                keeps=(),
+            ),
+        )
+        view._whole, view._hashed, view._stored = whole, whole._hashed, {VISION_ENCODER: stored}
+        return view
+
+    def stored(self, name: str) -> GraphInfo:
+        """The graph of that name as its file calls it; BundleError names those there are."""
+        return self._stored.get(name) or self.graph(name)
 
     @property
     def size_bytes(self) -> int:
@@ -525,10 +645,10 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """Name and what the graphs' files hash to: two exports of one name differ in it."""
+        """Name and what the graphs' files hash to: two exports of one name differ in it, and so do keeps of one."""
         files = sorted({file for graph in self.manifest.graphs for file in graph.files})
         listed = "".join(f"{file} {self.manifest.files[file].sha256}\n" for file in files)
-        return f"{self.manifest.name} {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+        return f"{self.title} {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
     def graph(self, name: str) -> GraphInfo:
         """The graph of that name; BundleError names those there are."""
@@ -567,15 +687,23 @@ class Bundle:
         return path
 
     def check_files(self) -> None:
-        """Hashes every listed file; BundleError names the first that does not match."""
+        """Hashes every listed file; BundleError names the first that does not match.
+
+        What was hashed for another keep and is as it was then is not hashed again.
+        """
         for relative, info in self.manifest.files.items():
             path = self.file(relative)
+            status = path.stat()
+            as_it_is = status.st_ino, status.st_size, status.st_mtime_ns
+            if self.is_view and self._hashed.get(relative) == as_it_is:
+                continue
             found = _sha256(path)
             if found != info.sha256:
                 raise BundleError(
                     f"{path} was changed: sha256 {found[:16]}…, its manifest says {info.sha256[:16]}…; "
                     "copy the bundle again or export again"
                 )
+            self._hashed[relative] = as_it_is
 
     def golden(self) -> dict[str, np.ndarray]:
         """The desktop's inputs and outputs by name, e.g. `vision_encoder.in.pixel_values`."""

@@ -138,18 +138,13 @@ class Token:
 
 @contextmanager
 def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[str, Session]]:
-    """All graphs of a bundle, open in their engines. Raises what `open_session` raises.
+    """All graphs of a bundle, open in their engines; of one with several keeps those of the first.
 
-    BundleError, before any is opened, where the vision graph does not hand on what the text graphs take.
+    Raises what `open_session` raises; BundleError, before any is opened, where the vision graph does not hand on what
+    the text graphs take.
     """
-    if bundle.manifest.text is not None:
-        infos = {graph.name: graph for graph in bundle.manifest.graphs}
-        try:
-            fault = hand_over_fault(infos[VISION_ENCODER], *text_side(infos))
-        except KeyError as err:
-            raise BundleError(f"{bundle.manifest.name} has no {err.args[0]}; export it whole, without --only") from err
-        if fault:
-            raise BundleError(f"{bundle.manifest.name}: {fault}; its graphs are of different exports: export again")
+    bundle = bundle.at()
+    check_hand_over(bundle)
     with ExitStack() as stack:
         yield {
             graph.name: stack.enter_context(open_session(bundle, graph.name, threads=threads))
@@ -157,8 +152,24 @@ def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[
         }
 
 
+def check_hand_over(bundle: Bundle) -> None:
+    """Raises BundleError where the vision graph of a bundle does not hand on what its text graphs take."""
+    if bundle.manifest.text is not None:
+        infos = {graph.name: graph for graph in bundle.manifest.graphs}
+        try:
+            fault = hand_over_fault(infos[VISION_ENCODER], *text_side(infos))
+        except KeyError as err:
+            raise BundleError(f"{bundle.manifest.name} has no {err.args[0]}; export it whole, without --only") from err
+        if fault:
+            raise BundleError(f"{bundle.title}: {fault}; its graphs are of different exports: export again")
+
+
 def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers:
-    """A session over the open graphs of a bundle; several of them share the graphs, and so the weights."""
+    """A session over the open graphs of a bundle; several of them share the graphs, and so the weights.
+
+    Of a bundle with several keeps it is the first's; `bundle.at(keep)` is the bundle of another.
+    """
+    bundle = bundle.at()
     text = bundle.manifest.text
     if text is None:
         raise BundleError(

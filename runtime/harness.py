@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtime.bundle import REPORT_FILES, read_bundle
 from runtime.check.judge import check
-from runtime.check.verdict import Verdict
+from runtime.check.verdict import Verdict, together
 from runtime.devices.desktop import Desktop
 from runtime.devices.findings import Job, Timing
 from runtime.errors import BundleError
@@ -18,13 +18,13 @@ Progress = Callable[[str], None]
 
 
 def verify(path: str | os.PathLike[str], *, threads: int | None = None, progress: Progress | None = None) -> Verdict:
-    """Checks hashes, preprocessing and parity of a bundle from disk, without writing anything.
+    """Checks hashes, preprocessing and parity of a bundle from disk, at each of its keeps, without writing anything.
 
     A result that differs is a Verdict that did not pass; a bundle that cannot be trusted is a BundleError. `threads`
     None means the cores of the machine, at most 4; `progress` is told what is being done. ONNX bundles need no torch.
     """
-    bundle = read_bundle(Path(path))
-    return check(bundle, Desktop(progress).run(bundle, Job(threads=threads)))
+    bundle, device = read_bundle(Path(path)), Desktop(progress)
+    return together(bundle, [check(view, device.run(view, Job(threads=threads))) for view in bundle.views])
 
 
 def check_bundle(
@@ -40,6 +40,8 @@ def check_bundle(
     """Does what `verify` does, measures too, and writes parity.json, latency.json, report.md and report.html.
 
     They go into the bundle, which must not be finished yet, or into `out_dir`. `twin` is the unpruned twin's folder.
+    Of several keeps each is compared with it and has reports of its own, such as `report-keep64.html`, beside those of
+    all.
     """
     bundle = read_bundle(path)
     listed = [name for name in REPORT_FILES if name in bundle.manifest.files]
@@ -49,6 +51,12 @@ def check_bundle(
             "or use `pruneport verify`, which writes nothing"
         )
     timing = Timing(warmup=warmup, runs=runs, twin=read_bundle(twin) if twin is not None else None)
-    verdict = check(bundle, Desktop(progress).run(bundle, Job(threads=threads, timing=timing)))
-    write_reports(bundle, verdict, bundle.path if out_dir is None else out_dir)
+    device, folder = Desktop(progress), bundle.path if out_dir is None else out_dir
+    verdicts = []
+    for view in bundle.views:
+        verdicts.append(check(view, device.run(view, Job(threads=threads, timing=timing))))
+        if view.is_view:
+            write_reports(view, verdicts[-1], folder)
+    verdict = together(bundle, verdicts)
+    write_reports(bundle, verdict, folder)
     return verdict

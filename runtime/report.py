@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from runtime.bundle import OWN_LAYOUT, SCHEMA_VERSION
+from runtime.bundle import OWN_LAYOUT, SCHEMA_VERSION, of_keep
 from runtime.check.parity import AnswerParity, GraphParity
 from runtime.check.verdict import GraphPlacement, Step, Verdict
 from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
@@ -78,11 +78,14 @@ class LatencyFile(_Record, frozen=True):
 
 
 def write_reports(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
-    """Writes parity.json, latency.json, report.md and report.html; OutputError where they cannot be written."""
+    """Writes parity.json, latency.json, report.md and report.html; OutputError where they cannot be written.
+
+    Those of a view for one keep bear it in their names.
+    """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(out_dir / "parity.json", _parity_file(bundle, verdict))
-        _write_json(out_dir / "latency.json", _latency_file(verdict))
+        _write_json(out_dir / _named("parity.json", bundle), _parity_file(bundle, verdict))
+        _write_json(out_dir / _named("latency.json", bundle), _latency_file(verdict))
         _write_pages(bundle, verdict, out_dir)
     except OSError as err:
         raise OutputError(f"the reports cannot be written to {out_dir}: {err.strerror or err}") from err
@@ -112,6 +115,10 @@ def _latency_file(verdict: Verdict) -> LatencyFile:
     )
 
 
+def _named(report: str, bundle: Bundle) -> str:
+    return of_keep(report, bundle.manifest.prune.keep) if bundle.is_view else report
+
+
 def _write_json(path: Path, record: msgspec.Struct) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
 
@@ -130,7 +137,7 @@ def _write_pages(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
     content = _content(bundle, verdict)
     for name in ("report.md", "report.html"):
         text = environment.get_template(f"{name}.j2").render(content)
-        (out_dir / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+        (out_dir / _named(name, bundle)).write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def terminal_table(bundle: Bundle, verdict: Verdict) -> RenderableType:
@@ -140,7 +147,7 @@ def terminal_table(bundle: Bundle, verdict: Verdict) -> RenderableType:
 
     status = _status(verdict)
     style = {"passed": "bold green", "failed": "bold red"}.get(status, "bold yellow")
-    table = RichTable(title=Text(bundle.manifest.name, style="bold"), show_header=False, title_justify="left")
+    table = RichTable(title=Text(bundle.title, style="bold"), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row(Text("verdict"), Text(status, style=style))
@@ -157,8 +164,18 @@ def terminal_table(bundle: Bundle, verdict: Verdict) -> RenderableType:
 
 def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
     """The numbers that matter, in the order of the terminal and of the reports' first screen."""
-    manifest = bundle.manifest
-    prune = manifest.prune
+    if not verdict.keeps:
+        return _found_rows(bundle, verdict) + _bundle_rows(bundle, verdict)
+    rows = []
+    for at, (keep, one) in zip(bundle.views, verdict.keeps.items(), strict=True):
+        rows += [(f"{label}, keep {keep}", text) for label, text in _found_rows(at, one)]
+    rows += _bundle_rows(bundle, verdict)
+    return [*rows, ("reports", "of each keep: " + ", ".join(_named("report.html", at) for at in bundle.views))]
+
+
+def _found_rows(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
+    """What was found at one keep."""
+    prune = bundle.manifest.prune
     rows = [("image tokens", _token_change(bundle))]
     tensors = [tensor for graph in verdict.graphs for tensor in graph.tensors]
     if tensors:
@@ -188,7 +205,13 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         if entry.twin is not None and entry.ratio is not None:
             text += f"; twin {_ms(entry.twin.median_ms)}; pruned/twin {entry.ratio.median:.3f}"
         rows.append((entry.graph, text))
-    rows += [(name, text) for name, text, *_ in _answer_rows(verdict)]
+    return rows + [(name, text) for name, text, *_ in _answer_rows(verdict)]
+
+
+def _bundle_rows(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
+    """What holds for all keeps."""
+    manifest = bundle.manifest
+    rows = []
     taken: dict[str, list[DelegateCoverage]] = {}
     for coverage in (coverage for graph_info in manifest.graphs for coverage in graph_info.coverage):
         taken.setdefault(coverage.delegate, []).append(coverage)
@@ -217,7 +240,7 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
     manifest = bundle.manifest
     golden = bundle.golden()
     return {
-        "name": manifest.name,
+        "name": bundle.title,
         "status": _status(verdict),
         "subtitle": _subtitle(bundle),
         "random_weights": manifest.weights.source == "random",
@@ -300,7 +323,7 @@ def _answer_rows(verdict: Verdict) -> list[tuple[str, str, str, str, str]]:
 
 def _answer_table(verdict: Verdict) -> Table | None:
     rows = _answer_rows(verdict)
-    if verdict.answers is None or not rows:
+    if verdict.answers is None or verdict.keeps or not rows:
         return None
     if verdict.answers.twin is None:
         return Table(
@@ -455,9 +478,9 @@ def _latency_table(verdict: Verdict) -> Table | None:
 
 
 def _twin_table(bundle: Bundle, verdict: Verdict) -> Table | None:
-    """Pruned beside unpruned; the last column is pruned over twin."""
+    """Pruned beside unpruned; the last column is pruned over twin. Of several keeps each report has its own."""
     twin = verdict.twin
-    if twin is None:
+    if twin is None or verdict.keeps:
         return None
     manifest = bundle.manifest
     timed = [entry for entry in verdict.latency if entry.twin is not None and entry.ratio is not None]
@@ -612,7 +635,8 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
     where = f"before decoder layer {prune.cut}" if prune.cut else "after the projector"
     settings = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in prune.settings.items())
     pruner = (
-        f"{prune.method}, {where}, {prune.grid[0]} x {prune.grid[1]} grid, keep {prune.keep}{settings}, "
+        f"{prune.method}, {where}, {prune.grid[0]} x {prune.grid[1]} grid, "
+        f"keep {' or '.join(map(str, bundle.keeps))}{settings}, "
         f"computed in {prune.arithmetic}"
     )
     rows = [

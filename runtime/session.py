@@ -97,12 +97,12 @@ def open_session(bundle: Bundle, graph_name: str, *, threads: int | None = None)
     `threads` None means `default_threads()`. ExecuTorch has one thread pool for the whole process: the session opened
     last decides. Raises BundleError for a missing or truncated file, EngineError for everything the engine refuses.
     """
-    graph = bundle.graph(graph_name)
+    graph, stored = bundle.graph(graph_name), bundle.stored(graph_name)
     wanted = default_threads() if threads is None else threads
     if wanted < 1:
         raise EngineError(f"threads={wanted} must be at least 1")
     files = {name: bundle.file(name) for name in graph.files}
     extra = tuple(files[name] for name in graph.extra_files)
     start = time.perf_counter()
-    loaded = ENGINES[graph.engine](graph, bundle.path / graph.file, extra, wanted)
+    loaded = ENGINES[graph.engine](stored, bundle.path / graph.file, extra, wanted)
     return Session(graph, loaded, (time.perf_counter() - start) * 1e3)

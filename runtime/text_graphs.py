@@ -11,10 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from runtime.bundle import VISION_ENCODER as VISION_ENCODER
 from runtime.bundle import GraphInfo, TensorInfo
 from runtime.errors import BundleError
 
-VISION_ENCODER = "vision_encoder"
 TOKEN_EMBEDDING = "token_embedding"
 IMAGE_PREFILL = "image_prefill"
 TEXT_PREFILL = "text_prefill"
@@ -184,14 +184,16 @@ class OpenTextGraphs:
             )
         kept = handed_on["hidden"].shape[1]
         self._image_entries = {name: handed_on[name].shape[2] if name in handed_on else kept for name in caches}
-        self._most = {name: info.shape[2] for name, info in caches.items()}
         self.image_part: ImagePart = {
             name: ((*info.shape[:2], self._image_entries[name], info.shape[3]), info.numpy_dtype)
             for name, info in caches.items()
         }
-        self.room = _room(bundle, {self._most[name] - entries for name, entries in self._image_entries.items()})
+        # Where the graphs serve several keeps, layers from the cut on have room for the largest: more than is of use.
+        self.room = _room(bundle, {min(caches[name].shape[2] - most for name, most in self._image_entries.items())})
+        self._most = {name: entries + self.room for name, entries in self._image_entries.items()}
         self.chunk = graphs[TOKEN_EMBEDDING].graph.inputs[0].shape[1]
-        self.cache_bytes = sum(info.size_bytes for info in caches.values())
+        sizes = (info.size_bytes // info.shape[2] * self._most[name] for name, info in caches.items())
+        self.cache_bytes = sum(sizes)
         self._back = {name: self.image_part[name] for name in _parts(back)}
         self._past: dict[str, np.ndarray] = {}
         self._prefix: dict[str, np.ndarray] | None = None
@@ -284,5 +286,7 @@ def _made(*graphs: GraphInfo) -> dict[str, TensorInfo]:
 def _room(bundle: str, rooms: set[int]) -> int:
     """The number of text tokens that every layer has room for."""
     if len(rooms) != 1 or min(rooms) < 1:
-        raise BundleError(f"{bundle}: the layers have room for different numbers of text tokens, {sorted(rooms)}")
+        raise BundleError(
+            f"{bundle}: the layers have no common room for text tokens, but {sorted(rooms)}; export again"
+        )
     return rooms.pop()

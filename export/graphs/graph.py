@@ -87,9 +87,9 @@ class Parts(Mapping[str, Graph]):
         self._at: int | None = None
         self._held: Mapping[str, Graph] = {}
 
-    def split(self) -> tuple[Parts, Parts]:
-        """The first part, and those behind it."""
-        return Parts(self._parts[:1]), Parts(self._parts[1:])
+    def split(self, first: int) -> tuple[Parts, Parts]:
+        """So many parts from the front, and those behind them."""
+        return Parts(self._parts[:first]), Parts(self._parts[first:])
 
     def __getitem__(self, name: str) -> Graph:
         number = next((n for n, (names, _) in enumerate(self._parts) if name in names), None)

@@ -39,7 +39,8 @@ class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     """What parity.json and latency.json of a bundle say, in short; None for what is not in them.
 
     `outputs_within` of `outputs` are within their bounds, `worst_rel` as in TensorParity; `kept_overlap` is the least
-    share of kept tokens that are the desktop's; times are medians in ms, sizes in bytes.
+    share of kept tokens that are the desktop's; times are medians in ms, sizes in bytes. Of several keeps the outputs
+    are counted together; times and answers are those of the first.
     """
 
     outputs: int
@@ -150,11 +151,11 @@ class Cell:
 
     def drop_graphs(self) -> None:
         """Removes what is large of its bundles, and leaves manifest and reports."""
-        from runtime.bundle import MANIFEST, REPORT_FILES
+        from runtime.bundle import MANIFEST, is_report
 
         for manifest in self.folder.glob(f"*/{MANIFEST}"):
             for path in manifest.parent.iterdir():
-                if path.name not in (MANIFEST, *REPORT_FILES):
+                if path.name != MANIFEST and not is_report(path.name):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _record(self, status: Status, detail: str, numbers: Numbers | None, ended: Ended | None) -> Record:
@@ -288,7 +289,7 @@ def _ended_by(number: int, log: Path) -> str:
 
 def _read_reports(bundle: Path) -> tuple[list[tuple[str, str, str]], Numbers]:
     """The steps of the check, and the numbers."""
-    from runtime.bundle import read_bundle
+    from runtime.bundle import VISION_ENCODER, read_bundle
     from runtime.report import LatencyFile, ParityFile
 
     parity = msgspec.json.decode((bundle / "parity.json").read_bytes(), type=ParityFile)
@@ -296,7 +297,7 @@ def _read_reports(bundle: Path) -> tuple[list[tuple[str, str, str]], Numbers]:
     tensors = [tensor for graph in parity.graphs for tensor in graph.tensors]
     texts = [graph.text for graph in parity.graphs if graph.text is not None]
     answers = latency.answers.bundle if latency.answers is not None else None
-    vision = [timed.bundle.median_ms for timed in latency.graphs if timed.graph == "vision_encoder"]
+    vision = [timed.bundle.median_ms for timed in latency.graphs if timed.graph.startswith(VISION_ENCODER)]
     numbers = Numbers(
         outputs=len(tensors),
         outputs_within=sum(tensor.passed for tensor in tensors),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from runtime.bundle import Bundle
 from runtime.check.parity import AnswerParity, GraphParity
 from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
 
@@ -36,7 +38,11 @@ class GraphPlacement(_Record, frozen=True):
 
 
 class Verdict(_Record, frozen=True):
-    """Everything a check found."""
+    """Everything a check found.
+
+    Of a bundle with several keeps it holds what was found at each, named by the keep, and `keeps` the verdict on each
+    by itself, by its number of tokens; `answer` and `answers` are those of the first.
+    """
 
     bundle: str
     device: str
@@ -47,6 +53,7 @@ class Verdict(_Record, frozen=True):
     latency: tuple[GraphLatency, ...] = ()
     answers: TimedAnswers | None = None
     twin: Twin | None = None
+    keeps: dict[int, Verdict] = {}
 
     @property
     def outcome(self) -> Status:
@@ -72,3 +79,34 @@ class Verdict(_Record, frozen=True):
     @property
     def unchecked_steps(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.status == "not checked")
+
+
+def together(bundle: Bundle, verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict on a bundle from those on its keeps, in the order of `bundle.keeps`; the only one as it is."""
+    if len(verdicts) == 1:
+        return verdicts[0]
+    keeps = dict(zip(bundle.keeps, verdicts, strict=True))
+    first = verdicts[0]
+    change = msgspec.structs.replace
+    return change(
+        first,
+        steps=tuple(
+            change(step, name=f"{step.name}, keep {keep}") for keep, verdict in keeps.items() for step in verdict.steps
+        ),
+        graphs=tuple(
+            change(graph, graph=f"{graph.graph}, keep {keep}")
+            for keep, verdict in keeps.items()
+            for graph in verdict.graphs
+        ),
+        placements=tuple(
+            change(placed, graph=f"{placed.graph}, keep {keep}")
+            for keep, verdict in keeps.items()
+            for placed in verdict.placements
+        ),
+        latency=tuple(
+            change(timed, graph=f"{timed.graph}, keep {keep}")
+            for keep, verdict in keeps.items()
+            for timed in verdict.latency
+        ),
+        keeps=keeps,
+    )

@@ -80,7 +80,7 @@ class FakeText(FakeEncoder):
     """A graph that goes on with what a fake encoder hands on, and that nobody traces."""
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
-        return self.output_infos()
+        return tuple(info.with_open(1) for info in self.output_infos())
 
 
 def fake_golden(checkpoint: object, entry: object, spec: Any, **rest: object) -> dict[str, np.ndarray]:
@@ -229,6 +229,35 @@ def test_light_walk_makes_both_bundles(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("light")
+def test_light_walk_of_several_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins: dict[str, Path | None] = {}
+
+    def checked(path: Path, **rest: Any) -> Verdict:
+        twins[path.name.lstrip(".").split(".partial")[0]] = rest["twin"]
+        return fake_check(path)
+
+    monkeypatch.setattr(runtime.harness, "check_bundle", checked)
+    words = ["--model", "pocket", "--keep", "16,64,8", "--target", "android", "--twin", "-q"]
+    assert cli.main(["export", *words, "--output-dir", str(tmp_path)], version="0") == 0
+    name, twin = "pocket-keep16-64-8-android-xnnpack", "pocket-keepall-android-xnnpack"
+    bundle = read_bundle(tmp_path / name)
+    assert bundle.keeps == (16, 64, 8)
+    vision = [f"vision_encoder_keep{keep}" for keep in (16, 64, 8)]
+    assert [graph.name for graph in bundle.manifest.graphs] == [
+        *vision,
+        DECODER_FRONT,
+        DECODER_BACK,
+        LM_HEAD,
+        TOKEN_EMBEDDING,
+    ]
+    assert bundle.graph(DECODER_BACK).inputs[0].shape[1] == 35 + 64, "sized for the largest"
+    assert all(f"golden-keep{keep}.safetensors" in bundle.manifest.files for keep in (16, 64, 8))
+    assert read_bundle(tmp_path / twin).keeps == (576,)
+    assert twins[twin] is None
+    assert "keepall" in str(twins[name])
+
+
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("twin", [False, True])
 def test_progress_counts_every_stage(tmp_path: Path, twin: bool) -> None:
     planned = plan(Request(model="pocket", keep="64", target="android", twin=twin, output_dir=str(tmp_path)))
@@ -241,7 +270,7 @@ def test_progress_counts_every_stage(tmp_path: Path, twin: bool) -> None:
 
 
 @pytest.mark.usefixtures("light")
-@pytest.mark.parametrize("twin", [[], ["--twin"]])
+@pytest.mark.parametrize("twin", [[], ["--twin"], ["--keep", "64,16"]], ids=["one", "twin", "several"])
 @pytest.mark.parametrize("step", [*STEPS, "lower"], ids=lambda step: step if isinstance(step, str) else step[1])
 def test_ctrl_c_leaves_nothing(
     step: tuple[object, str] | str,

@@ -132,6 +132,36 @@ def test_finished_stages_are_not_repeated(
     assert content(tmp_path / "out" / NAME) == content(tmp_path / "undisturbed" / NAME)
 
 
+def test_each_keep_is_a_stage(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while the desktop outputs of the second keep are made, those of the first are kept."""
+    several, name = ["--keep", "64,16"], "pocket-keep64-16-android-xnnpack"
+    run(tmp_path / "undisturbed", *several)
+    assert made == ["golden", "golden", "lower", "manifest", "manifest"]
+    golden = export.golden.make_golden
+
+    def dies_at_16(checkpoint: object, entry: object, spec: Any, **rest: Any) -> dict[str, np.ndarray]:
+        return die() if spec.keep == 16 else golden(checkpoint, entry, spec, **rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BundleWriter, "_clean_up", lambda self: None)
+        patch.setattr(export.golden, "make_golden", dies_at_16)
+        with pytest.raises(Killed):
+            run(tmp_path / "out", *several)
+    made.clear()
+    capsys.readouterr()
+    run(tmp_path / "out", *several, "--resume")
+    assert made == ["golden", "lower", "manifest", "manifest"]
+    assert f"{KEPT}: golden-keep64.safetensors" in capsys.readouterr().err
+    assert content(tmp_path / "out" / name) == content(tmp_path / "undisturbed" / name)
+    # In another order another keep is the default: another bundle.
+    kill(tmp_path / "other", runtime.harness, "check_bundle", *several)
+    made.clear()
+    run(tmp_path / "other", "--keep", "16,64", "--resume")
+    assert made == ["golden", "golden", "lower", "manifest", "manifest"]
+
+
 @pytest.mark.parametrize("step", STEPS[:3], ids=lambda step: step[1])
 def test_nothing_to_resume_is_just_an_export(
     step: tuple[object, str], made: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
