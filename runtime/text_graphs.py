@@ -188,14 +188,18 @@ class OpenTextGraphs:
             name: ((*info.shape[:2], self._image_entries[name], info.shape[3]), info.numpy_dtype)
             for name, info in caches.items()
         }
-        # Where the graphs serve several keeps, layers from the cut on have room for the largest: more than is of use.
-        self.room = _room(bundle, {min(caches[name].shape[2] - most for name, most in self._image_entries.items())})
+        rooms = {name: caches[name].shape[2] - entries for name, entries in self._image_entries.items()}
+        behind = _room(bundle, {rooms[name] for name in _parts(back)})
+        self.room = behind if front is None else _room(bundle, {rooms[name] for name in _parts(front)})
+        if self.room > behind:  # where the graphs serve several keeps, those behind the cut have room for the largest
+            raise BundleError(f"{bundle}: {_room_fault({self.room, behind})}")
         self._most = {name: entries + self.room for name, entries in self._image_entries.items()}
         self.chunk = graphs[TOKEN_EMBEDDING].graph.inputs[0].shape[1]
         sizes = (info.size_bytes // info.shape[2] * self._most[name] for name, info in caches.items())
         self.cache_bytes = sum(sizes)
         self._back = {name: self.image_part[name] for name in _parts(back)}
         self._past: dict[str, np.ndarray] = {}
+        self._made: dict[str, np.ndarray] = {}  # the caches of the last photo that was seen here
         self._prefix: dict[str, np.ndarray] | None = None
 
     def see(self, seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -204,11 +208,16 @@ class OpenTextGraphs:
             nothing = {name: np.zeros((*shape[:2], 1, shape[3]), dtype) for name, (shape, dtype) in self._back.items()}
             self._prefix = self._image(seen, 0, start, nothing) if start else nothing
         new = self._image(seen, start, seen["hidden"].shape[1], self._prefix)
-        caches = {
-            name: np.concatenate([self._prefix[name][:, :, :start], new[name]], axis=2) if name in new else seen[name]
-            for name in self.image_part
-        }
-        self.take(caches)
+        caches = {}
+        for name, entries in self._image_entries.items():
+            # In the cache at once, with room behind it: what is handed out is a part of that, and never written again.
+            cache = self._past[name] = self._made[name] = self._empty(name, entries)
+            if name in new:
+                cache[:, :, :start] = self._prefix[name][:, :, :start]
+                cache[:, :, start:entries] = new[name]
+            else:
+                cache[:, :, :entries] = seen[name]
+            caches[name] = cache[:, :, :entries]
         return caches
 
     def _image(self, seen: Mapping[str, np.ndarray], start: int, end: int, past: _Caches) -> dict[str, np.ndarray]:
@@ -225,12 +234,20 @@ class OpenTextGraphs:
 
     def take(self, caches: _Caches) -> None:
         for name, part in caches.items():
-            self._past[name] = self._grown(name, part, part.shape[2])
+            if part.base is not None and self._made.get(name) is part.base:
+                self._past[name] = part.base  # made here last: the room behind the image is this cache's own
+            else:
+                self._past[name] = self._grown(name, part, part.shape[2])
+
+    def _empty(self, name: str, entries: int) -> np.ndarray:
+        """A cache with room for `entries`, and for some more."""
+        shape, dtype = self.image_part[name]
+        room = min(-(-(entries + 1) // BLOCK) * BLOCK, self._most[name])
+        return np.zeros((*shape[:2], room, shape[3]), dtype)
 
     def _grown(self, name: str, filled: np.ndarray, entries: int) -> np.ndarray:
         """A cache with room for `entries`, and for some more, that begins with what is `filled`."""
-        room = min(-(-(entries + 1) // BLOCK) * BLOCK, self._most[name])
-        grown = np.zeros((*filled.shape[:2], room, filled.shape[3]), filled.dtype)
+        grown = self._empty(name, entries)
         grown[:, :, : filled.shape[2]] = filled
         return grown
 
@@ -286,7 +303,9 @@ def _made(*graphs: GraphInfo) -> dict[str, TensorInfo]:
 def _room(bundle: str, rooms: set[int]) -> int:
     """The number of text tokens that every layer has room for."""
     if len(rooms) != 1 or min(rooms) < 1:
-        raise BundleError(
-            f"{bundle}: the layers have no common room for text tokens, but {sorted(rooms)}; export again"
-        )
+        raise BundleError(f"{bundle}: {_room_fault(rooms)}")
     return rooms.pop()
+
+
+def _room_fault(rooms: set[int]) -> str:
+    return f"the layers have room for different numbers of text tokens, {sorted(rooms)}"

@@ -194,6 +194,40 @@ def test_questions_share_the_photo_and_not_each_other(make: Make) -> None:
     assert ids(session, photo) == first
 
 
+def test_sessions_over_one_photo_do_not_disturb_each_other(make: Make) -> None:
+    """What a photo left is never written again, though the session that saw it works on the very same memory."""
+    running = make(SPEC)
+    session, other = answers(running), answers(running)
+    photo = session.see(pixels())
+    left = {name: part.copy() for name, part in photo.caches.items()}
+    alone = ids(session, photo), ids(other, photo, QUESTION[::-1])
+    streams = (
+        session.answer(photo, QUESTION, max_new_tokens=5, past_end=True),
+        other.answer(photo, QUESTION[::-1], max_new_tokens=5, past_end=True),
+    )
+    pairs = list(zip(*streams, strict=True))
+    for one, expected in zip(range(2), alone, strict=True):
+        assert [pair[one].id for pair in pairs] == expected[:5]
+    assert all(np.array_equal(part, left[name]) for name, part in photo.caches.items())
+
+
+def test_an_open_cache_holds_a_photo_once(folder: Path) -> None:
+    running = _graphs(folder, True, SPEC)
+    handed: list[np.ndarray] = []
+    front = running[DECODER_FRONT]
+    run = front.run
+
+    def noted(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        handed.append(inputs["past_key_0"])
+        return run(inputs)
+
+    front.run = noted  # type: ignore[method-assign]
+    session = answers(running)
+    photo = session.see(pixels())
+    ids(session, photo)
+    assert np.shares_memory(handed[0], photo.caches["key_0"])
+
+
 def test_cache_is_as_large_as_on_paper(make: Make) -> None:
     session = answers(make(SPEC))
     text = TINY.geometry.text
