@@ -31,7 +31,7 @@ from runtime.engines import ENGINES
 from runtime.errors import BundleError, PruneportError, RequestError
 from runtime.golden import ANSWER, QUESTION
 from tests.sample_bundle import Sample, edit_manifest, make_bundle, noise_photo, rehash
-from tests.tiny_llava import TINY, write_tiny
+from tests.tiny_llava import TINY, tiny_tensors, write_tiny
 
 # The default is not the largest, for which the text graphs must have room.
 KEEPS = (2, 5)
@@ -103,22 +103,14 @@ def test_what_lies_in_the_bundle(exported: Exported) -> None:
 
 
 def test_weights_are_stored_once(exported: Exported) -> None:
-    """What a keep more adds is less than the tower alone, the least of what all keeps share."""
-    tower_bytes = 4 * TINY.vision_parameter_count(0)
-    name = "model.pte" if exported.backend == "xnnpack" else "weights.onnx_data"
-    several, alone = ((path / name).stat().st_size for path in (exported.path, exported.alone))
-    if exported.backend == "onnx":  # whose graphs' own operators lie in files of their own
-        assert several - alone < 0.1 * tower_bytes
-        return
-    graph_bytes = _program_bytes(exported.path / name) - _program_bytes(exported.alone / name)
-    assert several - alone - graph_bytes < 0.1 * tower_bytes
-
-
-def _program_bytes(path: Path) -> int:
-    """How long the part of a program is that holds its operators: what follows are segments, weights among them."""
-    header = path.read_bytes()[8:32]
-    assert header[:4] == b"eh00"
-    return int.from_bytes(header[8:16], "little")
+    """Every linear layer of tower and decoder lies in the file once, in float32 or as the same numbers in float16."""
+    stored = (exported.path / ("model.pte" if exported.backend == "xnnpack" else "weights.onnx_data")).read_bytes()
+    layers = {name: tensor for name, tensor in tiny_tensors().items() if ".layers." in name and tensor.dim() == 2}
+    unused = "vision_tower.encoder.layers.2."  # features are those of the layer before
+    assert len(layers) > 30
+    for name, tensor in layers.items():
+        times = stored.count(tensor.numpy().tobytes()) + stored.count(tensor.half().numpy().tobytes())
+        assert times == (0 if unused in name else 1), name
 
 
 def test_a_view_is_the_bundle_of_that_keep_alone(exported: Exported) -> None:

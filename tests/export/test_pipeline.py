@@ -411,7 +411,7 @@ def test_each_part_goes_to_its_backend_and_lies_in_a_folder_of_its_own(
 
 @pytest.mark.usefixtures("light")
 def test_graphs_that_do_not_fit_together_are_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    others = [((name,), lambda name=name: {name: FakeText(65)}) for name in (DECODER_BACK, LM_HEAD, TOKEN_EMBEDDING)]
+    others = [((name,), lambda name=name: {name: FakeText(63)}) for name in (DECODER_BACK, LM_HEAD, TOKEN_EMBEDDING)]
     monkeypatch.setattr(export.graphs.open_decoder, "open_text_parts", lambda *a, **k: others)
     planned = plan(Request(model="pocket", keep="64", target="android", output_dir=str(tmp_path / "out")))
     with pytest.raises(
