@@ -1,10 +1,12 @@
 """What an export of a whole model takes of memory, disk and time, stage by stage, and what its bundle takes to answer.
 
     python benchmarks/export_memory.py [--model llava-1.5-7b] [--layers 32] [--backend xnnpack] [--output-dir DIR]
+    python benchmarks/export_memory.py --starts DIR/BUNDLE [--backend xnnpack]
 
 Exports the model's geometry with seeded random weights, keep 64, as `pruneport export` does it by default, with as many
 decoder layers as are asked for; then starts the bundle twice, each time in a process of its own that opens all graphs
-and answers a question about a photo.
+and answers a question about a photo. `--starts` does the latter alone, with a bundle that such a run left, and puts it
+into that run's file.
 
     peak            high-water mark of memory of all processes of the export together, looked at ten times a second
     disk            the most that the output folder held at once
@@ -80,14 +82,34 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="decoder layers, all by default")
     parser.add_argument("--backend", default="xnnpack")
     parser.add_argument("--output-dir", type=Path, help="where the bundle stays; without it, it is removed")
+    parser.add_argument("--starts", type=Path, help="a bundle that a run before this one left")
     options = parser.parse_args()
+    if options.starts:
+        path = _file(options.model, options.backend)
+        result = {**json.loads(path.read_text(encoding="utf-8")), "starts": _starts(options.starts)}
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result["starts"], indent=2))
+        return
     with tempfile.TemporaryDirectory() as folder:
         result = _measured(options, options.output_dir or Path(folder))
     result["command"] = "python " + " ".join(["benchmarks/export_memory.py", *sys.argv[1:]])
-    name = f"export_whole-{result['model']}-{options.backend}.json"
-    (ROOT / "benchmarks/results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = _file(result["model"], options.backend)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
     sys.exit(0 if result["passed"] else 1)
+
+
+def _file(name: str, backend: str) -> Path:
+    return ROOT / f"benchmarks/results/export_whole-{name}-{backend}.json"
+
+
+def _starts(bundle: Path) -> list[dict[str, float]]:
+    """What the bundle takes to answer, in a fresh process each time."""
+    found = []
+    for _ in range(STARTS):
+        done = subprocess.run((sys.executable, "-c", ANSWER, str(bundle)), cwd=ROOT, capture_output=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
 
 
 def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -119,10 +141,6 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     watch.stop()
     path = planned.bundle.path
     shipped = {file for graph in made.bundle.manifest.graphs for file in graph.files}
-    starts = []
-    for _ in range(STARTS):
-        done = subprocess.run((sys.executable, "-c", ANSWER, str(path)), cwd=ROOT, capture_output=True, check=True)
-        starts.append(json.loads(done.stdout.splitlines()[-1]))
     return {
         "machine": f"{device_name()}; not a phone",
         "model": entry.name,
@@ -135,7 +153,7 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "forecast": {"ram_bytes": planned.needs.ram_bytes, "disk_bytes": planned.needs.disk_bytes},
         "shipped_bytes": sum((path / file).stat().st_size for file in shipped),
         "bundle_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        "starts": starts,
+        "starts": _starts(path),
     }
 
 

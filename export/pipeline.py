@@ -19,6 +19,7 @@ from export.stages import KEPT, Key, Stages, graph_stage, stages_key
 from runtime.bundle import GraphInfo, Manifest, RangesInfo, read_bundle
 from runtime.errors import ExportError
 from runtime.hand_over import hand_over_fault, text_side
+from runtime.memory import give_back
 from runtime.ready_made import EMBED_TOKENS
 from runtime.text_graphs import TEXT_PREFILL, TOKEN_EMBEDDING
 
@@ -118,6 +119,7 @@ def export(plan: Plan, *, progress: Progress, version: str, resume: bool = False
         ]
         del checkpoint, followed, making, kept
         gc.collect()
+        give_back()
         verdicts = [
             _check(bundle, writer.path, writers[0].path if plan.twin and bundle is not plan.twin else None, progress)
             for bundle, writer in zip(plan.bundles, writers, strict=True)
@@ -360,6 +362,7 @@ class _Making:
                     self._check_taken(graph.name, graph.coverage, stage)
                 stages.finished(f"graphs {place}", made[place])
                 gc.collect()
+                give_back()
         graph_infos = tuple(graph for place in places for graph in made[place].graphs)
         if plan.text is not None:
             by_name = {graph.name: graph for graph in graph_infos}

@@ -58,6 +58,17 @@ def check_widths(scheme: str, widths: dict[str, int]) -> None:
         )
 
 
+def _plain(layer: torch.nn.Module, name: str = "") -> bool:
+    """Whether a module is a linear layer that nobody has quantised."""
+    import torch
+
+    return isinstance(layer, torch.nn.Linear) and type(layer.weight.data) is torch.Tensor
+
+
+def _plain_widths(module: torch.nn.Module) -> dict[str, int]:
+    return {name: int(layer.in_features) for name, layer in module.named_modules() if _plain(layer)}
+
+
 def quantize(module: torch.nn.Module, scheme: str) -> None:
     """Quantises every linear layer of `module` in place.
 
@@ -72,10 +83,7 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         raise ExportError(f"the quantisation scheme {scheme!r} is not known; allowed: {', '.join(SCHEMES)}")
     known = SCHEMES[scheme]
 
-    def plain(layer: torch.nn.Module, name: str = "") -> bool:
-        return isinstance(layer, torch.nn.Linear) and type(layer.weight.data) is torch.Tensor
-
-    check_widths(scheme, {name: int(layer.in_features) for name, layer in module.named_modules() if plain(layer)})
+    check_widths(scheme, _plain_widths(module))
     if known.form == "nbits":
         from export.blocks.nbits import NBitsLinear
 
@@ -102,9 +110,9 @@ def quantize(module: torch.nn.Module, scheme: str) -> None:
         return alone.weight.data
 
     for layer in module.modules():
-        if isinstance(layer, torch.nn.Linear) and plain(layer) and (waiting := late(layer.weight)):
+        if isinstance(layer, torch.nn.Linear) and _plain(layer) and (waiting := late(layer.weight)):
             layer.weight = waiting.then(scheme, quantised).stand_in()
-    quantize_(module, config, filter_fn=plain)
+    quantize_(module, config, filter_fn=_plain)
 
 
 def schemes_below_cut(scheme: str) -> tuple[str, str]:
@@ -115,5 +123,6 @@ def schemes_below_cut(scheme: str) -> tuple[str, str]:
 def quantize_layer(layer: torch.nn.Module, scheme: str, *, below_cut: bool) -> None:
     """Quantises a decoder layer in place, a finer one where it lies below the cut: see Scheme."""
     attention, rest = schemes_below_cut(scheme) if below_cut else (scheme, scheme)
+    check_widths(scheme, _plain_widths(layer))  # of the scheme that was asked for, by the layer's own names
     quantize(layer.get_submodule("self_attn"), attention)
     quantize(layer, rest)  # what is left of it

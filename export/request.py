@@ -910,10 +910,15 @@ def _needs_of_late_weights(
     answering = 4 * all_layers if text and fits_beside(4 * all_layers) else 0
     measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
+
+    def below_cut(of: Callable[[str | None], float]) -> float:
+        mixed = backend is not text_backend  # they are then made as the rest of the vision graph
+        return below * of(quant_vision) if mixed else _below_cut_bytes(entry, cut, quant_text, of)
+
     # Layers below the cut lie in the file once, with those of the vision graph.
-    bundle = tower * stored(quant_vision) + _below_cut_bytes(entry, cut, quant_text, stored)
+    bundle = tower * stored(quant_vision) + below_cut(stored)
     bundle += rows + (layers - below) * stored(quant_text) if text else 0
-    held = tower * opened(backend)(quant_vision) + _below_cut_bytes(entry, cut, quant_text, opened(backend))
+    held = tower * opened(backend)(quant_vision) + below_cut(opened(backend))
     held += layers * opened(text_backend)(quant_text)
     opening = 0.0
     if text_backend.engine == "executorch":

@@ -147,6 +147,37 @@ def memory_of_an_export() -> str:
     return _made(*found) + markdown_table(heads, rows)
 
 
+def whole_exports() -> str:
+    """Returns what exports of whole models took, and what their bundles take to answer."""
+    found = results("export_whole-*.json")
+    rows = [
+        (
+            f"{result['model']}, {result['backend']}",
+            f"{result['seconds'] / 60:.1f}",
+            f"{result['peak_bytes'] / 2**30:.1f}",
+            f"{result['forecast']['ram_bytes'] / 2**30:.1f}",
+            f"{result['disk_peak_bytes'] / 1e9:.2f}",
+            f"{result['forecast']['disk_bytes'] / 1e9:.2f}",
+            f"{result['shipped_bytes'] / 1e9:.2f}",
+            f"{result['starts'][-1]['resident_bytes'] / 1e9:.2f}",
+            f"{result['starts'][-1]['start_s']:.1f}",
+        )
+        for result in found
+    ]
+    heads = (
+        "model, backend",
+        "export, min",
+        "peak memory, GiB",
+        "forecast",
+        "most disk, GB",
+        "forecast",
+        "files for the phone, GB",
+        "answering, GB",
+        "second start, s",
+    )
+    return _made(*found) + markdown_table(heads, rows)
+
+
 def npu_graphs() -> str:
     """Returns which nodes the emulated NPU took, graph by graph."""
     (result,) = results("bundles.json")
@@ -276,6 +307,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "other systems": other_systems,
     "on a GPU": on_a_gpu,
     "memory of an export": memory_of_an_export,
+    "whole exports": whole_exports,
     "graphs on the NPU": npu_graphs,
     "bundles for the NPU": partial(_bundles, "qnn"),
     "bundles for Core ML": partial(_bundles, "coreml"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 from runtime.bundle import GraphInfo, TensorInfo
 from runtime.engines import qnn, webgpu
 from runtime.errors import EngineError, EngineMissingError
+from runtime.memory import give_back
 from runtime.placement import Placement
 
 CPU = "CPUExecutionProvider"
@@ -112,14 +111,7 @@ class LoadedSession:
 
     def close(self) -> None:
         self._session = None
-        _give_back()
-
-
-def _give_back() -> None:
-    """Lets the C library return what sessions freed: glibc keeps it, hundreds of megabytes after a large graph."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+        give_back()
 
 
 def recording_options(*, severity: int) -> Any:

@@ -201,7 +201,8 @@ def test_needs_are_those_of_both(tmp_path: Path) -> None:
         return made.needs.ram_bytes, made.needs.disk_bytes
 
     onnx, mixed = needs("onnx"), needs("vision=onnx,text=xnnpack")
-    assert mixed == onnx
+    assert mixed[1] == onnx[1]
+    assert mixed[0] == pytest.approx(onnx[0], rel=0.01)  # XNNPACK opens its graphs in pieces
     half = needs("vision=vulkan,text=xnnpack", precision="vision=fp16,text=fp32")
     assert needs("vulkan", precision="fp16") < half < onnx
     ios = {"target": "ios"}

@@ -271,7 +271,7 @@ def test_npu_has_no_float32_to_flee_to(
 @pytest.mark.parametrize(
     "words",
     [
-        ("--backend", "onnx"),
+        ("--quant-text", "none", "--backend", "onnx"),
         pytest.param(("--quant-text", "none", "--backend", "xnnpack"), marks=pytest.mark.slow),
         pytest.param(("--target", "ios"), marks=pytest.mark.slow),
     ],
@@ -296,7 +296,7 @@ def test_text_graphs_that_overflow_have_an_island(
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_text_graphs_without_hazards(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = _text_weights(tmp_path / "weights")
-    words = ("--backend", "onnx", "--precision", precision)
+    words = ("--backend", "onnx", "--quant-text", "none", "--precision", precision)
     assert _export_tiny(tmp_path, weights, monkeypatch, *words) == 0
     ranges = _made(tmp_path)[0].text_ranges
     if precision == "fp32":
@@ -340,7 +340,7 @@ def test_text_graphs_that_no_island_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = _text_weights(tmp_path / "weights", first=2.0**12, second=2.0**12)
-    words = ("--backend", "onnx", "--precision", "fp16")
+    words = ("--backend", "onnx", "--quant-text", "none", "--precision", "fp16")
     assert _export_tiny(tmp_path, weights, monkeypatch, *words) == 2
     said = capsys.readouterr().err
     assert re.search(r"error: (layers\.2|norm) of the text graphs reaches .*give --precision fp32", said)
