@@ -49,6 +49,8 @@ RAM_PER_QUANTISED_WEIGHT = 2.6
 # Where weights are read as they are packed, the largest one sets the peak of lowering: read, in float32, quantised
 # (benchmarks/results/export_memory-*.json).
 RAM_PER_LARGEST_WEIGHT = 12
+# Tokens of a layer whose keys and values the check holds beside ONNX Runtime's weights: cache, golden, outputs.
+_TOKENS_IN_CHECK = 1100
 # A number of the token embedding in 8 bits, with its share of a scale in 32 bits for each 32.
 _BYTES_PER_ROW_NUMBER = 1.125
 # Golden tensors, reports and the photo beside the graph.
@@ -792,32 +794,38 @@ def _needs_of_late_weights(
     """RAM beside the libraries and the bytes of one bundle; `size` is what an unquantised weight takes.
 
     The more of three: a float32 graph that float16's range is measured on, lowering, and the check, in which all
-    graphs are open and one is read from the file.
+    graphs are open and, with XNNPACK, one is read from the file.
     """
-    of_text, of_vision = _stored_bytes(quant_text, size), _stored_bytes(quant_vision, size)
+    # Layers below the cut are the text graphs' where one backend makes both.
+    quant_below = quant_text if text_backend is backend else quant_vision
+    of_text, of_vision, of_below = (_stored_bytes(scheme, size) for scheme in (quant_text, quant_vision, quant_below))
     tower = entry.vision_parameter_count(0)
     below = entry.vision_parameter_count(cut) - tower
-    vision = tower * of_vision + below * of_text
+    vision = tower * of_vision + below * of_below
     table = math.prod(entry.tensors["embed_tokens.weight"].shape) if text else 0
     layers = entry.text_parameter_count() - table if text else 0
-    measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
+    measuring = 4 * (tower + (0 if quant_below else below)) if size == 2 and not quant_vision else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
     rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
 
     def opened(backend: Backend, scheme: str | None) -> float:
         return _opened_bytes(scheme) if backend.engine == "onnxruntime" else _stored_bytes(scheme, size)
 
-    held = tower * opened(backend, quant_vision) + below * opened(backend, quant_text)
+    held = tower * opened(backend, quant_vision) + below * opened(backend, quant_below)
     held += layers * opened(text_backend, quant_text)
+    opening: float
     if text_backend.engine == "onnxruntime":
-        opening = 0.0  # rows and what is not packed yet are pages of the file, which the system may take back
+        # Rows, and what is not packed yet, are pages of the file, which the system may take back.
+        sizes = entry.geometry.text
+        opening = 4 * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * _TOKENS_IN_CHECK if text else 0
     else:
         held += rows
         # The file has float32 weights in 16 bits, where they were published so, and each graph's while it is opened.
-        opening = max(tower * min(of_vision, 2) + below * min(of_text, 2), layers * min(of_text, 2))
+        opening = max(tower * min(of_vision, 2) + below * min(of_below, 2), layers * min(of_text, 2))
     checking = bundles * held + opening
-    # Layers below the cut lie in the file once, with the others.
-    bundle = tower * of_vision + layers * of_text + rows if text else vision
+    # Layers below the cut lie in the file once, with the others, where one backend makes both.
+    own = vision if not text or text_backend is not backend else tower * of_vision
+    bundle = own + layers * of_text + (rows if text else 0)
     return max(measuring, lowering, checking), bundle
 
 
