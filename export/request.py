@@ -49,6 +49,8 @@ RAM_PER_QUANTISED_WEIGHT = 2.6
 # Where weights are read as they are packed, the largest one sets the peak of lowering: read, in float32, quantised
 # (benchmarks/results/export_memory-*.json).
 RAM_PER_LARGEST_WEIGHT = 12
+# Tokens of a layer whose keys and values the check holds beside the weights: cache, golden, outputs.
+_TOKENS_IN_CHECK = 1100
 # A number of the token embedding in 8 bits, with its share of a scale in 32 bits for each 32.
 _BYTES_PER_ROW_NUMBER = 1.125
 # Golden tensors, reports and the photo beside the graphs, for each keep; all that several keeps do not share.
@@ -915,17 +917,20 @@ def _needs_of_late_weights(
         mixed = backend is not text_backend  # they are then made as the rest of the vision graph
         return below * of(quant_vision) if mixed else _below_cut_bytes(entry, cut, quant_text, of)
 
-    # Layers below the cut lie in the file once, with those of the vision graph.
+    # In the file of one backend the layers below the cut lie once, with those of the vision graph.
+    above = layers - (below if backend is text_backend else 0)
     bundle = tower * stored(quant_vision) + below_cut(stored)
-    bundle += rows + (layers - below) * stored(quant_text) if text else 0
+    bundle += rows + above * stored(quant_text) if text else 0
     held = tower * opened(backend)(quant_vision) + below_cut(opened(backend))
-    held += layers * opened(text_backend)(quant_text)
-    opening = 0.0
-    if text_backend.engine == "executorch":
-        held += rows - below * stored(quant_text) if text else 0  # XNNPACK shares what it packs
+    sizes = entry.geometry.text
+    opening = 4.0 * 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * _TOKENS_IN_CHECK if text else 0.0
+    if text_backend.engine == "onnxruntime":  # rows and what is not packed yet are pages of the file
+        held += layers * opened(text_backend)(quant_text)
+    else:  # XNNPACK shares what it packs
+        held += rows + above * stored(quant_text) if text else 0
         # The file has float32 weights in 16 bits, where they were published so, and each piece's while it is opened.
-        piece = PIECE_NUMBERS + all_layers // entry.geometry.text.layers
-        opening = min(piece, max(tower + below, layers)) * min(max(stored(quant_vision), stored(quant_text)), 2)
+        piece = PIECE_NUMBERS + all_layers // sizes.layers
+        opening += min(piece, max(tower + below, layers)) * min(max(stored(quant_vision), stored(quant_text)), 2)
     checking = bundles * held + opening
     return max(answering, measuring, lowering, checking), bundle
 

@@ -7,7 +7,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from export.quantize import check_widths
 from export.weights import late
 
 # A scale for so many numbers of a row, so that one large number costs its neighbours alone; an eighth more bytes.
@@ -47,12 +46,8 @@ class GatheredByteEmbedding(nn.Module):
     scales: Tensor
 
     def __init__(self, table: Tensor) -> None:
-        """`table` (V, D) of any floating-point type, also one that waits in its checkpoint.
-
-        ExportError where D is no multiple of `GROUP`.
-        """
+        """`table` (V, D) of any floating-point type, D a multiple of `GROUP`; it may wait in its checkpoint."""
         super().__init__()
-        check_widths("int8", {"embed_tokens": table.shape[1]})
         waiting = late(table)
         held = _unsigned(table) if waiting is None else waiting.then("rows in int8", _unsigned).stand_ins()
         for name, made in held.items():

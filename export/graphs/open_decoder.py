@@ -21,7 +21,7 @@ from export.blocks.rope import rope_tables
 from export.graphs.decoder import Context, TokenEmbedding, precise_modules
 from export.graphs.graph import Graph
 from export.graphs.vision import PRECISIONS
-from export.quantize import SCHEMES, quantize, quantize_layer
+from export.quantize import SCHEMES, check_widths, quantize, quantize_layer
 from export.ranges import make_islands
 from export.weights import at_once, fill
 from runtime.text_graphs import DECODER_BACK, DECODER_FRONT, LM_HEAD, TOKEN_EMBEDDING
@@ -289,6 +289,8 @@ def open_text_parts(
         fill(graph.embed_tokens, source, "embed_tokens", PRECISIONS[embedding_precision])
         if embedding_in_bytes:
             table = graph.embed_tokens.get_parameter("weight")
+            if gathered:
+                check_widths("int8", {"embed_tokens": geometry.text.hidden})
             graph.embed_tokens = GatheredByteEmbedding(table) if gathered else ByteEmbedding(table)
         return with_islands(graph, {})
 

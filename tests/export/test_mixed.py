@@ -200,11 +200,13 @@ def test_needs_are_those_of_both(tmp_path: Path) -> None:
         )
         return made.needs.ram_bytes, made.needs.disk_bytes
 
-    onnx, mixed = needs("onnx"), needs("vision=onnx,text=xnnpack")
-    assert mixed[1] == onnx[1]
-    assert mixed[0] == pytest.approx(onnx[0], rel=0.01)  # XNNPACK opens its graphs in pieces
+    # Both read weights late, and in float32 the vision graph takes the same with either. Two backends share no file.
+    mixed, alone = needs("vision=onnx,text=xnnpack"), needs("xnnpack")
+    large = export.families.MODELS["llava-1.5-7b"]
+    below = large.vision_parameter_count(2) - large.vision_parameter_count(0)
+    assert mixed == (alone[0] + 4 * below, alone[1] + 4 * below)
     half = needs("vision=vulkan,text=xnnpack", precision="vision=fp16,text=fp32")
-    assert needs("vulkan", precision="fp16") < half < onnx
+    assert needs("vulkan", precision="fp16") < half < needs("vulkan", precision="fp32")
     ios = {"target": "ios"}
     assert needs("coreml", **ios)[0] < needs("vision=coreml,text=executorch", **ios)[0] < needs("executorch", **ios)[0]
 

@@ -546,6 +546,7 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "golden",
         "graphs",
         "image",
+        "keeps",
         "layout",
         "model",
         "name",
