@@ -96,6 +96,7 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
             if made is None:
                 raise ExportError(f"the ONNX exporter returned nothing for {name}; run again with -v to see why")
             _plain_bounds(made.model)
+            leave_out_traces(made.model)
             shared = weights.move_out(made.model)
             onnx_ir.save(made.model, out_dir / f"{name}.onnx")
             lowered[name] = _Written(graph.input_infos(), graph.output_infos(), shared, dict(weights.offsets))
@@ -112,6 +113,13 @@ def lower_on(graphs: Mapping[str, Graph], out_dir: Path, stages: Stages | None) 
         )
         for name, written in lowered.items()
     }
+
+
+def leave_out_traces(model: Any) -> None:
+    """Takes out of an `onnx_ir` model what the exporter wrote of where it ran: lines and paths of its code."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 def _plain_bounds(model: Any) -> None:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.backends.onnx import OPSET, coverage_of, quiet, read_when_written
+from export.backends.onnx import OPSET, coverage_of, leave_out_traces, quiet, read_when_written
 from export.backends.tracing import converting, trace
 from export.graphs.graph import Graph
 from export.models.prompt import TokenizerFiles, end_ids, read_prompt, read_tokenizer_files
@@ -239,6 +239,7 @@ def _save(
             )
         if made is None:
             raise ExportError(f"the ONNX exporter returned nothing for {file.stem}; run again with -v to see why")
+        leave_out_traces(made.model)
         read_when_written(made.model, waiting)
         weights = [value.const_value for value in made.model.graph.initializers.values()]
         large: bool = sum(weight.nbytes for weight in weights if weight is not None) > _INLINE_LIMIT_BYTES

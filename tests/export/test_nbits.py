@@ -201,6 +201,16 @@ def test_every_linear_layer_is_packed_and_nothing_else(lowered: Path) -> None:
         assert packed == expected, name
 
 
+def test_no_file_tells_where_it_was_made(lowered: Path, root: Path) -> None:
+    files = list(lowered.glob("*.onnx"))
+    assert files
+    for file in files:
+        raw = file.read_bytes()
+        assert b"stack_trace" not in raw, file
+        assert b"site-packages" not in raw, file
+        assert str(root).encode() not in raw, file
+
+
 def test_weights_that_graphs_share_are_stored_once(lowered: Path) -> None:
     used, stored = Counter[str](), dict[tuple[int, int], str]()
     for name in (IMAGE_PREFILL, TEXT_PREFILL, TEXT_DECODER):
