@@ -263,10 +263,11 @@ def test_progress_counts_every_stage(tmp_path: Path, twin: bool) -> None:
     planned = plan(Request(model="pocket", keep="64", target="android", twin=twin, output_dir=str(tmp_path)))
     stream = io.StringIO()
     pipeline.export(planned, progress=Progress(stages=stage_count(planned), stream=stream), version="0")
-    heads = [line.split("]")[0] + "]" for line in stream.getvalue().splitlines() if line.startswith("[")]
+    said = [line for line in stream.getvalue().splitlines() if line.startswith("[")]
+    stages = [line for line in said if not line.endswith(" left")]  # a slow machine says it of a long stage
     count = stage_count(planned)
-    assert heads == [f"[{number}/{count}]" for number in range(1, count + 1)]
-    assert all(" s   peak " in line for line in stream.getvalue().splitlines() if line.startswith("["))
+    assert [line.split("]")[0] for line in stages] == [f"[{number}/{count}" for number in range(1, count + 1)]
+    assert all(" s   peak " in line for line in stages)
 
 
 @pytest.mark.usefixtures("light")
