@@ -6,6 +6,7 @@ PruneportError
 ├── ImageError         a file that is no photograph this program can read
 ├── ExportError        a graph that could not be traced or lowered as promised
 ├── BundleError        a bundle that is damaged, incomplete, hostile or from a newer version
+├── FindingsError      what a device left that is damaged, incomplete, hostile or of another bundle
 ├── EngineError        an engine that refuses a graph or its inputs
 │   └── EngineMissingError   an engine that is not installed here
 ├── OutputError        a place that cannot be written: it exists, is read-only, or is full
@@ -46,6 +47,10 @@ class ExportError(PruneportError):
 
 class BundleError(PruneportError):
     """A bundle that is damaged, incomplete, hostile or from a newer version."""
+
+
+class FindingsError(PruneportError):
+    """What a device left that is damaged, incomplete, hostile or of another bundle."""
 
 
 class EngineError(PruneportError):

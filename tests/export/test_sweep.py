@@ -322,8 +322,13 @@ def test_an_interrupted_sweep_ends_what_runs_and_records_nothing_of_it(tmp_path:
         return ended(130)
 
     cells = cells_of(tmp_path, 1, 1, 1)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(cells, tmp_path, worker)
+    # A shell has what it starts in the background ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(cells, tmp_path, worker)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert saw_the_end == [b""]
     results = msgspec.json.decode((tmp_path / RESULTS).read_bytes(), type=Results)
     assert results.outcome == "interrupted"
