@@ -95,10 +95,10 @@ def _llama() -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         special_tokens=["<unk>", "<s>", "</s>", "<image>", *(f"<0x{byte:02X}>" for byte in range(256))],
-        limit_alphabet=60,
         show_progress=False,
     )
-    made.train_from_iterator(CORPUS, trainer)
+    # What other alphabets write is left to the bytes.
+    made.train_from_iterator([text for text in CORPUS if text.isascii()], trainer)
     content = json.loads(made.to_str())
     # Bytes are tokens of the model, none that text is searched for.
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
