@@ -73,7 +73,7 @@ class _Run:
             photo_refused=refused,
             graphs=graphs,
             answer=self._answer() if asks else None,
-            twin=_twin(self._job.timing.twin) if self._twin_timed and self._job.timing else None,
+            twin=Twin.of(self._job.timing.twin) if self._twin_timed and self._job.timing and self._job.timing.twin else None,
         )
 
     def _pixels(self) -> tuple[np.ndarray | None, str]:
@@ -214,18 +214,6 @@ class _Run:
         return TimedAnswers(
             bundle=ours, twin=theirs[0] if theirs else None, ratio=timers[0].ratio(timers[1]) if theirs else None
         )
-
-
-def _twin(twin: Bundle | None) -> Twin | None:
-    if twin is None:
-        return None
-    handed_on = next((graph for graph in twin.manifest.graphs if graph.name == VISION_ENCODER), None)
-    return Twin(
-        name=twin.manifest.name,
-        image_tokens=twin.manifest.prune.keep,
-        size_bytes=twin.size_bytes,
-        handed_on_bytes=sum(info.size_bytes for info in handed_on.outputs) if handed_on else 0,
-    )
 
 
 def _why_no_twin(bundle: Bundle, twin: Bundle, graph: str) -> str:

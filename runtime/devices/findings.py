@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import msgspec
 import numpy as np
 
-from runtime.bundle import Bundle
+from runtime.bundle import VISION_ENCODER, Bundle
 from runtime.latency import AnswerLatency, AnswerRatio, Latency, Ratio
 from runtime.placement import Placement
 
@@ -41,6 +42,17 @@ class Twin(_Record, frozen=True):
     image_tokens: int
     size_bytes: int
     handed_on_bytes: int
+
+    @classmethod
+    def of(cls, twin: Bundle) -> Self:
+        """What a bundle says of itself as a twin."""
+        handed_on = next((graph for graph in twin.manifest.graphs if graph.name == VISION_ENCODER), None)
+        return cls(
+            name=twin.manifest.name,
+            image_tokens=twin.manifest.prune.keep,
+            size_bytes=twin.size_bytes,
+            handed_on_bytes=sum(info.size_bytes for info in handed_on.outputs) if handed_on else 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,17 @@ The runners in Kotlin, Swift and C++ and the desktop write and read the same. Ti
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 
-from runtime.bundle import DTYPES, Bundle, Count, Dim, Name, PositiveCount, TokenId
+from runtime.bundle import Bundle, Count, Name, PositiveCount, TokenId
 from runtime.errors import BundleError, FindingsError
 from runtime.golden import ANSWER, PHOTO, PIXELS, QUESTION, graph_inputs, input_key, steps
 from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
@@ -27,7 +26,6 @@ JOB, INPUTS, FINDINGS, OUTPUTS = "job.json", "inputs.safetensors", "findings.jso
 BUNDLE_DIR, TWIN_DIR = "bundle", "twin"
 
 _MAX_FINDINGS_BYTES = 64 * 2**20
-_MAX_OUTPUTS_HEADER_BYTES = 16 * 2**20
 _MOST_SAMPLES = 1_000_000
 
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -229,6 +227,7 @@ class LoadFound(_Record, frozen=True, kw_only=True):
 class FindingsFile(_Record, frozen=True, kw_only=True):
     """findings.json: what came of a job. `job`, `bundle` and `twin` are copied from it. `ended_utc` is set when whole.
 
+    `accumulator_bits`: in how many bits the engine adds float16 products up, where accumulator.pte lay beside the job.
     `trouble`: why the rest is missing, where the job as a whole could not be run.
     """
 
@@ -247,6 +246,7 @@ class FindingsFile(_Record, frozen=True, kw_only=True):
     steps: Annotated[tuple[StepFound, ...], msgspec.Meta(max_length=10_000)] = ()
     answer: AnswerFound | None = None
     memory: MemoryFound | None = None
+    accumulator_bits: Literal[16, 32] | None = None
     trouble: TroubleFound | None = None
     findings_version: int = FINDINGS_VERSION
 
