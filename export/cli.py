@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from export.device_cli import add_device, add_report, run_device, run_report
 from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
@@ -65,6 +66,8 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
         "explain": _add_explain(verbs),
         "sweep": _add_sweep(verbs),
         "clean": _add_clean(verbs),
+        **add_device(verbs, _add_verbosity),
+        "report": add_report(verbs, _add_verbosity),
     }
 
 
@@ -236,9 +239,16 @@ def _add_verbosity(group: argparse._ActionsContainer) -> None:
 def parse(argv: Sequence[str], *, optimum: bool = False) -> argparse.Namespace:
     """Parses the arguments; a mistake in them is a RequestError that names the nearest flag or verb."""
     parser, verbs = build_parser(optimum=optimum)
-    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
-        raise RequestError(f"unknown verb {argv[0]!r}{nearest(argv[0], verbs)}; verbs are: {', '.join(verbs)}")
+    names = [name for name in verbs if " " not in name]
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        raise RequestError(f"unknown verb {argv[0]!r}{nearest(argv[0], names)}; verbs are: {', '.join(names)}")
     chosen = verbs[argv[0]] if argv and argv[0] in verbs else parser
+    actions = [name.split()[1] for name in verbs if argv and name.startswith(f"{argv[0]} ")]
+    if actions and len(argv) > 1 and not argv[1].startswith("-"):
+        if argv[1] not in actions:
+            near = nearest(argv[1], actions)
+            raise RequestError(f"unknown action {argv[1]!r}{near}; {argv[0]} can: {', '.join(actions)}")
+        chosen = verbs[f"{argv[0]} {argv[1]}"]
     # Before argparse looks: for a mistyped flag it would report the right one as missing.
     flags = re.findall(r"(?<![\w-])--[a-z-]+", chosen.format_help())
     for word in takewhile(lambda word: word != "--", argv):
@@ -246,7 +256,7 @@ def parse(argv: Sequence[str], *, optimum: bool = False) -> argparse.Namespace:
         if flag.startswith("--") and flag not in flags:
             raise RequestError(f"unknown argument {flag!r}{nearest(flag, flags)}; see {chosen.prog} --help")
     args = parser.parse_args(argv)
-    if args.verb and args.verbose and args.quiet:
+    if "quiet" in args and args.verbose and args.quiet:
         raise RequestError("-v and -q contradict each other; give one of them")
     return args
 
@@ -301,6 +311,11 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         return _clean(args)
     if args.verb == "sweep":
         return _sweep(args, version, output)
+    if args.verb == "device":
+        with _ended_by_any_signal():
+            return run_device(args)
+    if args.verb == "report":
+        return run_report(args)
     return _explain(args)
 
 

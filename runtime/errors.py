@@ -6,6 +6,7 @@ PruneportError
 ├── ImageError         a file that is no photograph this program can read
 ├── ExportError        a graph that could not be traced or lowered as promised
 ├── BundleError        a bundle that is damaged, incomplete, hostile or from a newer version
+├── DeviceError        a device that cannot be reached, is full, or on which a job did not end
 ├── FindingsError      what a device left that is damaged, incomplete, hostile or of another bundle
 ├── EngineError        an engine that refuses a graph or its inputs
 │   └── EngineMissingError   an engine that is not installed here
@@ -47,6 +48,10 @@ class ExportError(PruneportError):
 
 class BundleError(PruneportError):
     """A bundle that is damaged, incomplete, hostile or from a newer version."""
+
+
+class DeviceError(PruneportError):
+    """A device that cannot be reached, is full, or on which a job did not end."""
 
 
 class FindingsError(PruneportError):

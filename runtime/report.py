@@ -124,6 +124,15 @@ def _write_json(path: Path, record: msgspec.Struct) -> None:
 
 
 def _write_pages(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
+    environment = templates()
+    content = _content(bundle, verdict)
+    for name in ("report.md", "report.html"):
+        text = environment.get_template(f"{name}.j2").render(content)
+        (out_dir / _named(name, bundle)).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def templates() -> Any:
+    """The environment that pages are rendered in: what is not there is an error, HTML is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -133,11 +142,8 @@ def _write_pages(bundle: Bundle, verdict: Verdict, out_dir: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _markdown_cell
-    content = _content(bundle, verdict)
-    for name in ("report.md", "report.html"):
-        text = environment.get_template(f"{name}.j2").render(content)
-        (out_dir / _named(name, bundle)).write_text(text.rstrip() + "\n", encoding="utf-8")
+    environment.filters["cell"] = markdown_cell
+    return environment
 
 
 def terminal_table(bundle: Bundle, verdict: Verdict) -> RenderableType:
@@ -201,9 +207,10 @@ def _found_rows(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         # What the others take is in the report; here it is in the answer's times.
         if verdict.answers is not None and entry.graph != VISION_ENCODER:
             continue
-        text = f"{_ms(entry.bundle.median_ms)} median of {entry.bundle.runs}, {plural(entry.bundle.threads, 'thread')}"
+        threads = plural(entry.bundle.threads, "thread")
+        text = f"{milliseconds(entry.bundle.median_ms)} median of {entry.bundle.runs}, {threads}"
         if entry.twin is not None and entry.ratio is not None:
-            text += f"; twin {_ms(entry.twin.median_ms)}; pruned/twin {entry.ratio.median:.3f}"
+            text += f"; twin {milliseconds(entry.twin.median_ms)}; pruned/twin {entry.ratio.median:.3f}"
         rows.append((entry.graph, text))
     return rows + [(name, text) for name, text, *_ in _answer_rows(verdict)]
 
@@ -227,7 +234,7 @@ def _bundle_rows(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
         if any(coverage.by_list for coverage in parts):
             graphs += " (by a list, not measured)"
         rows.append(("delegates", f"{delegate} {text}{graphs}, {sum(c.outside_nodes for c in parts)} outside"))
-    rows.append(("files", f"{plural(len(manifest.files), 'file')}, {_size(bundle.size_bytes)}"))
+    rows.append(("files", f"{plural(len(manifest.files), 'file')}, {size_words(bundle.size_bytes)}"))
     if verdict.latency:
         rows.append(("measured on", verdict.device))
     if not verdict.executed:
@@ -300,24 +307,24 @@ def _answer_rows(verdict: Verdict) -> list[tuple[str, str, str, str, str]]:
 
     row(
         "image ready",
-        lambda times: _ms(times.image_ready.median_ms),
+        lambda times: milliseconds(times.image_ready.median_ms),
         " after the photo",
         ratio.image_ready.median if ratio else None,
     )
     row(
         "TTFT",
-        lambda times: _ms(times.ttft.median_ms),
+        lambda times: milliseconds(times.ttft.median_ms),
         f" after a question of {ours.question_tokens} tokens",
         ratio.ttft.median if ratio else None,
     )
     row(
         "decode",
-        lambda times: f"{_ms(times.token.median_ms)} a token, {1e3 / times.token.median_ms:.1f} tokens/s",
+        lambda times: f"{milliseconds(times.token.median_ms)} a token, {1e3 / times.token.median_ms:.1f} tokens/s",
         "",
         ratio.token.median if ratio else None,
     )
     share = None if theirs is None else ours.kv_cache_bytes / theirs.kv_cache_bytes
-    row("KV cache", lambda times: _size(times.kv_cache_bytes), "", share)
+    row("KV cache", lambda times: size_words(times.kv_cache_bytes), "", share)
     return rows
 
 
@@ -460,13 +467,13 @@ def _latency_table(verdict: Verdict) -> Table | None:
                 rows.append(
                     (
                         label,
-                        _ms(times.median_ms),
-                        f"{_ms(times.p10_ms)} to {_ms(times.p90_ms)}",
-                        f"{_ms(times.min_ms)} to {_ms(times.max_ms)}",
+                        milliseconds(times.median_ms),
+                        f"{milliseconds(times.p10_ms)} to {milliseconds(times.p90_ms)}",
+                        f"{milliseconds(times.min_ms)} to {milliseconds(times.max_ms)}",
                         str(times.runs),
                         str(times.threads),
-                        _ms(times.load_ms),
-                        _size(times.peak_rss_bytes),
+                        milliseconds(times.load_ms),
+                        size_words(times.peak_rss_bytes),
                         times.engine,
                     )
                 )
@@ -489,14 +496,16 @@ def _twin_table(bundle: Bundle, verdict: Verdict) -> Table | None:
     )
     rows = [
         ("image tokens handed on", *_pair(manifest.prune.keep, twin.image_tokens, str)),
-        ("bytes handed on", *_pair(handed_on, twin.handed_on_bytes, _size)),
-        ("bundle size", *_pair(bundle.size_bytes, twin.size_bytes, _size)),
+        ("bytes handed on", *_pair(handed_on, twin.handed_on_bytes, size_words)),
+        ("bundle size", *_pair(bundle.size_bytes, twin.size_bytes, size_words)),
     ]
     for entry in timed:
         assert entry.twin is not None
         assert entry.ratio is not None
         spread = f"{entry.ratio.median:.3f} ({entry.ratio.p10:.3f} to {entry.ratio.p90:.3f})"
-        rows.append((f"{entry.graph}, median", _ms(entry.bundle.median_ms), _ms(entry.twin.median_ms), spread))
+        rows.append(
+            (f"{entry.graph}, median", milliseconds(entry.bundle.median_ms), milliseconds(entry.twin.median_ms), spread)
+        )
     return Table(
         columns=("", "pruned", "unpruned twin", "pruned / twin"),
         rows=tuple(rows),
@@ -607,7 +616,7 @@ def _neural_engine_table(bundle: Bundle) -> Table | None:
 def _file_table(bundle: Bundle) -> Table:
     return Table(
         columns=("file", "size", "sha256"),
-        rows=tuple((name, _size(info.size_bytes), info.sha256) for name, info in bundle.manifest.files.items()),
+        rows=tuple((name, size_words(info.size_bytes), info.sha256) for name, info in bundle.manifest.files.items()),
         numeric=frozenset(("size",)),
     )
 
@@ -726,18 +735,20 @@ def _number(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """Milliseconds in words."""
     return f"{value / 1e3:.2f} s" if value >= 1e4 else f"{value:.0f} ms" if value >= 100 else f"{value:.2f} ms"
 
 
-def _size(size_bytes: int) -> str:
+def size_words(size_bytes: int) -> str:
+    """Bytes in words."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= scale:
             return f"{size_bytes / scale:.1f} {unit}"
     return f"{size_bytes} B"
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Text that cannot leave its table cell or become markup."""
     for char in "\\|<>`*_[]":
         text = text.replace(char, f"\\{char}")

@@ -73,7 +73,9 @@ class _Run:
             photo_refused=refused,
             graphs=graphs,
             answer=self._answer() if asks else None,
-            twin=Twin.of(self._job.timing.twin) if self._twin_timed and self._job.timing and self._job.timing.twin else None,
+            twin=Twin.of(self._job.timing.twin)
+            if self._twin_timed and self._job.timing and self._job.timing.twin
+            else None,
         )
 
     def _pixels(self) -> tuple[np.ndarray | None, str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from runtime.bundle import Bundle, Count, Name, PositiveCount, TokenId
+from runtime.bundle import Bundle, Count, Name, PositiveCount, TokenId, is_report
 from runtime.errors import BundleError, FindingsError
 from runtime.golden import ANSWER, PHOTO, PIXELS, QUESTION, graph_inputs, input_key, steps
 from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
@@ -82,8 +82,9 @@ class JobFile(_Record, frozen=True, kw_only=True):
     """job.json: what to run.
 
     `bundle` identifies the bundle, in `folder` beside this file; `vision` is the vision graph of the keep that is run.
-    The photo is `photo` uint8 (H, W, 3) of inputs.safetensors, or, without one, `pixel_values`. `threads` 0 leaves it to
-    the device. `answer` None answers nothing; `timing` None times nothing.
+    What is answered about is `pixel_values` of inputs.safetensors; where `photo` uint8 (H, W, 3) lies beside them, it
+    is preprocessed there, compared and timed. `threads` 0 leaves it to the device. `answer` None answers nothing;
+    `timing` None times nothing.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
@@ -308,12 +309,32 @@ def make_job(
         answer=answer,
         threads=threads,
         timing=timing,
-        twin=None
-        if twin is None
-        else TwinJob(bundle=twin.at().identity, vision=twin.at().stored(VISION_ENCODER).name),
+        twin=None if twin is None else TwinJob(bundle=twin.at().identity, vision=twin.at().stored(VISION_ENCODER).name),
         gate=gate,
     )
     return job, tensors
+
+
+def make_question(
+    bundle: Bundle, pixels: np.ndarray, question: tuple[int, ...], *, new_tokens: int, threads: int = 0
+) -> tuple[JobFile, dict[str, np.ndarray]]:
+    """A job that asks one question, token ids, about `pixels` (1, 3, H, W) float32, and its tensors."""
+    bundle = bundle.at()
+    job = JobFile(
+        id=secrets.token_hex(8),
+        bundle=bundle.identity,
+        vision=bundle.stored(VISION_ENCODER).name,
+        steps=(),
+        answer=AnswerJob(question=question, new_tokens=new_tokens),
+        threads=threads,
+    )
+    return job, {PIXELS: pixels}
+
+
+def device_files(bundle: Bundle) -> tuple[str, ...]:
+    """What of a bundle a device needs to run it: no golden, no reports."""
+    left = {bundle.manifest.golden.file, *(info.golden for info in bundle.manifest.keeps)}
+    return tuple(file for file in bundle.manifest.files if file not in left and not is_report(file))
 
 
 def write_job(folder: Path, job: JobFile, tensors: Mapping[str, np.ndarray]) -> None:

@@ -76,7 +76,8 @@ nlohmann::ordered_json device_info(const std::string& kind) {
   std::string found = kind;
   if (found.empty()) found = model.empty() ? "desktop" : imitated ? "emulated" : "phone";
   std::string name = model.empty() ? processor() : property("ro.product.manufacturer") + " " + model;
-  if (name.empty()) name = std::string(system.machine) + " processor";
+  // An imitated processor passes on the name of the one that imitates it.
+  if (name.empty() || (found == "emulated" && model.empty())) name = std::string(system.machine) + " processor";
   std::string soc = property("ro.soc.model");
   if (!soc.empty()) soc = property("ro.soc.manufacturer") + " " + soc;
   const std::string release = property("ro.build.version.release");
