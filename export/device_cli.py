@@ -152,7 +152,7 @@ def _device(args: argparse.Namespace, *, gated: bool = False) -> AdbDevice:
 
 def _list(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from runtime.devices.adb import AdbDevice, listed
     from runtime.errors import DeviceError
@@ -164,7 +164,7 @@ def _list(args: argparse.Namespace) -> int:
     if not devices:
         print("no device is connected; plug one in with USB debugging on, see `adb devices`")
         return PASSED
-    table = Table("serial", "state", "model", "system", "ABI", "RAM", "free")
+    table = Table(Column("serial", no_wrap=True), "state", "model", "system", "ABI", "RAM", "free")
     for device in devices:
         row = [device.serial, device.state, device.model, "", "", "", ""]
         if device.state == "device":

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,7 @@ _CHUNK_BYTES = 4 * 2**20
 _SPARE_BYTES = 64 * 2**20
 _QUICK_S = 60.0
 _POLL_S = 1.0
+_LOOK_S = 15.0
 # Machines by their number in the header of an executable, and the ABIs of Android that run them.
 _ABIS = {62: ("x86_64",), 183: ("arm64-v8a", "aarch64"), 40: ("armeabi-v7a", "armv7l"), 3: ("x86", "i686")}
 # Android's own words for why an app ended, as `dumpsys activity exit-info` prints them.
@@ -112,6 +114,14 @@ def chosen(serial: str | None, adb: str = "adb") -> str:
     return serial
 
 
+class _Lost(DeviceError):
+    """The connection went away."""
+
+
+class _Silent(DeviceError):
+    """adb itself does not answer."""
+
+
 def _call(words: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
     try:
         return subprocess.run(words, capture_output=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False)
@@ -121,11 +131,7 @@ def _call(words: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[
         raise DeviceError(f"{words[0]} cannot be started: {err.strerror}") from err
     except subprocess.TimeoutExpired:
         what = " ".join(words[1:5])
-        raise DeviceError(f"`adb {what}` did not end in {timeout_s:.0f} s; reconnect the device") from None
-
-
-class _Lost(DeviceError):
-    """The connection went away."""
+        raise _Silent(f"`adb {what}` did not end in {timeout_s:.0f} s; reconnect the device") from None
 
 
 class Shell:
@@ -141,7 +147,11 @@ class Shell:
     def ask(self, script: str, *, timeout_s: float = _QUICK_S) -> tuple[int, str]:
         """Exit code and output of a script. Raises DeviceError where the connection was lost."""
         # adb's own exit code cannot be told from the script's.
-        done = _call(self.words("shell", "-T", f"{{ {script}\n}} 2>&1; echo; echo rc=$?"), timeout_s=timeout_s)
+        words = self.words("shell", "-T", f"{{ {script}\n}} 2>&1; rc=$?; echo; echo rc=$rc")
+        try:
+            done = _call(words, timeout_s=timeout_s)
+        except _Silent as err:
+            raise _Lost(str(err)) from err
         return self._ended(done.stdout, done.stderr)
 
     def _ended(self, output: bytes, errors: bytes) -> tuple[int, str]:
@@ -153,19 +163,19 @@ class Shell:
                 f"the connection to {self.serial} was lost ({reason[-1] if reason else 'no answer'}); plug it in and "
                 "run the same command again: what was pushed stays"
             )
-        return int(text[mark + 4 :].split()[0]), text[:mark].replace("\r\n", "\n").strip("\n")
+        return int(text[mark + 4 :].split()[0]), text[:mark].replace("\r\n", "\n")
 
     def do(self, script: str, *, timeout_s: float = _QUICK_S) -> str:
         """Output of a script that must succeed. Raises DeviceError."""
-        # The marker says how the last command ended, not the script: a failure ends it.
-        code, text = self.ask(f"( set -e\n{script}\n)\nrc=$?\n(exit $rc)", timeout_s=timeout_s)
+        # Its first failure ends it.
+        code, text = self.ask(f"( set -e\n{script}\n)", timeout_s=timeout_s)
         if code:
             raise DeviceError(f"{self.serial} refused `{script.splitlines()[0][:80]}`: {_full(text)}")
         return text
 
     def append(self, source: Path, start: int, remote: str, tell: Callable[[int], None]) -> None:
         """Appends a file from `start` on to one on the device. Raises DeviceError."""
-        script = f"cat >> {shlex.quote(remote)}; echo; echo rc=$?"
+        script = f"{{ cat >> {shlex.quote(remote)}; }} 2>&1; rc=$?; echo; echo rc=$rc"
         # To files, because nobody reads pipes while the file is written.
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors, source.open("rb") as file:
             process = subprocess.Popen(
@@ -185,6 +195,8 @@ class Shell:
                 raise _Lost(f"{self.serial} took no more of {source.name}; plug it in again, and repeat") from None
             finally:
                 process.kill()
+                with suppress(OSError):
+                    process.stdin.close()
             out.seek(0)
             errors.seek(0)
             code, text = self._ended(out.read(), errors.read())
@@ -288,7 +300,7 @@ class AdbDevice:
                 "for p in ro.product.manufacturer ro.product.model ro.build.version.release ro.product.cpu.abi; do\n"
                 'echo "$p=$(getprop $p 2>/dev/null)"\ndone || true\n'
                 'echo "machine=$(uname -m)"\n'
-                f"echo \"free=$(df -k {shlex.quote(self._folder)} | tail -n 1 | awk '{{print $4}}')\"\n"
+                'echo "free=$(df -k "$d" | tail -n 1 | awk \'{print $4}\')"\n'
                 'echo "ram=$(grep MemTotal /proc/meminfo | tr -dc 0-9)"'
             )
             told = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
@@ -504,7 +516,7 @@ class AdbDevice:
                 f"mkdir -p {shlex.quote(f'{self._folder}/packed')}\n"
                 f"chmod 755 {shlex.quote(f'{runner}/{self._runner.name}')}\n"
                 f"export LD_LIBRARY_PATH={shlex.quote(runner)}\n"
-                f"nohup sh -c 'echo $$ > {quoted}/pid; {words} > {quoted}/said 2> {quoted}/log; "
+                f"setsid sh -c 'echo $$ > {quoted}/pid; {words} > {quoted}/said 2> {quoted}/log; "
                 f"echo $? > {quoted}/exit.part; mv {quoted}/exit.part {quoted}/exit' > /dev/null 2>&1 < /dev/null &"
             )
         try:
@@ -546,14 +558,16 @@ class AdbDevice:
         app = (
             f"pidof {APP} > /dev/null && echo alive"
             if self._runner is None
-            else (f"kill -0 $(cat {quoted}/pid) 2> /dev/null && echo alive")
+            # What was killed and that nobody has asked after is still listed, as a zombie.
+            else f"grep ^State: /proc/$(cat {quoted}/pid)/status 2> /dev/null | grep -v Z"
         )
         out = f"{quoted}/out" if self._runner is not None else self._app_out(place)
         text = self.shell.do(
             f'echo "exit=$(cat {quoted}/exit 2> /dev/null)"\n'
             f'echo "state=$({app})"\n'
             f'echo "done=$({self._test(f"{out}/{FINDINGS}")})"\n'
-            f"tail -c +{seen + 1} {quoted}/said 2> /dev/null || true"
+            f"tail -c +{seen + 1} {quoted}/said 2> /dev/null || true",
+            timeout_s=_LOOK_S,
         )
         head, said = text.split("\n")[:3], "\n".join(text.split("\n")[3:])
         code, alive, done = (line.partition("=")[2].strip() for line in head)
@@ -619,11 +633,7 @@ class AdbDevice:
 
     def _stop(self, place: str) -> None:
         quoted = shlex.quote(place)
-        script = (
-            f"am force-stop {APP}"
-            if self._runner is None
-            else f"p=$(cat {quoted}/pid); pkill -P $p; kill $p 2> /dev/null; true"
-        )
+        script = f"am force-stop {APP}" if self._runner is None else f"kill -9 -$(cat {quoted}/pid); true"
         try:
             self.shell.ask(script)
         except DeviceError as err:

@@ -41,9 +41,7 @@ TEXTS = (
 )
 CORPUS = (*TEXTS, *(f"How many red circles are left of the blue square {n}?" for n in range(30)), "the picture " * 9)
 # GPT-4's and Qwen's way to cut text, as their tokenizer.json spells it.
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def photos() -> list[dict[str, Any]]:
@@ -138,11 +136,13 @@ def tokens() -> list[dict[str, Any]]:
         ("qwen", _qwen(), "{question}<|im_end|>\n<|im_start|>assistant\n", False),
     ):
         content = tokenizer.to_str()
+        image = tokenizer.token_to_id("<image>")
+        assert image is not None
         prompt = PromptInfo(
             prefix_ids=(),
             suffix_text=suffix,
             trims_question=trims,
-            special_ids={"image": tokenizer.token_to_id("<image>")},
+            special_ids={"image": image},
         )
         ours = Tokenizer(Path(TOKENIZER_FILE), prompt, content=content)
         random = np.random.default_rng(1)
