@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from export.cli import _Parser
     from runtime.bundle import Bundle
     from runtime.devices.adb import AdbDevice
+    from runtime.devices.remote import RemoteDevice
     from runtime.devices.wire import Received
 
 PASSED, FAILED, NOT_CHECKED = 0, 1, 3
@@ -24,6 +25,9 @@ used, 3 a step was not run on the device, 130 interrupted"""
 REPORT_EXIT_CODES = """\
 exit codes: 0 all devices compute what the desktop does, 1 one does not, or is slower than before, 2 the request or a
 file cannot be used, 3 a step was not run on a device, 130 interrupted"""
+
+
+_PLACES = ("adb", "devicectl", "ai-hub")
 
 
 def add_device(
@@ -125,24 +129,42 @@ def _tell(args: argparse.Namespace) -> Callable[[str], None]:
     return tell
 
 
-def _device(args: argparse.Namespace, *, gated: bool = False) -> AdbDevice:
+def _adb(args: argparse.Namespace) -> AdbDevice:
+    from runtime.devices.adb import FOLDER, AdbDevice
+
+    return AdbDevice(args.serial, folder=(args.folder or FOLDER).rstrip("/"), progress=_tell(args))
+
+
+def _device(args: argparse.Namespace, *, gated: bool = False) -> RemoteDevice:
+    """The device that the flags name, for a job."""
     from export.request import number
     from runtime.devices.adb import FOLDER, AdbDevice
+    from runtime.devices.ai_hub import AiHubDevice
+    from runtime.devices.devicectl import DevicectlDevice
     from runtime.devices.wire import GateJob
 
+    if args.on != "adb":
+        for flag in ("runner", "folder"):
+            if getattr(args, flag) is not None:
+                raise RequestError(f"--{flag} means nothing with --on {args.on}; leave one of them out")
+    if args.on == "ai-hub":
+        if args.serial is None:
+            raise RequestError("--on ai-hub needs --serial NAME, a phone of the hub; see `qai-hub list-devices`")
+        return AiHubDevice(args.serial, progress=_tell(args))
     gate = None
     if gated:
         most = number("most_celsius", args.most_celsius)
         if not 0 < most <= 100:
             raise RequestError(f"most_celsius={args.most_celsius} must lie above 0 and at most at 100")
         gate = GateJob(most_celsius=most)
-    timeout_s = number("timeout", getattr(args, "timeout", "3600"))
+    timeout_s = number("timeout", args.timeout)
     if not 0 < timeout_s <= 7 * 86400:
         raise RequestError(f"timeout={args.timeout} must lie above 0 and within a week, in seconds")
-    runner = getattr(args, "runner", None)
+    if args.on == "devicectl":
+        return DevicectlDevice(args.serial, timeout_s=timeout_s, gate=gate, progress=_tell(args))
     return AdbDevice(
         args.serial,
-        runner=None if runner is None else Path(runner),
+        runner=None if args.runner is None else Path(args.runner),
         folder=(args.folder or FOLDER).rstrip("/"),
         timeout_s=timeout_s,
         gate=gate,
@@ -183,19 +205,20 @@ def _list(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from export.request import whole_number
     from runtime.bundle import of_keep, read_bundle
+    from runtime.devices.remote import MOST_ANSWERS
     from runtime.devices.wire import TimingJob, make_job
 
     bundle = read_bundle(Path(args.bundle)).at(_keep(args))
     runs = whole_number("runs", args.runs, 0, 10_000)
     twin = _twin(args, bundle) if runs else None
     device = _device(args, gated=bool(runs))
-    name = f"{bundle.manifest.name}-{''.join(c if c.isalnum() else '-' for c in device.shell.serial)}"
+    name = f"{bundle.manifest.name}-{''.join(c if c.isalnum() else '-' for c in device.name)}"
     name = of_keep(name, bundle.manifest.prune.keep) if bundle.is_view else name
     out = Path(args.output_dir) if args.output_dir else Path("findings") / name
     job, tensors = make_job(
         bundle,
         threads=whole_number("threads", args.threads, 0, 256),
-        timing=TimingJob(runs=runs, answers=min(runs, 5)) if runs else None,
+        timing=TimingJob(runs=runs, answers=min(runs, MOST_ANSWERS)) if runs else None,
         twin=twin,
         gate=device.gate,
     )
@@ -286,14 +309,14 @@ def _ask(args: argparse.Namespace) -> int:
 def _pull(args: argparse.Namespace) -> int:
     from runtime.devices.wire import read_findings
 
-    out = _device(args).pull(Path(args.output_dir))
+    out = _adb(args).pull(Path(args.output_dir))
     file = read_findings(out).file
     print(f"{out}: {file.bundle} on {file.device.name}, {file.started_utc}")
     return PASSED
 
 
 def _clean(args: argparse.Namespace) -> int:
-    device = _device(args)
+    device = _adb(args)
     device.clean()
     _tell(args)(f"removed from {device.shell.serial}: {args.folder or 'all that pruneport pushed'}")
     return PASSED

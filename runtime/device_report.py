@@ -288,7 +288,7 @@ def _memory_table(rows: Sequence[Measured]) -> Table:
                 size_words(memory.peak_rss_bytes) if memory else "",
                 size_words(memory.after_close_bytes) if memory and memory.after_close_bytes is not None else "",
                 size_words(answer.cache_bytes) if answer and answer.cache_bytes else "",
-                size_words(each.file.device.ram_bytes),
+                size_words(each.file.device.ram_bytes) if each.file.device.ram_bytes else "",
             )
         )
     return Table(names, tuple(cells), numeric=frozenset(names[2:]))

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.findings import Findings, Job
-from runtime.devices.received import findings_of
+from runtime.devices.remote import RemoteDevice
 from runtime.devices.wire import (
     BUNDLE_DIR,
     FINDINGS,
@@ -31,9 +30,7 @@ from runtime.devices.wire import (
     GateJob,
     JobFile,
     Received,
-    TimingJob,
     device_files,
-    make_job,
     read_findings,
     write_job,
 )
@@ -262,8 +259,8 @@ class About:
         return bool(self.model)
 
 
-class AdbDevice:
-    """One device, `serial` or the only one; see `runtime.devices.device.Device`.
+class AdbDevice(RemoteDevice):
+    """An Android device, `serial` or the only one.
 
     `runner` is the native runner built for the device, with its libraries beside it; without one the app is used, which
     must be installed. A job that takes longer than `timeout_s` is ended. `gate` None times at any temperature.
@@ -315,21 +312,6 @@ class AdbDevice:
                 ram_bytes=int(told.get("ram") or 0) * 1024,
             )
         return self._about
-
-    def run(self, bundle: Bundle, job: Job) -> Findings:
-        """Runs a job there and reads what came of it; see `runtime.devices.device.Device`."""
-        timing = job.timing
-        twin = timing.twin if timing else None
-        made, tensors = make_job(
-            bundle,
-            threads=job.threads or 0,
-            timing=TimingJob(warmup=timing.warmup, runs=timing.runs, answers=min(timing.runs, 5)) if timing else None,
-            twin=twin,
-            gate=self.gate,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            received = self.collect(bundle, made, tensors, Path(folder) / "findings", twin=twin)
-            return findings_of(bundle, received, twin=twin)
 
     def collect(
         self,

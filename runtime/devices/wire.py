@@ -101,7 +101,7 @@ class JobFile(_Record, frozen=True, kw_only=True):
 
 
 class DeviceInfo(_Record, frozen=True, kw_only=True):
-    """What ran a job. `kind` says how far times are to be believed: only those of a `phone` are a phone's.
+    """What ran a job; numbers are 0 where it does not tell. Only times of the kind `phone` are a phone's.
 
     `emulated`: another processor imitates this one. `desktop`: a computer. `simulator`: a phone's system on a computer.
     """
@@ -111,7 +111,7 @@ class DeviceInfo(_Record, frozen=True, kw_only=True):
     os: Name
     abi: Name
     soc: Text = ""
-    cores: PositiveCount
+    cores: Count
     ram_bytes: Count
 
 

@@ -1,0 +1,55 @@
+"""What devices at the end of a cable, or of a network, have in common: they run a job file and send findings back."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.devices.findings import Findings, Job
+from runtime.devices.received import findings_of
+from runtime.devices.wire import GateJob, JobFile, Received, TimingJob, make_job
+
+# A whole answer takes as long as many runs of a graph.
+MOST_ANSWERS = 5
+
+
+class RemoteDevice(ABC):
+    """A device reached through job files; see `runtime.devices.device.Device`. `gate` None times in any heat."""
+
+    gate: GateJob | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What reports call it."""
+
+    @abstractmethod
+    def collect(
+        self,
+        bundle: Bundle,
+        job: JobFile,
+        tensors: dict[str, np.ndarray],
+        out_dir: Path,
+        *,
+        twin: Bundle | None = None,
+    ) -> Received:
+        """Runs a job there and leaves its findings in `out_dir`, which must not exist: whole, or not at all.
+
+        Raises BundleError, DeviceError, FindingsError, OutputError.
+        """
+
+    def run(self, bundle: Bundle, job: Job) -> Findings:
+        """Runs a job there and reads what came of it."""
+        timing = job.timing
+        twin = timing.twin if timing else None
+        wanted = None
+        if timing:
+            wanted = TimingJob(warmup=timing.warmup, runs=timing.runs, answers=min(timing.runs, MOST_ANSWERS))
+        made, tensors = make_job(bundle, threads=job.threads or 0, timing=wanted, twin=twin, gate=self.gate)
+        with tempfile.TemporaryDirectory() as folder:
+            received = self.collect(bundle, made, tensors, Path(folder) / "findings", twin=twin)
+            return findings_of(bundle, received, twin=twin)
