@@ -2,6 +2,7 @@
 
     python benchmarks/export_memory.py [--model llava-1.5-7b] [--layers 32] [--backend xnnpack] [--output-dir DIR]
     python benchmarks/export_memory.py --starts DIR/BUNDLE [--backend xnnpack]
+    python benchmarks/export_memory.py --starts DIR/BUNDLE --runner build/pruneport_runner
 
 Exports the model's geometry with seeded random weights, keep 64, as `pruneport export` does it by default, with as many
 decoder layers as are asked for; then starts the bundle twice, each time in a process of its own that opens all graphs
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -83,12 +85,17 @@ def main() -> None:
     parser.add_argument("--backend", default="xnnpack")
     parser.add_argument("--output-dir", type=Path, help="where the bundle stays; without it, it is removed")
     parser.add_argument("--starts", type=Path, help="a bundle that a run before this one left")
+    parser.add_argument("--runner", type=Path, help="start the bundle in the native runner, built for this machine")
     options = parser.parse_args()
     if options.starts:
         path = _file(options.model, options.backend)
-        result = {**json.loads(path.read_text(encoding="utf-8")), "starts": _starts(options.starts)}
+        if options.runner:
+            measured = {"native_starts": _native_starts(options.starts, options.runner)}
+        else:
+            measured = {"starts": _starts(options.starts)}
+        result = {**json.loads(path.read_text(encoding="utf-8")), **measured}
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(json.dumps(result["starts"], indent=2))
+        print(json.dumps(measured, indent=2))
         return
     with tempfile.TemporaryDirectory() as folder:
         result = _measured(options, options.output_dir or Path(folder))
@@ -109,6 +116,41 @@ def _starts(bundle: Path) -> list[dict[str, float]]:
     for _ in range(STARTS):
         done = subprocess.run((sys.executable, "-c", ANSWER, str(bundle)), cwd=ROOT, capture_output=True, check=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def _native_starts(path: Path, runner: Path) -> list[dict[str, float]]:
+    """The same in the native runner, whose first start packs the weights into a file that the later ones map."""
+    from runtime.bundle import read_bundle
+    from runtime.devices.wire import BUNDLE_DIR, make_job, read_findings, write_job
+
+    bundle = read_bundle(path)
+    job, tensors = make_job(bundle, threads=2, checks=False)
+    found = []
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        place = Path(folder)
+        write_job(place, job, tensors)
+        (place / BUNDLE_DIR).symlink_to(path.resolve())
+        for number in range(STARTS):
+            out = place / f"out{number}"
+            words = (str(runner.resolve()), str(place), str(out), "--packed", str(place / "packed"))
+            env = {**os.environ, "LD_LIBRARY_PATH": str(runner.resolve().parent)}
+            subprocess.run(words, env=env, capture_output=True, check=True)
+            file = read_findings(out).file
+            assert file.answer is not None
+            assert file.memory is not None
+            (run,) = file.answer.runs
+            start_ms = (*file.load.first_ms, *file.load.later_ms)[0]
+            found.append(
+                {
+                    "start_s": round(start_ms / 1e3, 2),
+                    "image_ready_ms": round(run.image_ready_ms, 1),
+                    "ttft_question_ms": round(run.ttft_question_ms, 1),
+                    "token_ms": round(sorted(run.token_ms)[len(run.token_ms) // 2], 1),
+                    "resident_bytes": file.memory.peak_rss_bytes,
+                    "packed_bytes": sum(packed.stat().st_size for packed in place.glob("packed-*")),
+                }
+            )
     return found
 
 

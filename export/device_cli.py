@@ -86,6 +86,13 @@ def add_device(
             )
         if name in ("bench", "ask"):
             parser.add_argument(
+                "--on",
+                choices=_PLACES,
+                default="adb",
+                metavar="WAY",
+                help=f"what reaches the device: {', '.join(_PLACES)} (default adb); devicectl is Apple's",
+            )
+            parser.add_argument(
                 "--runner", metavar="FILE", help="the native runner for it (default: the app, installed)"
             )
         verbosity(parser)

@@ -161,6 +161,11 @@ def whole_exports() -> str:
             f"{result['shipped_bytes'] / 1e9:.2f}",
             f"{result['starts'][-1]['resident_bytes'] / 1e9:.2f}",
             f"{result['starts'][-1]['start_s']:.1f}",
+            *(
+                (f"{native[-1]['resident_bytes'] / 1e9:.2f}", f"{native[-1]['start_s']:.2f}")
+                if (native := result.get("native_starts"))
+                else ("", "")
+            ),
         )
         for result in found
     ]
@@ -174,6 +179,8 @@ def whole_exports() -> str:
         "files for the phone, GB",
         "answering, GB",
         "second start, s",
+        "answering in the native runner, GB",
+        "its second start, s",
     )
     return _made(*found) + markdown_table(heads, rows)
 

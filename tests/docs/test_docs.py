@@ -59,7 +59,7 @@ def commands(text: str) -> list[list[str]]:
 def check_flags(text: str) -> None:
     """Every flag that a text names is one of the command line's, or of the script that stands before it."""
     said = re.sub(r"(?:/usr/bin/time -v )?python benchmarks/[^`\n]*", "", text)
-    known = {"--help", "--version", "--strict"}  # the last one is mypy's
+    known = {"--help", "--version", "--strict", "--build"}  # the last ones are mypy's and CMake's
     for verb in build_parser()[1].values():
         known |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", verb.format_help()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", said)) <= known
@@ -140,6 +140,9 @@ def test_every_flag_is_listed(pages: dict[str, str]) -> None:
         ("flags.md", "Flags of export", "export"),
         ("flags.md", "Flags of ask", "ask"),
         ("sweeps.md", "Flags", "sweep"),
+        ("devices.md", "Flags of bench", "device bench"),
+        ("devices.md", "Flags of ask on a device", "device ask"),
+        ("devices.md", "Flags of report", "report"),
     ):
         listed = set(re.findall(r"--[a-z-]+", " ".join(first_cells(filled(pages[page]), title))))
         spoken = set(re.findall(r"(?<![\w-])--[a-z-]+", build_parser()[1][verb].format_help())) - {"--help"}
