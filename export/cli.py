@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -12,23 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from export.device_cli import add_device, add_report, run_device, run_report
+from export.outcome import BAD_REQUEST, FAILED, INTERRUPTED, NOT_CHECKED, PASSED, Parser, command, exit_code, show
 from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
 from runtime.names import readable, stored_name
 
 if TYPE_CHECKING:
-    from runtime.bundle import Bundle
-    from runtime.check.verdict import Verdict
-
-PASSED = 0
-FAILED = 1  # the engine ran and did not compute what the desktop model computes
-BAD_REQUEST = 2
-NOT_CHECKED = 3  # a step could not be run here, so nothing is known about it
-INTERRUPTED = 130
+    pass
 
 EXIT_CODES = """\
 exit codes: 0 checked and equal, 1 the engine's outputs differ from the desktop's, 2 the request or a file cannot be
@@ -42,23 +35,16 @@ could not be checked whole on this machine, 130 interrupted"""
 OPTIMUM_PROG = "optimum-cli export pruneport"
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are RequestErrors, so that there is one place that prints and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}; see {self.prog} --help")
-
-
 def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser and, by name, those of its verbs; with `optimum`, `export` is `optimum-cli export pruneport`."""
-    parser = _Parser(
+    parser = Parser(
         prog=OPTIMUM_PROG if optimum else "pruneport",
         description="Exports vision-language models whose image tokens are pruned inside the graph, and checks them.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     return parser, {
         "export": _add_export(verbs, optimum=optimum),
         "verify": _add_verify(verbs),
@@ -71,7 +57,7 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
     }
 
 
-def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) -> _Parser:
+def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> Parser:
     verb = verbs.add_parser(
         "export",
         prog=OPTIMUM_PROG if optimum else None,
@@ -144,7 +130,7 @@ def _add_export(verbs: argparse._SubParsersAction[_Parser], *, optimum: bool) ->
     return verb
 
 
-def _add_verify(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_verify(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb = verbs.add_parser(
         "verify",
         help="re-check a bundle's hashes and parity from disk",
@@ -157,7 +143,7 @@ def _add_verify(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
-def _add_ask(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_ask(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb = verbs.add_parser(
         "ask",
         help="ask a bundle about a photo, in its engine on this machine",
@@ -182,7 +168,7 @@ def _add_ask(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
-def _add_explain(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_explain(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb = verbs.add_parser(
         "explain",
         help="say what each delegate took, what stayed outside and why, and which rewrite would help",
@@ -196,7 +182,7 @@ def _add_explain(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
-def _add_sweep(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_sweep(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb = verbs.add_parser(
         "sweep",
         help="export every cell of a matrix of flags, with one report",
@@ -217,7 +203,7 @@ def _add_sweep(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     return verb
 
 
-def _add_clean(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_clean(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb = verbs.add_parser(
         "clean",
         help="remove what exports that were killed left behind",
@@ -371,8 +357,8 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     if args.quiet:
         output.write_path(made.bundle.path)
     else:
-        _show(made.bundle, made.verdict, next_command=_command("verify", str(made.bundle.path)))
-    return _exit_code(made.verdict)
+        show(made.bundle, made.verdict, next_command=command("verify", str(made.bundle.path)))
+    return exit_code(made.verdict)
 
 
 @contextmanager
@@ -403,8 +389,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.quiet:
         print(verdict.outcome)
     else:
-        _show(bundle, verdict, next_command=_command("export", "--help"))
-    return _exit_code(verdict)
+        show(bundle, verdict, next_command=command("export", "--help"))
+    return exit_code(verdict)
 
 
 def _ask(args: argparse.Namespace, output: Stream) -> int:
@@ -538,28 +524,3 @@ def _explain(args: argparse.Namespace) -> int:
         for shown in terminal_tables(explanation):
             console.print(shown, soft_wrap=isinstance(shown, Text))  # an address is there to be copied
     return PASSED if explanation.complete else NOT_CHECKED
-
-
-def _show(bundle: Bundle, verdict: Verdict, *, next_command: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from runtime.report import terminal_table
-
-    console = Console()
-    console.print(terminal_table(bundle, verdict))
-    # On one line, however long: it is there to be copied.
-    console.print(Text.assemble("next: ", (next_command, "bold cyan")), soft_wrap=True)
-
-
-def _command(*words: str) -> str:
-    """How to start pruneport again in the way it was started: the script if that ran, else this interpreter."""
-    if Path(sys.argv[0]).name == "pruneport":
-        return shlex.join(["pruneport", *words])
-    interpreter = Path(sys.executable)
-    near = interpreter.is_relative_to(Path.cwd())
-    return shlex.join([str(interpreter.relative_to(Path.cwd())) if near else "python", "-m", "pruneport", *words])
-
-
-def _exit_code(verdict: Verdict) -> int:
-    return {"passed": PASSED, "failed": FAILED, "not checked": NOT_CHECKED}[verdict.outcome]

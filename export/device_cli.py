@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.outcome import FAILED, NOT_CHECKED, PASSED, Parser, command, exit_code, show
 from runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from export.cli import _Parser
     from runtime.bundle import Bundle
     from runtime.devices.adb import AdbDevice
     from runtime.devices.remote import RemoteDevice
     from runtime.devices.wire import Received
-
-PASSED, FAILED, NOT_CHECKED = 0, 1, 3
 
 DEVICE_EXIT_CODES = """\
 exit codes: 0 the device computes what the desktop does, 1 it does not, 2 the request, a file or the device cannot be
@@ -31,8 +29,8 @@ _PLACES = ("adb", "devicectl", "ai-hub")
 
 
 def add_device(
-    verbs: argparse._SubParsersAction[_Parser], verbosity: Callable[[argparse._ActionsContainer], None]
-) -> dict[str, _Parser]:
+    verbs: argparse._SubParsersAction[Parser], verbosity: Callable[[argparse._ActionsContainer], None]
+) -> dict[str, Parser]:
     """Adds `device` with its actions; returns the parsers by the words that name them."""
     verb = verbs.add_parser(
         "device",
@@ -43,7 +41,7 @@ def add_device(
     )
     actions = verb.add_subparsers(dest="action", metavar="ACTION", parser_class=type(verb))
 
-    def action(name: str, words: str) -> _Parser:
+    def action(name: str, words: str) -> Parser:
         return actions.add_parser(
             name,
             help=words,
@@ -100,8 +98,8 @@ def add_device(
 
 
 def add_report(
-    verbs: argparse._SubParsersAction[_Parser], verbosity: Callable[[argparse._ActionsContainer], None]
-) -> _Parser:
+    verbs: argparse._SubParsersAction[Parser], verbosity: Callable[[argparse._ActionsContainer], None]
+) -> Parser:
     """Adds `report`."""
     verb = verbs.add_parser(
         "report",
@@ -217,14 +215,15 @@ def _bench(args: argparse.Namespace) -> int:
 
     bundle = read_bundle(Path(args.bundle)).at(_keep(args))
     runs = whole_number("runs", args.runs, 0, 10_000)
-    twin = _twin(args, bundle) if runs else None
+    threads = whole_number("threads", args.threads, 0, 256)
     device = _device(args, gated=bool(runs))
+    twin = _twin(args, bundle) if runs else None
     name = f"{bundle.manifest.name}-{''.join(c if c.isalnum() else '-' for c in device.name)}"
     name = of_keep(name, bundle.manifest.prune.keep) if bundle.is_view else name
     out = Path(args.output_dir) if args.output_dir else Path("findings") / name
     job, tensors = make_job(
         bundle,
-        threads=whole_number("threads", args.threads, 0, 256),
+        threads=threads,
         timing=TimingJob(runs=runs, answers=min(runs, MOST_ANSWERS)) if runs else None,
         twin=twin,
         gate=device.gate,
@@ -234,7 +233,6 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _judged(args: argparse.Namespace, bundle: Bundle, received: Received, out: Path) -> int:
-    from export.cli import _command, _exit_code, _show
     from runtime.check.judge import check
     from runtime.devices.received import findings_of
 
@@ -242,9 +240,9 @@ def _judged(args: argparse.Namespace, bundle: Bundle, received: Received, out: P
     if args.quiet:
         print(verdict.outcome)
     else:
-        again = _command("report", str(out), "--reference", str(bundle.path))
-        _show(bundle, verdict, next_command=again)
-    return _exit_code(verdict)
+        again = command("report", str(out), "--reference", str(bundle.path))
+        show(bundle, verdict, next_command=again)
+    return exit_code(verdict)
 
 
 def _keep(args: argparse.Namespace) -> int | None:

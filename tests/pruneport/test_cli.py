@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from export import cli
+from export import cli, outcome
 from export.request import Request, describe, nearest, plan
 from pruning import METHODS, Arithmetic, Features, PruneSpec, Trace
 from pruning.method import Cuts, Need
@@ -45,7 +45,7 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["exprot"],
-            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, explain, sweep, clean",
+            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, explain, sweep, clean, device, report",
         ),
         (
             ["export", "--modle", "x"],
@@ -437,5 +437,5 @@ def test_next_command_is_one_line_to_copy(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("COLUMNS", "40")
     command = "pruneport verify bundles/[red]a-bundle-with-a-long-name-in-a-narrow-terminal"
     nothing: Any = None
-    cli._show(nothing, nothing, next_command=command)
+    outcome.show(nothing, nothing, next_command=command)
     assert capsys.readouterr().out == f"table\nnext: {command}\n"
