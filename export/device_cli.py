@@ -25,7 +25,7 @@ exit codes: 0 all devices compute what the desktop does, 1 one does not, or is s
 file cannot be used, 3 a step was not run on a device, 130 interrupted"""
 
 
-_PLACES = ("adb", "devicectl", "ai-hub")
+_PLACES = ("adb", "devicectl", "ai-hub", "here")
 
 
 def add_device(
@@ -88,7 +88,8 @@ def add_device(
                 choices=_PLACES,
                 default="adb",
                 metavar="WAY",
-                help=f"what reaches the device: {', '.join(_PLACES)} (default adb); devicectl is Apple's",
+                help=f"the way to the device: {', '.join(_PLACES)} (default adb); devicectl is Apple's, here is this "
+                "machine",
             )
             parser.add_argument(
                 "--runner", metavar="FILE", help="the native runner for it (default: the app, installed)"
@@ -146,10 +147,11 @@ def _device(args: argparse.Namespace, *, gated: bool = False) -> RemoteDevice:
     from runtime.devices.adb import FOLDER, AdbDevice
     from runtime.devices.ai_hub import AiHubDevice
     from runtime.devices.devicectl import DevicectlDevice
+    from runtime.devices.here import HereDevice
     from runtime.devices.wire import GateJob
 
     if args.on != "adb":
-        for flag in ("runner", "folder"):
+        for flag in ("folder",) if args.on == "here" else ("runner", "folder"):
             if getattr(args, flag) is not None:
                 raise RequestError(f"--{flag} means nothing with --on {args.on}; leave one of them out")
     if args.on == "ai-hub":
@@ -165,6 +167,9 @@ def _device(args: argparse.Namespace, *, gated: bool = False) -> RemoteDevice:
     timeout_s = number("timeout", args.timeout)
     if not 0 < timeout_s <= 7 * 86400:
         raise RequestError(f"timeout={args.timeout} must lie above 0 and within a week, in seconds")
+    if args.on == "here":
+        runner = None if args.runner is None else Path(args.runner)
+        return HereDevice(runner=runner, timeout_s=timeout_s, progress=_tell(args))
     if args.on == "devicectl":
         return DevicectlDevice(args.serial, timeout_s=timeout_s, gate=gate, progress=_tell(args))
     return AdbDevice(
@@ -211,7 +216,7 @@ def _bench(args: argparse.Namespace) -> int:
     from export.request import whole_number
     from runtime.bundle import of_keep, read_bundle
     from runtime.devices.remote import MOST_ANSWERS
-    from runtime.devices.wire import TimingJob, make_job
+    from runtime.devices.wire import TimingJob, make_job, write_minibench
 
     bundle = read_bundle(Path(args.bundle)).at(_keep(args))
     runs = whole_number("runs", args.runs, 0, 10_000)
@@ -229,14 +234,15 @@ def _bench(args: argparse.Namespace) -> int:
         gate=device.gate,
     )
     received = device.collect(bundle, job, tensors, out, twin=twin)
-    return _judged(args, bundle, received, out)
+    write_minibench(out, received.file, bundle)
+    return _judged(args, bundle, received, out, twin)
 
 
-def _judged(args: argparse.Namespace, bundle: Bundle, received: Received, out: Path) -> int:
+def _judged(args: argparse.Namespace, bundle: Bundle, received: Received, out: Path, twin: Bundle | None) -> int:
     from runtime.check.judge import check
     from runtime.devices.received import findings_of
 
-    verdict = check(bundle, findings_of(bundle, received))
+    verdict = check(bundle, findings_of(bundle, received, twin=twin))
     if args.quiet:
         print(verdict.outcome)
     else:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime.bundle import VISION_ENCODER as VISION_ENCODER
-from runtime.bundle import GraphInfo, TensorInfo
+from runtime.bundle import GraphInfo, Manifest, TensorInfo
 from runtime.errors import BundleError
 
 TOKEN_EMBEDDING = "token_embedding"
@@ -285,6 +285,22 @@ class OpenTextGraphs:
                     self._past[part] = self._grown(part, self._past[part][:, :, :filled], entries)
                 self._past[part][:, :, filled:entries] = out[part]
         return hidden
+
+
+def cache_on_paper(manifest: Manifest) -> tuple[int, str]:
+    """Bytes that the whole KV cache of a bundle with text graphs takes, image and text; and the sum in words."""
+    prune, text = manifest.prune, manifest.text
+    assert text is not None
+    keys = {info.name: info for graph in manifest.graphs for info in graph.cache if "_key_" in info.name}
+    first, layers = next(iter(keys.values())), len(keys)
+    _, heads, _, width = first.shape
+    number = first.numpy_dtype.itemsize
+    prefix = manifest.frame.before
+    seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
+    entries = prune.cut * seen[0] + (layers - prune.cut) * seen[1]
+    paper = 2 * entries * heads * width * number
+    rows = f"{prune.cut} x {seen[0]} + {layers - prune.cut} x {seen[1]}"
+    return paper, f"2 x ({rows}) entries x {heads} heads x {width} x {number} bytes = {paper}"
 
 
 _PARTS = ("key_", "value_")

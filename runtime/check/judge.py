@@ -27,7 +27,7 @@ from runtime.golden import (
 from runtime.names import plural
 from runtime.placement import Placement
 from runtime.ready_made import EMBED_TOKENS
-from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
+from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER, cache_on_paper
 
 # Pillow's resize may round one grey level apart between builds; a wrong crop or channel order is dozens off.
 _MOST_GREY_LEVELS = 1.0
@@ -268,19 +268,7 @@ class _Judge:
 
     def _judge_cache(self, cache_bytes: int) -> None:
         """The bytes that the KV cache takes, against the sum on paper."""
-        manifest = self._bundle.manifest
-        prune, text = manifest.prune, manifest.text
-        assert text is not None
-        keys = {info.name: info for graph in manifest.graphs for info in graph.cache if "_key_" in info.name}
-        first, layers = next(iter(keys.values())), len(keys)
-        _, heads, _, width = first.shape
-        number = first.numpy_dtype.itemsize
-        prefix = manifest.frame.before
-        seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
-        entries = prune.cut * seen[0] + (layers - prune.cut) * seen[1]
-        paper = 2 * entries * heads * width * number
-        rows = f"{prune.cut} x {seen[0]} + {layers - prune.cut} x {seen[1]}"
-        on_paper = f"2 x ({rows}) entries x {heads} heads x {width} x {number} bytes = {paper}"
+        paper, on_paper = cache_on_paper(self._bundle.manifest)
         detail = f"{cache_bytes} bytes; on paper {on_paper}"
         (self._passed if cache_bytes == paper else self._failed)("KV cache", detail)
 

@@ -20,6 +20,7 @@ from runtime.errors import FindingsError
 from runtime.golden import PHOTO, PIXELS, graph_inputs, step_label, steps
 from runtime.latency import AnswerLatency, AnswerRatio, Latency, Ratio, Spread
 from runtime.placement import Placement
+from runtime.text_graphs import cache_on_paper
 
 # Times of these are those of what they are called; the others imitate a device.
 MEASURED = ("phone", "desktop")
@@ -179,12 +180,15 @@ class _Reading:
         if not ours:
             return None
         return TimedAnswers(
-            bundle=self._answers(found, ours),
-            twin=self._answers(found, theirs) if theirs else None,
+            bundle=self._answers(found, ours, found.cache_bytes or 0),
+            twin=self._answers(found, theirs, self._twin_cache_bytes()) if theirs else None,
             ratio=_ratios(ours, theirs) if theirs else None,
         )
 
-    def _answers(self, found: AnswerFound, runs: list[AnswerRun]) -> AnswerLatency:
+    def _twin_cache_bytes(self) -> int:
+        return cache_on_paper(self._twin.at().manifest)[0] if self._twin is not None else 0
+
+    def _answers(self, found: AnswerFound, runs: list[AnswerRun], cache_bytes: int) -> AnswerLatency:
         tokens = [ms for run in runs for ms in run.token_ms]
         return AnswerLatency(
             image_ready=Spread.of([run.image_ready_ms for run in runs]),
@@ -192,7 +196,7 @@ class _Reading:
             token=Spread.of(tokens or [0.0]),
             question_tokens=found.question_tokens,
             new_tokens=1 + len(runs[0].token_ms),
-            kv_cache_bytes=found.cache_bytes or 0,
+            kv_cache_bytes=cache_bytes,
             runs=len(runs),
             threads=self._file.threads,
             device=device_words(self._file),

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import Bundle, Count, Name, PositiveCount, TokenId, is_report
-from runtime.errors import BundleError, FindingsError
+from runtime.errors import BundleError, FindingsError, OutputError
 from runtime.golden import ANSWER, PHOTO, PIXELS, QUESTION, graph_inputs, input_key, steps
 from runtime.text_graphs import TOKEN_EMBEDDING, VISION_ENCODER
 
@@ -24,6 +24,7 @@ JOB_VERSION = 1
 FINDINGS_VERSION = 1
 JOB, INPUTS, FINDINGS, OUTPUTS = "job.json", "inputs.safetensors", "findings.json", "outputs.safetensors"
 BUNDLE_DIR, TWIN_DIR = "bundle", "twin"
+MINIBENCH = "benchmark_results.json"
 
 _MAX_FINDINGS_BYTES = 64 * 2**20
 _MOST_SAMPLES = 1_000_000
@@ -425,3 +426,51 @@ def write_findings(folder: Path, file: FindingsFile, tensors: Mapping[str, np.nd
     beside = folder / f".{FINDINGS}"
     beside.write_bytes(msgspec.json.format(msgspec.json.encode(file)) + b"\n")
     beside.replace(folder / FINDINGS)
+
+
+def minibench(file: FindingsFile, bundle: Bundle) -> list[dict[str, object]]:
+    """The same in the shape of ExecuTorch's minibench, `benchmark_results.json`: medians of the bundle's own runs."""
+    target = bundle.manifest.target
+    model = {
+        "name": bundle.manifest.model,
+        "backend": target.backend,
+        "quantization": target.quant_text or target.quant_vision or target.precision,
+    }
+    device = {
+        "device": file.device.name,
+        "arch": file.device.abi,
+        "os": file.device.os,
+        "totalMem": file.device.ram_bytes,
+        "kind": file.device.kind,
+    }
+    runs = [run for run in (file.answer.runs if file.answer else ()) if not run.twin and not run.warmup]
+    tokens = [ms for run in runs for ms in run.token_ms]
+    metrics: dict[str, list[float]] = {
+        "model_load_time(ms)": list(file.load.later_ms or file.load.first_ms),
+        "image_ready(ms)": [run.image_ready_ms for run in runs],
+        "ttft_from_question(ms)": [run.ttft_question_ms for run in runs],
+        "ttft_from_photo(ms)": [run.ttft_photo_ms for run in runs],
+        "token_per_sec": [1e3 / float(np.median(tokens))] if tokens and np.median(tokens) else [],
+        "peak_rss(bytes)": [float(file.memory.peak_rss_bytes)] if file.memory else [],
+        **{f"{step.graph}@{step.step}(ms)": list(step.run_ms) for step in file.steps if step.run_ms},
+    }
+    return [
+        {
+            "benchmarkModel": model,
+            "metric": name,
+            "actualValue": float(np.median(samples)),
+            "targetValue": 0.0,
+            "deviceInfo": device,
+        }
+        for name, samples in metrics.items()
+        if samples
+    ]
+
+
+def write_minibench(folder: Path, file: FindingsFile, bundle: Bundle) -> None:
+    """Writes benchmark_results.json beside findings. Raises OutputError."""
+    path = folder / MINIBENCH
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(minibench(file, bundle))) + b"\n")
+    except OSError as err:
+        raise OutputError(f"{path} cannot be written: {err.strerror or err}") from err

@@ -13,18 +13,19 @@ from runtime.check.judge import check
 from runtime.devices.desktop import Desktop
 from runtime.devices.device import Device
 from runtime.devices.findings import Job, Timing
+from runtime.devices.here import HereDevice
 from runtime.engines import ENGINES
 from runtime.errors import BundleError
 from tests.sample_bundle import Sample, make_bundle
 
-every = pytest.mark.parametrize("device", [Desktop()], ids=lambda device: type(device).__name__)
+every = pytest.mark.parametrize("device", [Desktop(), HereDevice()], ids=lambda device: type(device).__name__)
 
 
 @every
 def test_a_device_tells_of_every_graph_and_judges_nothing(device: Device, tmp_path: Path) -> None:
     bundle = read_bundle(make_bundle(tmp_path / "bundle", Sample()))
     findings = device.run(bundle, Job(threads=1))
-    assert findings.device == device.name
+    assert findings.device.startswith(device.name)
     assert [found.graph for found in findings.graphs] == [graph.name for graph in bundle.manifest.graphs]
     for found, graph in zip(findings.graphs, bundle.manifest.graphs, strict=True):
         assert found.outputs is not None
@@ -48,7 +49,8 @@ def test_a_device_times_what_it_is_asked_to(device: Device, tmp_path: Path) -> N
     (found,) = findings.graphs
     assert found.latency is not None
     assert found.latency.bundle.runs == 3
-    assert found.latency.ratio is not None
+    # Far away, whole answers alone are timed in turns with the twin's; this bundle has no text graphs.
+    assert (found.latency.ratio is not None) == isinstance(device, Desktop)
     assert findings.twin is not None
     assert findings.twin.image_tokens == 16
 

@@ -16,6 +16,7 @@ from runtime.bundle import Bundle, read_bundle
 from runtime.check.judge import check
 from runtime.devices.desktop import Desktop
 from runtime.devices.findings import Job
+from runtime.devices.here import HereDevice
 from runtime.devices.received import findings_of
 from runtime.devices.wire import (
     FINDINGS,
@@ -34,13 +35,14 @@ from runtime.devices.wire import (
     TroubleFound,
     device_files,
     make_job,
+    minibench,
     read_findings,
     read_job,
     schemas,
     write_findings,
     write_job,
 )
-from runtime.errors import BundleError, FindingsError
+from runtime.errors import BundleError, DeviceError, FindingsError, OutputError
 from tests.conftest import ROOT
 from tests.sample_bundle import Sample, make_bundle
 
@@ -283,3 +285,38 @@ def test_an_answer_that_was_not_given(bundle: Bundle) -> None:
     """A bundle without text graphs asks for none; what a device sends all the same is not looked at."""
     file = found(bundle, answer=AnswerFound(ids=(1, 2), trouble=TroubleFound(message="no")))
     assert outcome(bundle, file, tensors(bundle)) == {}
+
+
+def test_the_shape_of_minibench(bundle: Bundle) -> None:
+    """The fields of the field's own dashboards, and medians of what was measured."""
+    rows = minibench(found(bundle), bundle)
+    assert all(row.keys() == {"benchmarkModel", "metric", "actualValue", "targetValue", "deviceInfo"} for row in rows)
+    values = {row["metric"]: row["actualValue"] for row in rows}
+    assert values == {"vision_encoder@vision_encoder(ms)": 2.0, "peak_rss(bytes)": 1e8}
+    assert rows[0]["benchmarkModel"] == {
+        "name": bundle.manifest.model,
+        "backend": bundle.manifest.target.backend,
+        "quantization": bundle.manifest.target.precision,
+    }
+
+
+def test_this_machine_by_a_job(bundle: Bundle, tmp_path: Path) -> None:
+    """Python's engines write what a phone writes; nothing of a run that failed is left."""
+    device = HereDevice()
+    job, made = make_job(bundle, timing=TimingJob(warmup=1, runs=3))
+    received = device.collect(bundle, job, made, tmp_path / "findings")
+    assert received.file.device.kind == "desktop"
+    (step,) = received.file.steps
+    assert (len(step.warmup_ms), len(step.run_ms)) == (1, 3)
+    assert step.delegates is not None
+    assert check(bundle, findings_of(bundle, received)).outcome == "passed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["findings"]
+    with pytest.raises(OutputError, match="exists already"):
+        device.collect(bundle, job, made, tmp_path / "findings")
+    runner = tmp_path / "runner"
+    runner.write_text("#!/bin/sh\necho out of luck >&2\nexit 3\n")
+    for mode, message in ((0o755, "ended with exit code 3: out of luck"), (0o644, "cannot be started")):
+        runner.chmod(mode)
+        with pytest.raises(DeviceError, match=message):
+            HereDevice(runner=runner).collect(bundle, job, made, tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["findings", "runner"]
