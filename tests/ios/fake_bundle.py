@@ -143,7 +143,10 @@ def make_fake_bundle(target: Path, kind: str, *, pruned: bool = True) -> Bundle:
                 created_utc="2026-01-31T12:00:00Z",
                 weights=WeightsInfo(source="checkpoint", id="sums", sha256=hashlib.sha256(b"sums").hexdigest()),
                 target=TargetInfo(
-                    name="ios", backend="coreml" if kind == "stateful" else "xnnpack", precision="fp32", quant_text="int4"
+                    name="ios",
+                    backend="coreml" if kind == "stateful" else "xnnpack",
+                    precision="fp32",
+                    quant_text="int4",
                 ),
                 prune=PruneInfo(
                     cut=CUT,

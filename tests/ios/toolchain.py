@@ -26,7 +26,16 @@ NAME = f"swift-{RELEASE}-1"
 PACKAGES = ("swiftlang", "libc6-dev", "libstdc++-14-dev")
 VERSION = "Swift version 6.0.3"
 # Debuggers, servers for editors and static libraries: a third of the whole.
-LEFT_OUT = ("lldb*", "liblldb*", "libsourcekitdInProc*", "sourcekit-lsp", "clangd", "docc", "swift_static/*", "share/doc/*")
+LEFT_OUT = (
+    "lldb*",
+    "liblldb*",
+    "libsourcekitdInProc*",
+    "sourcekit-lsp",
+    "clangd",
+    "docc",
+    "swift_static/*",
+    "share/doc/*",
+)
 CHECKOUT, EXCHANGE, BUILT = "/checkout", "/exchange", "/built"
 _MINUTES = 60.0
 

@@ -132,6 +132,47 @@ public final class Tensor: @unchecked Sendable {
     floats.withUnsafeBytes { bytes.copyMemory(from: $0) }
   }
 
+  /// Copies elements that lie `strides` apart in somebody's memory. Throws Trouble where they would lie outside of it.
+  public convenience init(_ dtype: DType, _ shape: [Int], from source: UnsafeRawBufferPointer, strides: [Int]) throws {
+    try self.init(dtype, shape)
+    let rows = try rows(lying: strides, in: source.count)
+    guard let to = bytes.baseAddress, let of = source.baseAddress else { return }
+    for (number, at) in rows.offsets.enumerated() { memcpy(to + number * rows.length, of + at, rows.length) }
+  }
+
+  /// Copies all elements to where they lie `strides` apart. Throws Trouble where that is outside of that memory.
+  public func copy(to target: UnsafeMutableRawBufferPointer, strides: [Int]) throws {
+    let rows = try rows(lying: strides, in: target.count)
+    guard let of = bytes.baseAddress, let to = target.baseAddress else { return }
+    for (number, at) in rows.offsets.enumerated() { memcpy(to + at, of + number * rows.length, rows.length) }
+  }
+
+  /// Where runs of elements begin that lie one behind the other, in bytes, and how long such a run is.
+  private func rows(lying strides: [Int], in room: Int) throws -> (offsets: [Int], length: Int) {
+    if count == 0 { return ([], 0) }
+    var last = 0
+    for (size, stride) in zip(shape, strides) {
+      let (far, overflow) = (size - 1).multipliedReportingOverflow(by: stride)
+      let (sum, more) = last.addingReportingOverflow(far)
+      if stride < 0 || overflow || more { throw Trouble("a tensor \(shape) cannot lie \(strides) apart") }
+      last = sum
+    }
+    guard strides.count == shape.count, last < room / dtype.size else {
+      throw Trouble("a tensor \(shape) with elements \(strides) apart does not fit into \(room) bytes")
+    }
+    var length = 1
+    var outer = shape.count
+    while outer > 0, strides[outer - 1] == length || shape[outer - 1] == 1 {
+      length *= shape[outer - 1]
+      outer -= 1
+    }
+    var offsets = [0]
+    for axis in 0..<outer {
+      offsets = offsets.flatMap { start in (0..<shape[axis]).map { start + $0 * strides[axis] } }
+    }
+    return (offsets.map { $0 * dtype.size }, length * dtype.size)
+  }
+
   /// All elements as float32 numbers. Throws Trouble for whole numbers.
   public func floats() throws -> [Float] {
     switch dtype {

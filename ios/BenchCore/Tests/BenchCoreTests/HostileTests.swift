@@ -130,6 +130,25 @@ final class HostileTests: XCTestCase {
     XCTAssertEqual(try halves.floats(), [1, -2, 0x1p-24, 65504, -0.0, .infinity])
   }
 
+  func testStrides() throws {
+    let padded: [Float] = [1, 2, 3, 0, 4, 5, 6, 0]
+    try padded.withUnsafeBytes { bytes in
+      let read = try Tensor(.float32, [1, 2, 3], from: bytes, strides: [8, 4, 1])
+      XCTAssertEqual(try read.floats(), [1, 2, 3, 4, 5, 6])
+      let turned = try Tensor(.float32, [3, 2], from: bytes, strides: [1, 4])
+      XCTAssertEqual(try turned.floats(), [1, 4, 2, 5, 3, 6])
+      assertTrouble("does not fit") { try Tensor(.float32, [2, 3], from: bytes, strides: [6, 1]) }
+      assertTrouble("does not fit") { try Tensor(.float32, [2, 3], from: bytes, strides: [1]) }
+      assertTrouble("cannot lie") { try Tensor(.float32, [2, 3], from: bytes, strides: [-1, 1]) }
+      assertTrouble("cannot lie") { try Tensor(.float32, [3, 3], from: bytes, strides: [Int.max, Int.max]) }
+    }
+    var target = [Float](repeating: 9, count: 8)
+    try target.withUnsafeMutableBytes {
+      try Tensor([2, 3], floats: [1, 2, 3, 4, 5, 6]).copy(to: $0, strides: [4, 1])
+    }
+    XCTAssertEqual(target, [1, 2, 3, 9, 4, 5, 6, 9])
+  }
+
   // MARK: - Manifest and job
 
   private let graph = """
