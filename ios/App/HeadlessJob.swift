@@ -21,6 +21,9 @@ struct HeadlessJob: Sendable {
     !name.isEmpty && name != "." && name != ".." && !name.contains("/")
   }
 
+  /// Writes a line to the console at once, where `print` would wait for more.
+  static func tell(_ line: String) { FileHandle.standardOutput.write(Data("\(line)\n".utf8)) }
+
   /// Runs it; a line a stage goes to the console. Throws Trouble where not even findings could be written.
   @discardableResult
   func run() throws -> Findings {
@@ -29,7 +32,7 @@ struct HeadlessJob: Sendable {
     try? FileManager.default.removeItem(at: findings)
     let run = try JobRun(
       in: folder, device: Phone(), engines: allEngines(), app: ("pruneport iOS app", version)
-    ) { print($0) }
+    ) { Self.tell($0) }
     return try run.run(to: findings)
   }
 }

@@ -70,7 +70,7 @@ final class Phone: Device {
 }
 
 /// Asks something that only the main thread may ask.
-private func onMain<Made: Sendable>(_ ask: @MainActor () -> Made) -> Made {
+private func onMain<Made: Sendable>(_ ask: @MainActor @Sendable () -> Made) -> Made {
   if Thread.isMainThread { return MainActor.assumeIsolated { ask() } }
   return DispatchQueue.main.sync { MainActor.assumeIsolated { ask() } }
 }

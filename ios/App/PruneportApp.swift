@@ -27,10 +27,10 @@ struct PruneportApp: App {
     let status = await Task.detached { () -> Int32 in
       do {
         let findings = try job.run()
-        if let trouble = findings.trouble { print("not run: \(trouble.message)") }
+        if let trouble = findings.trouble { HeadlessJob.tell("not run: \(trouble.message)") }
         return findings.trouble == nil ? 0 : 1
       } catch {
-        print("not run: \(error)")
+        HeadlessJob.tell("not run: \(error)")
         return 2
       }
     }.value

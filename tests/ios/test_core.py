@@ -39,7 +39,6 @@ def test_the_core_keeps_to_the_vectors_and_refuses_what_is_broken(built: None) -
 
 def test_sources_are_laid_out_as_swift_format_does_it() -> None:
     files = [f"{CHECKOUT}/{path.relative_to(ROOT)}" for path in sorted((ROOT / "ios").rglob("*.swift"))]
-    files += [f"{CHECKOUT}/{path.relative_to(ROOT)}" for path in sorted((ROOT / "tests/ios").rglob("*.swift"))]
     done = run("swift-format", "lint", "--strict", "--configuration", f"{CHECKOUT}/ios/.swift-format", *files)
     assert done.returncode == 0, done.stderr[-4000:]
 
