@@ -1,0 +1,174 @@
+"""Swift for the tests: Debian's own, unpacked into a root of its own in the user's cache, and run in there.
+
+The root is entered in namespaces of its own: the checkout is mounted in it at /checkout, what else a command needs at
+/exchange, and nothing of that is seen outside. Made once; later runs find it, and what they built, in the cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pruneport-tests"
+RELEASE = "trixie"
+NAME = f"swift-{RELEASE}-1"
+# Swift's compiler only recommends C's headers and library, without which it cannot link.
+PACKAGES = ("swiftlang", "libc6-dev", "libstdc++-14-dev")
+VERSION = "Swift version 6.0.3"
+# Debuggers, servers for editors and static libraries: a third of the whole.
+LEFT_OUT = (
+    "lldb*",
+    "liblldb*",
+    "libsourcekitdInProc*",
+    "sourcekit-lsp",
+    "clangd",
+    "docc",
+    "swift_static/*",
+    "share/doc/*",
+)
+CHECKOUT, EXCHANGE, BUILT = "/checkout", "/exchange", "/built"
+_MINUTES = 60.0
+
+
+def skip_unless_ci(reason: str) -> None:
+    """Skips with the reason; where CI runs, what is missing is a failure."""
+    if "CI" in os.environ:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """Keeps other processes out, such as those of a parallel test run."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _apt(words: list[str], settings: Path) -> None:
+    env = {**os.environ, "APT_CONFIG": str(settings)}
+    done = subprocess.run(["apt-get", "-qq", *words], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        skip_unless_ci(f"needs Debian's {RELEASE} from the network: apt-get {words[0]} says {done.stderr[-300:]}")
+
+
+def _unpack(folder: Path) -> None:
+    """Fills a folder with the root. Skips where the machine cannot."""
+    ours = Path("/etc/apt/sources.list.d/debian.sources")
+    missing = [name for name in ("apt-get", "dpkg-deb", "tar") if shutil.which(name) is None]
+    if missing or not ours.exists():
+        skip_unless_ci(f"needs Debian, whose Swift is used: there is no {', '.join(missing) or ours}")
+    codename = next(
+        line.partition("=")[2].strip('"')
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if line.startswith("VERSION_CODENAME=")
+    )
+    apt, root = folder / "apt", folder / "root"
+    for sub in ("lists/partial", "cache/archives/partial", "sources"):
+        (apt / sub).mkdir(parents=True)
+    text = ours.read_text().replace(f"{codename}-updates", "").replace(codename, RELEASE)
+    (apt / "sources" / "debian.sources").write_text(text)
+    # Nothing counts as installed, so that everything comes along.
+    (apt / "status").touch()
+    settings = apt / "apt.conf"
+    settings.write_text(
+        f'Dir::State::lists "{apt}/lists";\nDir::State::status "{apt}/status";\nDir::Cache "{apt}/cache";\n'
+        f'Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "{apt}/sources";\n'
+        'APT::Sandbox::User "root";\nAPT::Install-Recommends "false";\nDebug::NoLocking "true";\n'
+    )
+    _apt(["update"], settings)
+    _apt(["-y", "--download-only", "install", *PACKAGES], settings)
+    for sub in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "dev", "tmp", "checkout", "exchange", "built"):
+        (root / sub).mkdir(parents=True)
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (root / name).symlink_to(f"usr/{name}")
+    without = [f"--exclude={name}" for name in LEFT_OUT]
+    for package in sorted((apt / "cache" / "archives").glob("*.deb")):
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as opened:
+            tar = ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", *without, "-C", str(root)]
+            subprocess.run(tar, stdin=opened.stdout, check=True)
+        package.unlink()
+    shutil.rmtree(apt)
+
+
+# $1 is the root, $2 what is mounted at /exchange, $3 where builds are kept; the rest is run.
+_ENTER = f"""
+set -e
+root=$1; exchange=$2; built=$3; shift 3
+mount -t proc proc "$root/proc" 2>/dev/null || mount --rbind /proc "$root/proc"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/tmp"
+mount --bind "{ROOT}" "$root{CHECKOUT}"
+mount --bind "$exchange" "$root{EXCHANGE}"
+mount --bind "$built" "$root{BUILT}"
+chroot=$(command -v chroot || echo /usr/sbin/chroot)
+export HOME=/tmp PATH=/usr/libexec/swift/bin:/usr/bin
+exec "$chroot" "$root" "$@"
+"""
+
+
+def _namespaces() -> list[str]:
+    own = [] if os.geteuid() == 0 else ["-U", "-r"]
+    return ["unshare", *own, "-m", "-p", "-f", "--kill-child"]
+
+
+def run(
+    *words: str, exchange: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program of the toolchain with `exchange` mounted at /exchange."""
+    root = swift_root()
+    with _locked(f"{NAME}-run"):
+        return _run(root, list(words), exchange, env or {})
+
+
+def _run(
+    root: Path, words: list[str], exchange: Path | None, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    built = CACHE / f"{NAME}-built"
+    built.mkdir(exist_ok=True)
+    places = [str(root), str(exchange or built), str(built)]
+    return subprocess.run(
+        [*_namespaces(), "sh", "-c", _ENTER, "sh", *places, *words],
+        env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10 * _MINUTES,
+    )
+
+
+@cache
+def swift_root() -> Path:
+    """The root with Swift in it; skips where the machine cannot have one."""
+    if shutil.which("unshare") is None:
+        skip_unless_ci("needs unshare: apt-get install util-linux")
+    tried = subprocess.run(
+        [*_namespaces(), "sh", "-c", "mount -t tmpfs tmpfs /tmp && test -e /proc/self/exe"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tried.returncode:
+        skip_unless_ci(f"needs namespaces of its own and /proc (unshare, mount): {tried.stderr[-300:]}")
+    with _locked(NAME):
+        if not (CACHE / NAME).is_dir():
+            beside = CACHE / f".{NAME}.part"
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            _unpack(beside)
+            beside.replace(CACHE / NAME)
+    root = CACHE / NAME / "root"
+    told = _run(root, ["swift", "--version"], None, {})
+    assert VERSION in told.stdout, told.stdout + told.stderr
+    return root
