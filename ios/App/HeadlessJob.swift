@@ -21,6 +21,16 @@ struct HeadlessJob: Sendable {
     !name.isEmpty && name != "." && name != ".." && !name.contains("/")
   }
 
+  /// Deletes the jobs that a computer sent before this one, which devicectl cannot: their names are 16 hexadecimal digits.
+  private func forgetOthers() {
+    let manager = FileManager.default
+    for name in (try? manager.contentsOfDirectory(atPath: documents().path)) ?? [] {
+      let job = name.hasSuffix("-findings") ? String(name.dropLast("-findings".count)) : name
+      guard job.count == 16, job.allSatisfy({ $0.isHexDigit }), job != folder.lastPathComponent else { continue }
+      try? manager.removeItem(at: documents().appendingPathComponent(name))
+    }
+  }
+
   /// Writes a line to the console at once, where `print` would wait for more.
   static func tell(_ line: String) { FileHandle.standardOutput.write(Data("\(line)\n".utf8)) }
 
@@ -30,6 +40,7 @@ struct HeadlessJob: Sendable {
     let version = Bundle.main.object(forInfoDictionaryKey: "CFBundleShortVersionString") as? String ?? "0"
     // Old findings would be taken for this job's.
     try? FileManager.default.removeItem(at: findings)
+    forgetOthers()
     let run = try JobRun(
       in: folder, device: Phone(), engines: allEngines(), app: ("pruneport iOS app", version)
     ) { Self.tell($0) }

@@ -32,7 +32,7 @@ from runtime.devices.wire import (
 )
 from runtime.errors import DeviceError, OutputError
 
-APP = "io.pruneport.app"
+APP = "org.pruneport.Pruneport"
 _DOMAIN = ("--domain-type", "appDataContainer", "--domain-identifier", APP)
 _QUICK_S = 120.0
 
@@ -75,7 +75,8 @@ class DevicectlDevice(RemoteDevice):
         for each in (bundle, twin):
             if each is not None:
                 each.check_files()
-        place = f"Documents/jobs/{job.id}"
+        # The app deletes it, with all of it, when the next job comes: devicectl cannot.
+        place = f"Documents/{job.id}"
         with tempfile.TemporaryDirectory() as folder:
             staged = Path(folder) / job.id
             write_job(staged, job, tensors)
@@ -86,15 +87,12 @@ class DevicectlDevice(RemoteDevice):
             self._say(f"copying {size / 1e6:.1f} MB to {self.name}")
             self._do("device", "copy", "to", *self._to, *_DOMAIN, "--source", str(staged), "--destination", place)
         self._say("running the job")
-        try:
-            self._do(
-                *("device", "process", "launch", *self._to, "--terminate-existing", "--console"),
-                *("--environment-variables", json.dumps({"PRUNEPORT_JOB": job.id}), APP),
-                timeout_s=self._timeout_s,
-            )
-            self._pull(place, out_dir)
-        finally:
-            self._forget(place)
+        self._do(
+            *("device", "process", "launch", *self._to, "--terminate-existing", "--console"),
+            *("--environment-variables", json.dumps({"PRUNEPORT_JOB": job.id}), APP),
+            timeout_s=self._timeout_s,
+        )
+        self._pull(place, out_dir)
         return read_findings(out_dir)
 
     @property
@@ -108,7 +106,7 @@ class DevicectlDevice(RemoteDevice):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             for name in (OUTPUTS, FINDINGS):
-                source = ("--source", f"{place}/out/{name}", "--destination", str(beside / name))
+                source = ("--source", f"{place}-findings/{name}", "--destination", str(beside / name))
                 self._do("device", "copy", "from", *self._to, *_DOMAIN, *source)
                 if not (beside / name).is_file():
                     raise DeviceError(f"{self.name} left no {name}: the app ended before it was done; see its log")
@@ -117,14 +115,6 @@ class DevicectlDevice(RemoteDevice):
             raise OutputError(f"{out_dir} cannot be written: {err.strerror or err}") from err
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-
-    def _forget(self, place: str) -> None:
-        """Has the app delete a job: devicectl cannot."""
-        words = ("--environment-variables", json.dumps({"PRUNEPORT_FORGET": place.rpartition("/")[2]}), APP)
-        try:
-            self._do("device", "process", "launch", *self._to, "--terminate-existing", "--console", *words)
-        except DeviceError as err:
-            self._say(f"left on the device: {place} ({err})")
 
     def _chosen(self, serial: str | None) -> dict[str, Any]:
         listed = self._do("list", "devices").get("devices", [])

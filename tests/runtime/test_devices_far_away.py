@@ -46,12 +46,9 @@ elif words[1:4] == ["device", "copy", "to"]:
     shutil.copytree(flag("--source"), app / flag("--destination"))
 elif words[1:4] == ["device", "process", "launch"]:
     env = json.loads(flag("--environment-variables"))
-    if "PRUNEPORT_JOB" in env:
-        runner = json.loads((here / "runner").read_text())
-        code = subprocess.run([*runner, app / "Documents/jobs" / env["PRUNEPORT_JOB"]]).returncode
-        error = {{"userInfo": {{"NSLocalizedDescription": {{"string": "The app crashed."}}}}}} if code else None
-    else:
-        shutil.rmtree(app / "Documents/jobs" / env["PRUNEPORT_FORGET"])
+    runner = json.loads((here / "runner").read_text())
+    code = subprocess.run([*runner, app / "Documents" / env["PRUNEPORT_JOB"]]).returncode
+    error = {{"userInfo": {{"NSLocalizedDescription": {{"string": "The app crashed."}}}}}} if code else None
 elif words[1:4] == ["device", "copy", "from"]:
     source = app / flag("--source")
     if source.exists():
@@ -67,7 +64,7 @@ sys.exit(1 if error else 0)
 def place(tmp_path: Path) -> Path:
     """Where the recorded xcrun keeps its things."""
     place = tmp_path / "phone"
-    (place / "app" / "Documents" / "jobs").mkdir(parents=True)
+    (place / "app" / "Documents").mkdir(parents=True)
     (place / "devices").write_text(json.dumps([ONE, GONE]))
     program = place / "xcrun"
     program.write_text(XCRUN.format(python=sys.executable, place=str(place)))
@@ -102,7 +99,8 @@ def test_devicectl_runs_a_job(place: Path, tmp_path: Path) -> None:
     program = native_runner()
     bundle = read_bundle(make_bundle(tmp_path / "bundle", Sample(engine="executorch")))
     env = f"{{'LD_LIBRARY_PATH': {str(program.parent)!r}}}"
-    run = f"subprocess.run([{str(program)!r}, job, job / 'out'], check=True, env={env})"
+    out = "job.with_name(job.name + '-findings')"
+    run = f"subprocess.run([{str(program)!r}, job, {out}], check=True, env={env})"
     runner(place, f"import subprocess; {run}")
     device = phone(place)
     assert device.name == "Ada's iPhone"
@@ -116,15 +114,13 @@ def test_devicectl_runs_a_job(place: Path, tmp_path: Path) -> None:
         "device process launch",
         "device copy from",
         "device copy from",
-        "device process launch",
     ]
     launch = next(line for line in log(place) if "launch" in line)
-    assert launch[-1] == "io.pruneport.app"
+    assert launch[-1] == "org.pruneport.Pruneport"
     assert launch[launch.index("--device") + 1] == ONE["identifier"]
     assert "--console" in launch
     pushed = next(line for line in log(place) if "to" in line[1:4])
     assert pushed[pushed.index("--domain-type") + 1] == "appDataContainer"
-    assert list((place / "app" / "Documents" / "jobs").iterdir()) == []
 
 
 def test_devicectl_pushes_no_golden(place: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -139,7 +135,6 @@ def test_devicectl_pushes_no_golden(place: Path, bundle: Bundle, tmp_path: Path)
     assert {"job.json", "inputs.safetensors", "bundle/manifest.json"} <= set(seen)
     assert f"bundle/{bundle.manifest.golden.file}" not in seen
     assert not (tmp_path / "findings").exists()
-    assert list((place / "app" / "Documents" / "jobs").iterdir()) == []
 
 
 def test_an_app_that_crashes_on_an_iphone(place: Path, bundle: Bundle, tmp_path: Path) -> None:
