@@ -126,7 +126,7 @@ def test_devicectl_runs_a_job(place: Path, tmp_path: Path) -> None:
 def test_devicectl_pushes_no_golden(place: Path, bundle: Bundle, tmp_path: Path) -> None:
     runner(
         place,
-        "print(*sorted(str(p.relative_to(job)) for p in job.rglob('*')), file=open(job.parents[3] / 'seen', 'w'))",
+        "print(*sorted(str(p.relative_to(job)) for p in job.rglob('*')), file=open(job.parents[2] / 'seen', 'w'))",
     )
     job, tensors = make_job(bundle)
     with pytest.raises(DeviceError, match=r"left no outputs\.safetensors: the app ended before it was done"):
