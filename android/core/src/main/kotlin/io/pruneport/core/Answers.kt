@@ -20,7 +20,8 @@ fun millisecondsSince(start: Long): Double = (System.nanoTime() - start) / 1e6
  * Throws Trouble where graphs are missing or do not belong together.
  */
 class Answers(private val graphs: Graphs) {
-    private val stated = graphs.manifest.text ?: throw Trouble("${graphs.manifest.name} has no text graphs to answer with")
+    private val stated =
+        graphs.manifest.text ?: throw Trouble("${graphs.manifest.name} has no text graphs to answer with")
     private val text: TextGraphs = if (graphs.has(GraphName.BACK)) OpenTextGraphs(graphs) else StaticTextGraphs(graphs)
     private var hasSeen = false
 
@@ -165,7 +166,11 @@ private fun tokensOf(info: TensorInfo, graph: String): Int {
 }
 
 private fun wholes(info: TensorInfo, numbers: List<Int>): Tensor =
-    Tensor.ofWholes(info.dtype, if (info.shape.size == 1) listOf(numbers.size) else listOf(1, numbers.size), numbers.map { it.toLong() })
+    Tensor.ofWholes(
+        info.dtype,
+        if (info.shape.size == 1) listOf(numbers.size) else listOf(1, numbers.size),
+        numbers.map { it.toLong() },
+    )
 
 /**
  * Graphs of any number of tokens; the cache holds what is filled, and grows in blocks.
@@ -206,7 +211,8 @@ private class OpenTextGraphs(private val graphs: Graphs) : TextGraphs {
             throw Trouble("${manifest.name}: the graphs do not fill the cache of the layers; export again")
         }
         imageEntries = infos.keys.associateWith { seen[it] ?: kept }
-        val rooms = parts.map { part -> part.names.map { infos.getValue(it).shape[2] - imageEntries.getValue(it) }.toSet() }
+        val rooms =
+            parts.map { part -> part.names.map { infos.getValue(it).shape[2] - imageEntries.getValue(it) }.toSet() }
         // Those in front of the cut hold every image token, so that their room is the text's; those behind it have room
         // for the largest keep.
         room = theOnly(rooms.first(), manifest)
