@@ -213,7 +213,7 @@ class Tensor private constructor(val dtype: DType, val shape: List<Int>, val byt
 object Safetensors {
     private const val LONGEST_HEADER = 16 shl 20
 
-    /** All tensors of a file, by name, mapped into memory; what is written there stays in memory. Throws Trouble. */
+    /** All tensors of a file, by name, mapped into memory to be read only. Throws Trouble. */
     fun read(file: File): Map<String, Tensor> {
         val name = file.name
         if (!file.exists()) throw Trouble("$name cannot be read")
@@ -258,7 +258,7 @@ object Safetensors {
                 if (taken == 0L) {
                     Tensor(dtype, shape)
                 } else {
-                    val mapped = file.channel.map(FileChannel.MapMode.PRIVATE, start + offsets[0], taken)
+                    val mapped = file.channel.map(FileChannel.MapMode.READ_ONLY, start + offsets[0], taken)
                     Tensor.over(dtype, shape, mapped)
                 }
         }
