@@ -159,7 +159,7 @@ def _bundle(target: Path, kind: str, *, pruned: bool = True) -> Bundle:
     pixels = np.full((1, 3, 2, 2), 2, np.float32)
     answers = Answers(running, bundle=target.name, before=BEFORE, first_text=BEFORE + IMAGE)
     told = answers.answer(answers.see(pixels), QUESTION_IDS, max_new_tokens=NEW_TOKENS, past_end=True)
-    golden = {
+    golden: dict[str, np.ndarray] = {
         PHOTO: np.random.default_rng(3).integers(0, 256, (5, 7, 3), dtype=np.uint8),
         input_key(VISION_ENCODER, PIXELS): pixels,
         QUESTION: np.asarray(QUESTION_IDS, np.int64),

@@ -334,7 +334,7 @@ private class StaticTextGraphs(private val graphs: Graphs) : TextGraphs {
         val prefill = graphs[GraphName.TEXT_PREFILL].info
         val decoder = graphs[GraphName.TEXT_DECODER].info
         if ((image.states + prefill.states + decoder.states).isNotEmpty()) {
-            throw Trouble("${manifest.name} keeps its cache in states, which no engine of this app does", missing = true)
+            throw Trouble("${manifest.name} keeps its cache in states, which no engine here does", missing = true)
         }
         if (decoder.cache.toSet() != prefill.cache.toSet()) {
             throw Trouble("${manifest.name}: its text graphs have different caches; they come from different exports")

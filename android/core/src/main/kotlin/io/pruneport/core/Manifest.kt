@@ -123,7 +123,9 @@ data class ImageInfo(
             val colour = fields.text("color", default = "RGB")
             if (colour != "RGB") throw Trouble("${fields.place}.color is $colour")
             val crop = fields.flag("do_center_crop", default = true)
-            if (crop && shortest < size.max()) throw Trouble("${fields.place}: the crop would reach outside of the photo")
+            if (crop && shortest < size.max()) {
+                throw Trouble("${fields.place}: the crop would reach outside of the photo")
+            }
             return ImageInfo(
                 height = size[0],
                 width = size[1],

@@ -120,8 +120,9 @@ class Tensor private constructor(val dtype: DType, val shape: List<Int>, val byt
         fun count(shape: List<Int>): Long {
             var count = 1L
             for (size in shape) {
-                // Neither factor is above 2 to the 40 and 2 to the 31: what overflows 64 bits was refused before.
-                if (size < 0 || (size > 0 && count > MOST / size)) throw Trouble("a tensor cannot have the shape $shape")
+                if (size < 0 || (size > 0 && count > MOST / size)) {
+                    throw Trouble("a tensor cannot have the shape $shape")
+                }
                 count *= size
             }
             return count

@@ -45,7 +45,8 @@ data class JobFile(
         private const val LARGEST = 64 shl 20
         private val NAMES =
             setOf(
-                "id", "bundle", "folder", "vision", "steps", "answer", "threads", "timing", "twin", "gate", "job_version",
+                "id", "bundle", "folder", "vision", "steps", "answer", "threads", "timing", "twin", "gate",
+                "job_version",
             )
         private val ID = Regex("[0-9a-f]{16}")
 

@@ -4,7 +4,8 @@ package io.pruneport.core
 
 import java.io.File
 
-private const val LEAST = "{\"id\": \"0123456789abcdef\", \"bundle\": \"b\", \"vision\": \"vision_encoder\", \"steps\": []"
+private const val LEAST =
+    "{\"id\": \"0123456789abcdef\", \"bundle\": \"b\", \"vision\": \"vision_encoder\", \"steps\": []"
 
 private const val VISION =
     """[{"name": "vision_encoder", "file": "a.pte", "engine": "executorch",
@@ -26,7 +27,10 @@ private fun bundle(folder: File, more: String) {
     File(folder, "job.json").writeText("$LEAST, $more}")
     val pixels = Tensor.ofFloats(listOf(1, 3, 2, 2), FloatArray(12) { it.toFloat() })
     val inputs =
-        mapOf("in/vision_encoder/vision_encoder/pixel_values" to pixels, "photo" to Tensor(DType.UINT8, listOf(4, 5, 3)))
+        mapOf(
+            "in/vision_encoder/vision_encoder/pixel_values" to pixels,
+            "photo" to Tensor(DType.UINT8, listOf(4, 5, 3)),
+        )
     Safetensors.write(inputs, File(folder, "inputs.safetensors"))
 }
 
@@ -74,7 +78,8 @@ fun jobs(checks: Checks) {
     }
     checks.check("a device that stays hot") {
         withFolder { folder ->
-            bundle(folder, "\"timing\": {\"warmup\": 0, \"runs\": 1}, \"gate\": {\"most_celsius\": 37, \"wait_s\": 0.5}")
+            val gate = "\"gate\": {\"most_celsius\": 37, \"wait_s\": 0.5}"
+            bundle(folder, "\"timing\": {\"warmup\": 0, \"runs\": 1}, $gate")
             File(folder, "job.json").writeText(File(folder, "job.json").readText().replace("\"steps\": []", STEP))
             val found = run(folder, TestDevice(50.0), listOf(SumEngine("executorch")))
             assertEqual(found.gate?.passed, false)

@@ -63,14 +63,14 @@ class TestDevice(private var celsius: Double? = 30.0, private val coolsBy: Doubl
 }
 
 /** A manifest around graphs, with the least of everything else. */
-fun exampleManifest(graphs: Json, before: Int = 3, firstText: Int = 13, tokens: Int = 90, chunk: Int = 8): Json.Members {
+fun exampleManifest(graphs: Json, before: Int = 3, firstText: Int = 13, tokens: Int = 90): Json.Members {
     val text =
         """
         {"schema_version": 2, "name": "walk", "model": "tiny", "target": {"backend": "xnnpack", "precision": "fp32"},
          "prune": {"cut": 1, "image_tokens": 10, "keep": 4, "grid": [2, 5]},
          "image": {"size": [2, 2], "resize_shortest": 2, "rescale": 0.5, "mean": [0, 0, 0], "std": [1, 1, 1]},
          "prompt": {"prefix_ids": []}, "frame": {"before": $before, "image": 10, "first_text": $firstText},
-         "text": {"tokens": $tokens, "chunk": $chunk}}
+         "text": {"tokens": $tokens, "chunk": 8}}
         """
     val members = Json.parse(text, "manifest.json") as Json.Members
     return Json.Members(members.values + ("graphs" to graphs))

@@ -90,10 +90,8 @@ private fun tokens(checks: Checks, entry: Fields) {
 
 private fun walk(entry: Fields) {
     val room = entry.whole("room", 1..1000)
-    val manifest =
-        Manifest.of(
-            exampleManifest(entry.value("graphs"), entry.whole("before", 0..100), entry.whole("first_text", 1..100), room),
-        )
+    val (before, firstText) = entry.whole("before", 0..100) to entry.whole("first_text", 1..100)
+    val manifest = Manifest.of(exampleManifest(entry.value("graphs"), before, firstText, room))
     val calls = ArrayList<Call>()
     val answers = Answers(Graphs(manifest, manifest.graphs.map { SumGraph(it, calls) }))
     assertEqual(answers.room, room)
