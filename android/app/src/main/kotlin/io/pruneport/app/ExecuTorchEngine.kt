@@ -11,6 +11,7 @@ import io.pruneport.core.TensorInfo
 import io.pruneport.core.Trouble
 import io.pruneport.core.millisecondsSince
 import java.io.File
+import java.io.IOException
 import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
 import org.pytorch.executorch.DType as EngineDType
@@ -30,7 +31,10 @@ class ExecuTorchEngine(override val version: String) : Engine {
 
     override fun open(graph: GraphInfo, folder: File): GraphRunner {
         if (graph.extraFiles.isNotEmpty()) {
-            throw Trouble("${graph.name} keeps weights in ${graph.extraFiles[0]}, which ExecuTorch's Java cannot open", missing = true)
+            throw Trouble(
+                "${graph.name} keeps weights in ${graph.extraFiles[0]}, which ExecuTorch's Java cannot open",
+                missing = true,
+            )
         }
         val path = File(folder, graph.file).path
         val start = System.nanoTime()
@@ -155,7 +159,7 @@ internal fun fastCores(): Int {
         (0 until all).map { core ->
             try {
                 File("/sys/devices/system/cpu/cpu$core/cpufreq/cpuinfo_max_freq").readText().trim().toLongOrNull()
-            } catch (_: java.io.IOException) {
+            } catch (_: IOException) {
                 null
             }
         }

@@ -20,6 +20,7 @@ import io.pruneport.core.Tokenizer
 import io.pruneport.core.Trouble
 import io.pruneport.core.TroubleFound
 import java.io.File
+import java.io.IOException
 import java.nio.file.Files
 import java.security.SecureRandom
 import java.time.Instant
@@ -43,7 +44,11 @@ internal sealed class Wanted {
 }
 
 /** Runs what is wanted and writes findings, whatever happens; [say] hears one line a stage. */
-internal class HeadlessJob(private val context: Context, private val wanted: Wanted, private val say: (String) -> Unit) {
+internal class HeadlessJob(
+    private val context: Context,
+    private val wanted: Wanted,
+    private val say: (String) -> Unit,
+) {
     private val started = now()
     private val out = File(context.filesDir, "jobs/${wanted.name}")
 
@@ -92,12 +97,12 @@ internal class HeadlessJob(private val context: Context, private val wanted: Wan
     private fun leaveForMinibench() {
         try {
             File(out, Findings.MINIBENCH).copyTo(File(context.filesDir, Findings.MINIBENCH), overwrite = true)
-        } catch (error: java.io.IOException) {
+        } catch (error: IOException) {
             Log.e(TAG, "the results could not be copied", error)
         }
     }
 
-    /** A job over a bundle alone: the vision graph on a grey picture and, where there is a prompt, an answer about it. */
+    /** A job over a bundle alone: the vision graph on one grey and, where there is a prompt, an answer about that. */
     private fun made(wanted: Wanted.Bare): File {
         val manifest = Manifest.read(wanted.bundle)
         val vision = manifest.graph(GraphName.VISION) ?: throw Trouble("${manifest.name} has no ${GraphName.VISION}")
@@ -117,7 +122,8 @@ internal class HeadlessJob(private val context: Context, private val wanted: Wan
 
     private fun job(wanted: Wanted.Bare, manifest: Manifest, vision: GraphInfo): Json {
         val members = LinkedHashMap<String, Json>()
-        members["id"] = Json.Text(ByteArray(8).also { SecureRandom().nextBytes(it) }.joinToString("") { "%02x".format(it) })
+        val id = ByteArray(8).also { SecureRandom().nextBytes(it) }
+        members["id"] = Json.Text(id.joinToString("") { "%02x".format(it) })
         members["bundle"] = Json.Text(manifest.name)
         members["vision"] = Json.Text(vision.stored)
         members["steps"] =

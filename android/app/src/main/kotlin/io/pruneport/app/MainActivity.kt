@@ -23,6 +23,7 @@ import android.widget.ScrollView
 import android.widget.Spinner
 import android.widget.TextView
 import java.io.File
+import java.io.IOException
 import java.util.concurrent.Executors
 
 /** Its views are built here; whatever takes time happens on one thread of its own. */
@@ -193,10 +194,10 @@ class MainActivity : Activity() {
             val bitmap =
                 try {
                     read()
-                } catch (error: java.io.IOException) {
-                    throw java.io.IOException(getString(R.string.no_photo, said(error)))
+                } catch (error: IOException) {
+                    throw IOException(getString(R.string.no_photo, said(error)))
                 } catch (error: SecurityException) {
-                    throw java.io.IOException(getString(R.string.no_photo, said(error)))
+                    throw IOException(getString(R.string.no_photo, said(error)))
                 }
             photo = bitmap
             runOnUiThread { picture.show(bitmap, null) }

@@ -30,10 +30,15 @@ class OnnxEngine(override val version: String) : Engine {
         val start = System.nanoTime()
         return guarded("cannot open ${graph.name}") {
             val environment = OrtEnvironment.getEnvironment()
-            OrtSession.SessionOptions().use { options ->
+            val options = OrtSession.SessionOptions()
+            var whole = false
+            try {
                 options.setIntraOpNumThreads(count)
                 val session = environment.createSession(File(folder, graph.file).path, options)
-                OnnxGraph(graph, environment, session, millisecondsSince(start))
+                whole = true
+                OnnxGraph(graph, environment, session, options, millisecondsSince(start))
+            } finally {
+                if (!whole) options.close()
             }
         }
     }
@@ -43,6 +48,7 @@ private class OnnxGraph(
     override val info: GraphInfo,
     private val environment: OrtEnvironment,
     private val session: OrtSession,
+    private val options: OrtSession.SessionOptions,
     override val loadMs: Double,
 ) : GraphRunner {
     private val names = info.outputs.map { it.name }.toSet()
@@ -62,23 +68,30 @@ private class OnnxGraph(
     /** The engine reads it where it lies. */
     private fun lent(tensor: Tensor): OnnxTensor {
         val shape = LongArray(tensor.shape.size) { tensor.shape[it].toLong() }
-        return OnnxTensor.createTensor(environment, tensor.bytes.duplicate().order(tensor.bytes.order()), shape, typeOf(tensor.dtype))
+        // A buffer of its own, whose order is lost in copying.
+        val bytes = tensor.bytes.duplicate().order(tensor.bytes.order())
+        return OnnxTensor.createTensor(environment, bytes, shape, typeOf(tensor.dtype))
     }
 
     private fun copied(name: String, result: OrtSession.Result): Tensor {
         val dtype = info.output(name).dtype
         val found = result.get(name).orElse(null) as? OnnxTensor ?: throw Trouble("${info.name} did not give $name")
-        if (found.info.type != typeOf(dtype)) throw Trouble("$name came as ${found.info.type}, not ${dtype.word}")
-        val made = Tensor(dtype, found.info.shape.map { it.toInt() })
-        val bytes = found.byteBuffer
+        val told = found.getInfo()
+        if (told.type != typeOf(dtype)) throw Trouble("$name came as ${told.type}, not ${dtype.word}")
+        val made = Tensor(dtype, told.getShape().map { it.toInt() })
+        val bytes = found.getByteBuffer()
         if (bytes.remaining() != made.bytes.capacity()) throw Trouble("$name came with ${bytes.remaining()} bytes")
         made.bytes.duplicate().put(bytes)
         return made
     }
 
     override fun close() {
-        if (isOpen) guarded("cannot close ${info.name}") { session.close() }
-        isOpen = false
+        // The library wants the options to outlive the session, and neither to be closed twice.
+        if (isOpen) {
+            isOpen = false
+            guarded("cannot close ${info.name}") { session.close() }
+            options.close()
+        }
     }
 }
 

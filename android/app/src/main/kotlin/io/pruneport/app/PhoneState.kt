@@ -46,7 +46,7 @@ class PhoneState(private val context: Context) : DeviceState {
             thermal = thermalStatus()?.let { THERMAL_WORDS.getOrElse(it) { "unknown" } },
             // Tenths of a degree; devices without a battery say 0.
             celsius = told(BatteryManager.EXTRA_TEMPERATURE)?.takeIf { it != 0 }?.let { it / 10.0 },
-            battery = if (level == null || scale == null || scale <= 0) null else (level.toDouble() / scale).coerceIn(0.0, 1.0),
+            battery = if (level == null || scale == null || scale <= 0) null else part(level, scale),
             charging = told(BatteryManager.EXTRA_PLUGGED)?.let { it != 0 },
             lowPower = power.isPowerSaveMode,
         )
@@ -80,7 +80,8 @@ class PhoneState(private val context: Context) : DeviceState {
             Build.HARDWARE
         } else {
             try {
-                listOf("SOC_MANUFACTURER", "SOC_MODEL").joinToString(" ") { Build::class.java.getField(it).get(null).toString() }
+                val names = listOf("SOC_MANUFACTURER", "SOC_MODEL")
+                names.joinToString(" ") { Build::class.java.getField(it).get(null).toString() }
             } catch (_: ReflectiveOperationException) {
                 Build.HARDWARE
             }
@@ -91,6 +92,8 @@ class PhoneState(private val context: Context) : DeviceState {
 
         /** The system's words, in the order of its numbers. */
         val THERMAL_WORDS = listOf("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
+
+        fun part(level: Int, scale: Int): Double = (level.toDouble() / scale).coerceIn(0.0, 1.0)
 
         /** A line of the kernel's account of this process, in bytes; 0 where it does not tell. */
         fun status(key: String): Long =
