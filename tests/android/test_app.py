@@ -147,8 +147,8 @@ def compiled() -> Path:
             kotlinc = compiler / "bin" / "kotlinc-jvm"
             # Two modules, as in Gradle: what is internal to the core is not the app's.
             _run(kotlinc, *SETTINGS, "-d", folder / "core", CORE)
-            path = f"{folder / 'core'}:{android}:{executorch}:{stubs}"
-            _run(kotlinc, *SETTINGS, "-cp", path, "-d", folder / "app", SOURCES / "kotlin")
+            classes = f"{folder / 'core'}:{android}:{executorch}:{stubs}"
+            _run(kotlinc, *SETTINGS, "-cp", classes, "-d", folder / "app", SOURCES / "kotlin")
     return CACHE / name / "app"
 
 
