@@ -1,0 +1,5 @@
+// What ONNX Runtime tells of a value.
+
+package ai.onnxruntime;
+
+public interface ValueInfo {}
