@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.remote import RemoteDevice
+from runtime.devices.remote import RemoteDevice, check_before
 from runtime.devices.wire import (
     BUNDLE_DIR,
     FINDINGS,
@@ -326,12 +326,8 @@ class AdbDevice(RemoteDevice):
 
         Raises BundleError, DeviceError, FindingsError, OutputError.
         """
-        if out_dir.exists():
-            raise OutputError(f"{out_dir} exists already; choose another place for the findings, or delete it")
+        check_before(out_dir, bundle, twin)
         self._check_runner()
-        bundle.check_files()
-        if twin is not None:
-            twin.check_files()
         place = f"{self._folder}/jobs/{job.id}"
         with tempfile.TemporaryDirectory() as folder:
             write_job(Path(folder), job, tensors)
@@ -359,8 +355,7 @@ class AdbDevice(RemoteDevice):
                     "were pulled are gone"
                 )
             job = found[1]
-        if out_dir.exists():
-            raise OutputError(f"{out_dir} exists already; choose another place for the findings, or delete it")
+        check_before(out_dir)
         self._say("pulling the findings")
         beside = out_dir.with_name(f".{out_dir.name}.part")
         try:

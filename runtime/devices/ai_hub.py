@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle, GraphInfo
-from runtime.devices.remote import RemoteDevice
+from runtime.devices.remote import RemoteDevice, check_before
 from runtime.devices.wire import (
     DeviceInfo,
     FindingsFile,
@@ -29,7 +29,7 @@ from runtime.devices.wire import (
     read_findings,
     write_findings,
 )
-from runtime.errors import DeviceError, OutputError
+from runtime.errors import DeviceError
 
 Say = Callable[[str], None]
 
@@ -64,9 +64,7 @@ class AiHubDevice(RemoteDevice):
         twin: Bundle | None = None,
     ) -> Received:
         """See RemoteDevice; what the hub cannot run is named so in the findings."""
-        if out_dir.exists():
-            raise OutputError(f"{out_dir} exists already; choose another place for the findings, or delete it")
-        bundle.check_files()
+        check_before(out_dir, bundle)
         started = _now()
         steps, sent, peak = [], dict[str, np.ndarray](), 0
         for step in job.steps:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.remote import RemoteDevice
+from runtime.devices.remote import RemoteDevice, check_before
 from runtime.devices.wire import (
     BUNDLE_DIR,
     FINDINGS,
@@ -70,11 +70,7 @@ class DevicectlDevice(RemoteDevice):
         twin: Bundle | None = None,
     ) -> Received:
         """See RemoteDevice."""
-        if out_dir.exists():
-            raise OutputError(f"{out_dir} exists already; choose another place for the findings, or delete it")
-        for each in (bundle, twin):
-            if each is not None:
-                each.check_files()
+        check_before(out_dir, bundle, twin)
         # The app deletes it, with all of it, when the next job comes: devicectl cannot.
         place = f"Documents/{job.id}"
         with tempfile.TemporaryDirectory() as folder:

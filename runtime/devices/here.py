@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.remote import RemoteDevice
+from runtime.devices.remote import RemoteDevice, check_before
 from runtime.devices.wire import (
     BUNDLE_DIR,
     TWIN_DIR,
@@ -80,12 +80,7 @@ class HereDevice(RemoteDevice):
         twin: Bundle | None = None,
     ) -> Received:
         """See RemoteDevice."""
-        if out_dir.exists():
-            raise OutputError(f"{out_dir} exists already; choose another place for the findings, or delete it")
-        for each in (bundle, twin):
-            if each is not None:
-                each.check_files()
-        beside = out_dir.with_name(f".{out_dir.name}.part")
+        check_before(out_dir, bundle, twin)
         with ExitStack() as stack:
             try:
                 out_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,19 @@ from runtime.bundle import Bundle
 from runtime.devices.findings import Findings, Job
 from runtime.devices.received import findings_of
 from runtime.devices.wire import GateJob, JobFile, Received, TimingJob, make_job
+from runtime.errors import OutputError
 
 # A whole answer takes as long as many runs of a graph.
 MOST_ANSWERS = 5
+
+
+def check_before(out_dir: Path, *bundles: Bundle | None) -> None:
+    """Raises OutputError where findings are already, BundleError where a file of a bundle is not what it was."""
+    if out_dir.exists():
+        raise OutputError(f"{out_dir} exists already; choose another place for the findings, or delete it")
+    for bundle in bundles:
+        if bundle is not None:
+            bundle.check_files()
 
 
 class RemoteDevice(ABC):
