@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.golden_cases import features_of, program_of
 from benchmarks.pruner_alone import PrunerGraph, lowered
-from export import cli
+from export import cli, outcome
 from export.backends import coreml as backend
 from export.backends.backend import LoweredGraph
 from export.blocks.attention import Part, attention
@@ -406,7 +406,7 @@ class TestBundle:
         self, ios_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setitem(sys.modules, "coremltools.proto", None)
-        assert cli.main(["verify", str(ios_bundle)], version="0") == cli.NOT_CHECKED
+        assert cli.main(["verify", str(ios_bundle)], version="0") == outcome.NOT_CHECKED
         assert "pip install 'pruneport[coreml]'" in "".join(capsys.readouterr().out.split("\n"))
 
     def test_it_cannot_be_asked_here(self, ios_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
