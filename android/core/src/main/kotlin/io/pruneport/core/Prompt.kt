@@ -101,7 +101,7 @@ class AnswerText internal constructor(private val tokenizer: Tokenizer) {
     /** Moves what is decided from [begun] to [sound]: a whole character, or bytes that belong to none. */
     private fun settle(atEnd: Boolean) {
         while (begun.isNotEmpty()) {
-            val spoilt = spoiltBytes(begun.map { it.byte })
+            val spoilt = spoiltBytes(ByteArray(begun.size) { begun[it].byte.toByte() })
             when {
                 spoilt == 0 -> {
                     sound += begun.map { it.id }
@@ -118,35 +118,4 @@ class AnswerText internal constructor(private val tokenizer: Tokenizer) {
         for (one in lost) sound += broken ?: listOf(one.id)
         lost.clear()
     }
-}
-
-/** How many bytes cannot belong to any character; 0 where all are whole ones, -1 where they may become so. */
-private fun spoiltBytes(bytes: List<Int>): Int {
-    var at = 0
-    while (at < bytes.size) {
-        val first = bytes[at]
-        val length =
-            when (first) {
-                in 0x00..0x7F -> 1
-                in 0xC2..0xDF -> 2
-                in 0xE0..0xEF -> 3
-                in 0xF0..0xF4 -> 4
-                else -> return at + 1
-            }
-        for (offset in 1 until length) {
-            if (at + offset == bytes.size) return -1
-            val allowed =
-                when {
-                    offset > 1 -> 0x80..0xBF
-                    first == 0xE0 -> 0xA0..0xBF
-                    first == 0xED -> 0x80..0x9F
-                    first == 0xF0 -> 0x90..0xBF
-                    first == 0xF4 -> 0x80..0x8F
-                    else -> 0x80..0xBF
-                }
-            if (bytes[at + offset] !in allowed) return at + offset
-        }
-        at += length
-    }
-    return 0
 }

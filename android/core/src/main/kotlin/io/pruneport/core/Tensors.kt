@@ -1,4 +1,4 @@
-// Tensors in memory outside of Java's heap, and the safetensors files that hold them.
+// Tensors where engines read them, and the safetensors files that hold them.
 
 package io.pruneport.core
 
@@ -113,6 +113,13 @@ class Tensor private constructor(val dtype: DType, val shape: List<Int>, val byt
     fun toByteArray(): ByteArray = ByteArray(bytes.capacity()).also { part(bytes, 0, bytes.capacity()).get(it) }
 
     companion object {
+        /**
+         * What gives memory for so many bytes: direct, all zeros. Throws OutOfMemoryError.
+         *
+         * On a computer Java's own direct buffers lie outside of its heap; on Android they lie in it, and it is small.
+         */
+        @Volatile var memory: (Int) -> ByteBuffer = ByteBuffer::allocateDirect
+
         private const val MOST = 1L shl 40
         private const val TOO_LARGE = 9.2e18f
 
@@ -175,7 +182,7 @@ class Tensor private constructor(val dtype: DType, val shape: List<Int>, val byt
             val size = count(shape) * dtype.size
             if (size > Int.MAX_VALUE) throw Trouble("no memory for a tensor of $size bytes")
             try {
-                return ByteBuffer.allocateDirect(size.toInt()).order(ByteOrder.LITTLE_ENDIAN)
+                return memory(size.toInt()).order(ByteOrder.LITTLE_ENDIAN)
             } catch (_: OutOfMemoryError) {
                 throw Trouble("no memory for a tensor of $size bytes")
             }

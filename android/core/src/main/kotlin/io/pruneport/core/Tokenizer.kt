@@ -4,9 +4,6 @@ package io.pruneport.core
 
 import java.io.ByteArrayOutputStream
 import java.io.File
-import java.nio.ByteBuffer
-import java.nio.charset.CharacterCodingException
-import java.nio.charset.CodingErrorAction
 import java.text.Normalizer
 import java.util.Locale
 import java.util.regex.Pattern
@@ -437,7 +434,7 @@ private sealed class Decoder {
         override fun apply(tokens: List<String>): List<String> {
             val all = ByteArrayOutputStream()
             for (token in tokens) ByteLetters.read(token).let { all.write(it, 0, it.size) }
-            return listOf(String(all.toByteArray(), Charsets.UTF_8))
+            return listOf(textOf(all.toByteArray()))
         }
     }
 
@@ -453,7 +450,8 @@ private sealed class Decoder {
             val run = ByteArrayOutputStream()
 
             fun end() {
-                if (run.size() > 0) made += strictly(run.toByteArray()) ?: "\uFFFD".repeat(run.size())
+                val bytes = run.toByteArray()
+                if (bytes.isNotEmpty()) made += if (isText(bytes)) textOf(bytes) else "\uFFFD".repeat(bytes.size)
                 run.reset()
             }
             for (token in tokens) {
@@ -467,17 +465,6 @@ private sealed class Decoder {
             }
             end()
             return made
-        }
-
-        /** The text of bytes in UTF-8; null where they are none. */
-        private fun strictly(bytes: ByteArray): String? {
-            val decoder = Charsets.UTF_8.newDecoder()
-            decoder.onMalformedInput(CodingErrorAction.REPORT).onUnmappableCharacter(CodingErrorAction.REPORT)
-            return try {
-                decoder.decode(ByteBuffer.wrap(bytes)).toString()
-            } catch (_: CharacterCodingException) {
-                null
-            }
         }
     }
 
@@ -500,8 +487,8 @@ private sealed class Decoder {
     class Metaspace(val mark: String, val prefix: Boolean) : Decoder() {
         override fun apply(tokens: List<String>) =
             tokens.mapIndexed { number, token ->
-                val plain = token.replace(mark, " ")
-                if (number == 0 && prefix) plain.removePrefix(" ") else plain
+                // In the first token all marks go, as the library has it.
+                token.replace(mark, if (number == 0 && prefix) "" else " ")
             }
     }
 
@@ -540,6 +527,67 @@ internal fun byteOfToken(token: String): Int? {
     return if (high < 0 || low < 0) null else high * 16 + low
 }
 
+private fun isText(bytes: ByteArray) = spoiltBytes(bytes) == 0
+
+/**
+ * The text of bytes in UTF-8, with a replacement for each longest part that begins a character and does not end it.
+ *
+ * Systems differ in how many they put for broken bytes, so that theirs are not asked.
+ */
+internal fun textOf(bytes: ByteArray): String {
+    if (isText(bytes)) return String(bytes, Charsets.UTF_8)
+    val made = StringBuilder()
+    var at = 0
+    while (at < bytes.size) {
+        val length = characterLength(bytes, at)
+        if (length > 0) {
+            made.append(String(bytes, at, length, Charsets.UTF_8))
+            at += length
+        } else {
+            made.append('\uFFFD')
+            at += maxOf(1, -length)
+        }
+    }
+    return made.toString()
+}
+
+/** How many bytes cannot belong to any character; 0 where all are whole ones, -1 where they may become so. */
+internal fun spoiltBytes(bytes: ByteArray): Int {
+    var at = 0
+    while (at < bytes.size) {
+        val length = characterLength(bytes, at)
+        if (length <= 0) return if (at - length == bytes.size) -1 else at + maxOf(1, -length)
+        at += length
+    }
+    return 0
+}
+
+/** Bytes of the character that begins there; as a negative number those that fit one that does not end, 0 for none. */
+private fun characterLength(bytes: ByteArray, at: Int): Int {
+    val first = bytes[at].toInt() and 0xFF
+    val length =
+        when (first) {
+            in 0x00..0x7F -> 1
+            in 0xC2..0xDF -> 2
+            in 0xE0..0xEF -> 3
+            in 0xF0..0xF4 -> 4
+            else -> return 0
+        }
+    for (offset in 1 until length) {
+        val allowed =
+            when {
+                offset > 1 -> 0x80..0xBF
+                first == 0xE0 -> 0xA0..0xBF
+                first == 0xED -> 0x80..0x9F
+                first == 0xF0 -> 0x90..0xBF
+                first == 0xF4 -> 0x80..0x8F
+                else -> 0x80..0xBF
+            }
+        if (at + offset >= bytes.size || (bytes[at + offset].toInt() and 0xFF) !in allowed) return -offset
+    }
+    return length
+}
+
 /** Byte pair encoding. */
 private class BytePairs(fields: Fields) {
     private val vocabulary = HashMap<String, Int>()
@@ -550,7 +598,9 @@ private class BytePairs(fields: Fields) {
     private val unknown: Int?
     private val fusesUnknown = fields.flag("fuse_unk", default = false)
     private val ignoresMerges = fields.flag("ignore_merges", default = false)
-    private val byteTokens: List<Int>?
+
+    /** Tokens of single bytes by their byte; empty where none are to be used. */
+    private val byteTokens = HashMap<Byte, Int>()
 
     init {
         val kind = fields.text("type", default = "BPE")
@@ -574,8 +624,11 @@ private class BytePairs(fields: Fields) {
         val named = fields.text("unk_token", default = "")
         unknown = vocabulary[named]
         if (named != "" && unknown == null) throw Trouble("${fields.place}.unk_token is not in the vocabulary")
-        val all = (0..255).mapNotNull { vocabulary["<0x%02X>".format(Locale.ROOT, it)] }
-        byteTokens = all.takeIf { fields.flag("byte_fallback", default = false) && it.size == 256 }
+        if (fields.flag("byte_fallback", default = false)) {
+            for (byte in 0..255) {
+                vocabulary["<0x%02X>".format(Locale.ROOT, byte)]?.let { byteTokens[byte.toByte()] = it }
+            }
+        }
     }
 
     private fun lacking(rank: Int, place: String): Nothing =
@@ -609,13 +662,14 @@ private class BytePairs(fields: Fields) {
             val letter = piece.substring(at, next)
             at = next
             val id = vocabulary[letter]
+            val bytes = if (id == null) bytes(letter) else null
             if (id != null) {
                 pending?.let { ids += it }
                 pending = null
                 ids += id
-            } else if (byteTokens != null) {
+            } else if (bytes != null) {
                 // Before an unknown token that is still pending, as the library has it.
-                for (byte in letter.toByteArray(Charsets.UTF_8)) ids += byteTokens[byte.toInt() and 0xFF]
+                ids += bytes
             } else if (unknown != null) {
                 if (!fusesUnknown) pending?.let { ids += it }
                 pending = unknown
@@ -624,6 +678,10 @@ private class BytePairs(fields: Fields) {
         pending?.let { ids += it }
         return merged(ids)
     }
+
+    /** The tokens of a letter's bytes; null where one of them has none. */
+    private fun bytes(letter: String): List<Int>? =
+        letter.toByteArray(Charsets.UTF_8).map { byteTokens[it] ?: return null }
 
     /** Joins the pair that was learned first, the leftmost of several, until none is left. */
     private fun merged(ids: ArrayList<Int>): List<Int> {

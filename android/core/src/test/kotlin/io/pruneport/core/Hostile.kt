@@ -3,6 +3,7 @@
 package io.pruneport.core
 
 import java.io.File
+import java.util.Random
 
 private fun parse(text: String) = Json.parse(text, "x.json")
 
@@ -19,9 +20,11 @@ fun hostile(checks: Checks) {
     jobFiles(checks)
     graphs(checks)
     tokenizers(checks)
+    bytesToText(checks)
     steps(checks)
     prompts(checks)
     photosAndLogits(checks)
+    mutations(checks)
 }
 
 private fun json(checks: Checks) {
@@ -167,6 +170,17 @@ private fun tensors(checks: Checks) {
         assertTrouble("no int32") { Tensor.ofWholes(DType.INT32, listOf(1), listOf(1L shl 40)) }
         assertTrouble("no whole number") { Tensor.ofFloats(listOf(1), floatArrayOf(Float.NaN)).wholes() }
         assertTrouble("floating-point") { Tensor(DType.INT8, listOf(1)).floats() }
+    }
+    checks.check("memory that is not there") {
+        val before = Tensor.memory
+        try {
+            Tensor.memory = { throw OutOfMemoryError("full") }
+            assertTrouble("no memory for a tensor of 8 bytes") { Tensor(DType.INT64, listOf(1)) }
+            Tensor.memory = { java.nio.ByteBuffer.allocateDirect(it) }
+            assertEqual(Tensor.ofWholes(DType.INT64, listOf(1), listOf(258L)).bytes.get(0), 2.toByte())
+        } finally {
+            Tensor.memory = before
+        }
     }
     checks.check("parts of tensors") {
         val all = Tensor.ofFloats(listOf(1, 4, 2), FloatArray(8) { it.toFloat() })
@@ -347,6 +361,33 @@ private fun tokenizers(checks: Checks) {
     }
 }
 
+/** What other systems' decoders, and Rust's, make of bytes that are no text. */
+private fun bytesToText(checks: Checks) {
+    for ((bytes, text) in
+        listOf(
+            listOf(0xED, 0xA0, 0x80) to "\uFFFD\uFFFD\uFFFD", listOf(0xF0, 0x9F, 0x99, 0x41) to "\uFFFDA",
+            listOf(0xF0, 0x80, 0x80) to "\uFFFD\uFFFD\uFFFD", listOf(0xC3, 0x28) to "\uFFFD(",
+            listOf(0xE2, 0x82) to "\uFFFD", listOf(0xF5, 0xC0, 0x80) to "\uFFFD\uFFFD\uFFFD",
+            listOf(0xE2, 0x82, 0xE2, 0x82, 0xAC) to "\uFFFD€", listOf(0xF4, 0x90, 0x80) to "\uFFFD\uFFFD\uFFFD",
+            listOf(0xF0, 0x9F, 0x99, 0x82, 0xC2) to "🙂\uFFFD", emptyList<Int>() to "",
+        )) {
+        checks.check("text of $bytes") { assertEqual(textOf(ByteArray(bytes.size) { bytes[it].toByte() }), text) }
+    }
+    checks.check("a letter some of whose bytes are tokens") {
+        val model =
+            "\"byte_fallback\": true, \"unk_token\": \"?\", " +
+                "\"vocab\": {\"?\": 0, \"<0xC3>\": 1, \"<0xA9>\": 2}, \"merges\": []"
+        assertEqual(tokenizer("", model).encode("éè"), listOf(1, 2, 0))
+    }
+    checks.check("marks of the first token") {
+        val model = "\"vocab\": {\"__a_b\": 0}, \"merges\": []"
+        for ((scheme, text) in listOf("first" to "ab  a b", "always" to "ab  a b", "never" to "  a b  a b")) {
+            val decoder = "{\"type\": \"Metaspace\", \"replacement\": \"_\", \"prepend_scheme\": \"$scheme\"}"
+            assertEqual(tokenizer("\"decoder\": $decoder", model).decode(listOf(0, 0)), text)
+        }
+    }
+}
+
 private fun steps(checks: Checks) {
     fun ids(step: String, text: String, vararg pieces: String): List<Int> {
         val vocabulary = pieces.withIndex().joinToString { (id, piece) -> "\"$piece\": $id" }
@@ -409,5 +450,69 @@ private fun photosAndLogits(checks: Checks) {
         assertTrouble("temperature") { Sampling(Double.NaN) }
         assertTrouble("temperature") { Sampling(1.0, 0.0) }
         assertEqual(Sampling(1e-300).choose(floatArrayOf(0f, Float.POSITIVE_INFINITY, 5f)), 1)
+    }
+}
+
+/** A file with one thing wrong somewhere: bytes changed, left out, doubled, or the rest cut off. */
+private fun broken(bytes: ByteArray, random: Random): ByteArray {
+    val at = random.nextInt(bytes.size)
+    val end = minOf(bytes.size, at + 1 + random.nextInt(8))
+    return when (random.nextInt(5)) {
+        0 -> bytes.copyOf(at)
+        1 -> bytes.copyOf(at) + bytes.copyOfRange(end, bytes.size)
+        2 -> bytes.copyOf(end) + bytes.copyOfRange(at, bytes.size)
+        3 -> bytes.copyOf(at) + "[{-9e\"\\".substring(random.nextInt(7)).toByteArray() + bytes.copyOfRange(end, bytes.size)
+        else -> bytes.clone().also { it[at] = random.nextInt(256).toByte() }
+    }
+}
+
+/** Every way that a file can break is Trouble, or none: nothing else is thrown. */
+private fun mutations(checks: Checks) {
+    val random = Random(11)
+
+    fun survives(name: String, sound: ByteArray, read: (ByteArray) -> Unit) =
+        checks.check("broken $name") {
+            read(sound)
+            repeat(3000) {
+                val bytes = broken(sound, random)
+                try {
+                    read(bytes)
+                } catch (_: Trouble) {
+                    // What it should be.
+                } catch (error: Throwable) {
+                    throw AssertionError("$error for ${String(bytes, Charsets.ISO_8859_1)}", error)
+                }
+            }
+        }
+    val job =
+        """{"id": "0123456789abcdef", "bundle": "b", "folder": "bundle", "vision": "v", "threads": 2, "steps": [
+        {"graph": "g", "stored": "g", "step": "s"}], "answer": {"question": [1, 2], "new_tokens": 3},
+        "timing": {"warmup": 1, "runs": 2, "answers": 3}, "gate": {"most_celsius": 37.5, "wait_s": 6e1}}"""
+    survives("job", job.toByteArray()) { JobFile.of(Json.parse(it, "job.json")) }
+    survives("manifest", exampleManifest(parse(GRAPH)).written().toByteArray()) {
+        Manifest.of(Json.parse(it, "manifest.json"))
+    }
+    val words =
+        """{"added_tokens": [{"id": 3, "content": "<m>", "lstrip": true, "special": true}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "(?i:'s|'t)|\\s?\\p{L}+|[^\\s]+"}, "behavior": "Isolated"},
+        {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true}]},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "byte_fallback": true, "fuse_unk": true, "unk_token": "a",
+        "vocab": {"a": 0, "b": 1, "ab": 2, "<0xC3>": 4}, "merges": [["a", "b"]]}}"""
+    survives("tokenizer", words.toByteArray()) {
+        val made = Tokenizer.of(Json.parse(it, Tokenizer.FILE))
+        made.decode(made.encode("abba<m> it's é 3.1\n") + listOf(4, 5, -1))
+    }
+    withFolder { folder ->
+        val file = File(folder, "x.safetensors")
+        Safetensors.write(
+            mapOf("a" to Tensor(DType.FLOAT32, listOf(1, 2)), "b" to Tensor(DType.INT8, listOf(3))), file,
+        )
+        survives("safetensors", file.readBytes()) { bytes ->
+            file.writeBytes(bytes)
+            for (tensor in Safetensors.read(file).values) tensor.toByteArray()
+        }
     }
 }
