@@ -33,6 +33,9 @@ android {
         }
     }
 
+    // Each engine may bring C++'s library along; one serves all.
+    packaging { jniLibs { pickFirsts += "**/libc++_shared.so" } }
+
     compileOptions {
         sourceCompatibility = JavaVersion.VERSION_1_8
         targetCompatibility = JavaVersion.VERSION_1_8

@@ -163,12 +163,13 @@ def test_the_app_compiles_without_a_warning(compiled: Path) -> None:
         "ExecuTorchEngine",
         "OnnxEngine",
         "PhoneState",
+        "PruneportApp",
     }
 
 
 def test_the_manifest_names_what_there_is(compiled: Path) -> None:
-    parts = [*_manifest().iter("activity"), *_manifest().iter("provider")]
-    assert len(parts) == 3
+    parts = [part for kind in ("application", "activity", "provider") for part in _manifest().iter(kind)]
+    assert len(parts) == 4
     for part in parts:
         assert (compiled / (part.attrib[f"{NAME}name"].replace(".", "/") + ".class")).exists()
 
@@ -197,6 +198,8 @@ def test_adb_starts_what_the_manifest_opens_and_nothing_is_permitted() -> None:
     root = _manifest()
     exported = {part.attrib[f"{NAME}name"]: part.attrib[f"{NAME}exported"] for part in root.iter("activity")}
     assert exported == {f"{APP}.MainActivity": "true", f"{APP}.BenchActivity": "true"}
+    guarded = {part.attrib[f"{NAME}name"]: part.attrib.get(f"{NAME}permission") for part in root.iter("activity")}
+    assert guarded == {f"{APP}.MainActivity": None, f"{APP}.BenchActivity": "android.permission.DUMP"}
     (camera,) = root.iter("provider")
     assert camera.attrib[f"{NAME}exported"] == "false"
     uri = f"content://{camera.attrib[f'{NAME}authorities']}/photo"
