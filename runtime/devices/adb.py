@@ -283,6 +283,8 @@ class AdbDevice(RemoteDevice):
         self._runner, self._folder = runner, folder
         self._timeout_s, self.gate = timeout_s, gate
         self._about: About | None = None
+        # Where what a job runs lies on the device, by what links in its folder are called.
+        self._bundles: dict[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -410,13 +412,13 @@ class AdbDevice(RemoteDevice):
 
     def _push(self, bundle: Bundle, twin: Bundle | None, folder: Path, place: str) -> None:
         files: list[tuple[Path, str, str]] = []  # from, to, sha256
-        links = []
+        self._bundles = {}
         for name, each in ((BUNDLE_DIR, bundle), (TWIN_DIR, twin)):
             if each is None:
                 continue
             # By content: another export of the same name lies elsewhere, and what an export shares is pushed once.
             where = f"{self._folder}/bundles/{each.manifest.name}-{_sha256(each.path / MANIFEST)[:16]}"
-            links.append(f"ln -sfn {shlex.quote(where)} {shlex.quote(f'{place}/{name}')}")
+            self._bundles[name] = where
             listed_files = {file: each.manifest.files[file].sha256 for file in device_files(each)}
             listed_files[MANIFEST] = _sha256(each.path / MANIFEST)
             files += [
@@ -451,6 +453,9 @@ class AdbDevice(RemoteDevice):
             self._say(f"pushing {len(missing)} files, {needed / 1e6:.1f} MB; {len(files) - len(missing)} are there")
         for source, to, sha256 in missing:
             self._send(source, to, sha256, tell)
+        links = [
+            f"ln -sfn {shlex.quote(where)} {shlex.quote(f'{place}/{name}')}" for name, where in self._bundles.items()
+        ]
         self.shell.do("\n".join([f"mkdir -p {shlex.quote(place)}", *links]))
 
     def _there(self, paths: list[str]) -> dict[str, str]:
@@ -485,7 +490,14 @@ class AdbDevice(RemoteDevice):
     def _run(self, job: JobFile, place: str, bundle: Bundle) -> None:
         quoted = shlex.quote(place)
         if self._runner is None:
-            self.shell.do(f"chmod -R a+rX {quoted}\nam start -W -S -n {APP}/.BenchActivity --es job {quoted}")
+            # Android lets no app follow a link that the shell made: it is told where the links lead.
+            told = " ".join(f"--es {name} {shlex.quote(where)}" for name, where in self._bundles.items())
+            readable = " ".join(shlex.quote(where) for where in self._bundles.values())
+            above = " ".join(shlex.quote(f"{self._folder}{sub}") for sub in ("", "/jobs", "/bundles"))
+            self.shell.do(
+                f"chmod a+rx {above}\nchmod -R a+rX {quoted} {readable}\n"
+                f"am start -W -S -n {APP}/.BenchActivity {told} --es job {quoted}"
+            )
         else:
             runner = f"{self._folder}/runner"
             kind = "" if self.about().is_phone else "--kind emulated"

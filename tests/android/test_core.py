@@ -285,6 +285,19 @@ def test_a_question_comes_back_as_an_answer(core: tuple[str, ...], tmp_path: Pat
     assert [run.warmup for run in found.answer.runs] == [True]
 
 
+def test_bundles_may_lie_elsewhere(core: tuple[str, ...], tmp_path: Path) -> None:
+    """As on a phone, where the app follows no link that leads to them."""
+    bundle, twin = _bundle(tmp_path / "sums", "open"), _bundle(tmp_path / "twin-of-sums", "open", pruned=False)
+    job, tensors = make_job(bundle, timing=TimingJob(warmup=0, runs=1, answers=1), twin=twin)
+    write_job(tmp_path / "job", job, tensors)
+    _run(*core, tmp_path / "job", tmp_path / "out", bundle.path, twin.path)
+    found = read_findings(tmp_path / "out").file
+    assert found.trouble is None
+    assert found.answer is not None
+    assert found.answer.trouble is None
+    assert [run.twin for run in found.answer.runs] == [False, True, True, False]
+
+
 def test_a_bundle_that_changed_on_the_way_is_said(core: tuple[str, ...], tmp_path: Path) -> None:
     bundle = _bundle(tmp_path / "sums", "open")
     job, tensors = make_job(bundle)

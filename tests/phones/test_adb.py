@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import MANIFEST, Bundle, read_bundle
 from runtime.check.judge import check
 from runtime.devices.adb import AdbDevice, chosen, listed
 from runtime.devices.findings import Job, Timing
@@ -429,6 +429,8 @@ def test_the_app_runs_a_job(emulated: EmulatedDevice, bundle: Bundle, said: list
     runner = native_runner("x86_64")
     start = (
         'case "$1" in force-stop) exit 0;; esac\n'
+        # An app may not follow the link in the folder of its job: --es bundle DIR
+        f'[ "$7" = bundle ] && [ ! -L "$8" ] && [ -f "$8/{MANIFEST}" ] || exit 1\n'
         "job=$(eval echo \\${$#})\n"  # the last word: --es job DIR
         'id=$(basename "$job")\ntouch "$STATE/alive"\n'
         f'LD_LIBRARY_PATH={runner.parent} {runner} "$job" "$STATE/out" --kind emulated > /dev/null 2>&1\n'

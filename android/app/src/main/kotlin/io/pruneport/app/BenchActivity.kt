@@ -11,15 +11,16 @@ import java.io.File
 import java.util.concurrent.Executors
 
 /**
- * Takes the extra `job`, the folder of a job; or minibench's `model_dir`, `num_iter`, `num_warm_up_iter` and `prompt`.
+ * Takes the extra `job`, the folder of a job, and perhaps `bundle` and `twin`, where those do not lie in it; or
+ * minibench's `model_dir`, `num_iter`, `num_warm_up_iter` and `prompt`. The manifest lets adb alone start it.
  *
  * Findings lie in files/jobs/NAME, where NAME is what the folder is called, or `minibench`.
  */
 class BenchActivity : Activity() {
     override fun onCreate(savedInstanceState: Bundle?) {
         super.onCreate(savedInstanceState)
-        // A screen that goes dark slows the processor down.
-        window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON)
+        // Behind a lock or a dark screen the system gives an app slow cores alone.
+        window.addFlags(AWAKE)
         val view = TextView(this)
         view.fitsSystemWindows = true
         val space = (SPACE_DP * resources.displayMetrics.density).toInt()
@@ -47,7 +48,8 @@ class BenchActivity : Activity() {
         val asked = intent ?: return null
         asked.getStringExtra("job")?.let { job ->
             val folder = File(job)
-            return if (isPlain(folder.name)) Wanted.Job(folder) else null
+            val (bundle, twin) = listOf("bundle", "twin").map { asked.getStringExtra(it)?.let(::File) }
+            return if (isPlain(folder.name)) Wanted.Job(folder, bundle, twin) else null
         }
         val bundle = asked.getStringExtra("model_dir") ?: return null
         return Wanted.Bare(
@@ -68,6 +70,12 @@ class BenchActivity : Activity() {
 
     private companion object {
         const val SPACE_DP = 16
+
+        // By the flags that API 28 has as well; the methods that came in their place do the same.
+        @Suppress("DEPRECATION")
+        const val AWAKE =
+            WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON or WindowManager.LayoutParams.FLAG_TURN_SCREEN_ON or
+                WindowManager.LayoutParams.FLAG_SHOW_WHEN_LOCKED
 
         /** One job at a time, and one behind the other. */
         val worker = Executors.newSingleThreadExecutor()

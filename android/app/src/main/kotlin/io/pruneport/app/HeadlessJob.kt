@@ -12,6 +12,7 @@ import io.pruneport.core.JobFile
 import io.pruneport.core.JobRun
 import io.pruneport.core.Json
 import io.pruneport.core.Manifest
+import io.pruneport.core.Place
 import io.pruneport.core.Prompt
 import io.pruneport.core.RunnerInfo
 import io.pruneport.core.Safetensors
@@ -21,7 +22,6 @@ import io.pruneport.core.Trouble
 import io.pruneport.core.TroubleFound
 import java.io.File
 import java.io.IOException
-import java.nio.file.Files
 import java.security.SecureRandom
 import java.time.Instant
 import java.time.temporal.ChronoUnit
@@ -33,7 +33,9 @@ internal sealed class Wanted {
     /** The findings go to a folder of this name among the app's jobs. */
     abstract val name: String
 
-    data class Job(val folder: File) : Wanted() {
+    /** The [bundle] and the [twin] lie in the folder of the job where no others are named. */
+    data class Job(val folder: File, val bundle: File?, val twin: File?) : Wanted() {
+        val place: Place get() = Place(folder).let { Place(folder, bundle ?: it.bundle, twin ?: it.twin) }
         override val name: String get() = folder.name
     }
 
@@ -56,12 +58,12 @@ internal class HeadlessJob(
         try {
             // Old findings would be taken for this job's.
             out.deleteRecursively()
-            val folder =
+            val place =
                 when (wanted) {
-                    is Wanted.Job -> wanted.folder
+                    is Wanted.Job -> wanted.place
                     is Wanted.Bare -> made(wanted)
                 }
-            JobRun(folder, PhoneState(context), allEngines(context), APP, appVersion(context), say).run(out)
+            JobRun(place, PhoneState(context), allEngines(context), APP, appVersion(context), say).run(out)
         } catch (error: Exception) {
             fail(error)
         } catch (error: OutOfMemoryError) {
@@ -103,21 +105,18 @@ internal class HeadlessJob(
     }
 
     /** A job over a bundle alone: the vision graph on one grey and, where there is a prompt, an answer about that. */
-    private fun made(wanted: Wanted.Bare): File {
+    private fun made(wanted: Wanted.Bare): Place {
         val manifest = Manifest.read(wanted.bundle)
         val vision = manifest.graph(GraphName.VISION) ?: throw Trouble("${manifest.name} has no ${GraphName.VISION}")
         val folder = File(context.cacheDir, wanted.name)
-        // A link is deleted, not what it leads to.
-        Files.deleteIfExists(File(folder, "bundle").toPath())
         folder.deleteRecursively()
         if (!folder.mkdirs()) throw Trouble("the job cannot be written; is the device full?")
-        Files.createSymbolicLink(File(folder, "bundle").toPath(), wanted.bundle.absoluteFile.toPath())
         val key = "${GraphName.VISION}/${GraphName.VISION}"
         val tensors = vision.inputs.associate { "in/$key/${it.name}" to Tensor(it.dtype, it.shape) }.toMutableMap()
         tensors["pixel_values"] = Tensor(DType.FLOAT32, listOf(1, 3, manifest.image.height, manifest.image.width))
         Safetensors.write(tensors, File(folder, JobFile.INPUTS))
         File(folder, JobFile.FILE).writeText(job(wanted, manifest, vision).written())
-        return folder
+        return Place(folder, wanted.bundle)
     }
 
     private fun job(wanted: Wanted.Bare, manifest: Manifest, vision: GraphInfo): Json {

@@ -24,19 +24,26 @@ interface DeviceState {
 }
 
 /**
- * One walk over the job in [place], the folder that holds job.json, inputs.safetensors, bundle and perhaps twin.
+ * Where a job lies: the folder of job.json and inputs.safetensors, that of its bundle, and that of its twin.
+ *
+ * The bundles may lie elsewhere: Android lets no app follow a link that the shell made.
+ */
+class Place(val job: File, val bundle: File = File(job, "bundle"), val twin: File = File(job, "twin"))
+
+/**
+ * One walk over the job in a [place].
  *
  * [app] and [version] name the program; [say] hears one line a stage. Throws Trouble for what is no job.
  */
 class JobRun(
-    private val place: File,
+    private val place: Place,
     private val device: DeviceState,
     private val engines: List<Engine>,
     app: String,
     version: String,
     private val say: (String) -> Unit = {},
 ) {
-    private val job = JobFile.read(place)
+    private val job = JobFile.read(place.job)
     private val start = System.nanoTime()
     private val findings: Findings
     private val outputs = LinkedHashMap<String, Tensor>()
@@ -49,7 +56,7 @@ class JobRun(
         // Of a bundle whose graphs go to several engines, the one that has the vision graph is named.
         val wanted =
             try {
-                Manifest.read(File(place, job.folder), Choice.Vision(job.vision)).graph(GraphName.VISION)?.engine
+                Manifest.read(place.bundle, Choice.Vision(job.vision)).graph(GraphName.VISION)?.engine
             } catch (_: Trouble) {
                 null
             }
@@ -75,7 +82,7 @@ class JobRun(
         look()
         findings.trouble =
             troubleOf {
-                inputs = Safetensors.read(File(place, JobFile.INPUTS))
+                inputs = Safetensors.read(File(place.job, JobFile.INPUTS))
                 openBundle().use { graphs ->
                     probe()
                     takePhoto(graphs.manifest.image)
@@ -113,7 +120,7 @@ class JobRun(
 
     /** Opens the graphs: twice where this is the first start, if that prepares files for the later ones. */
     private fun openBundle(): Graphs {
-        val folder = File(place, job.folder)
+        val folder = place.bundle
         val manifest = Manifest.read(folder, Choice.Vision(job.vision))
         this.manifest = manifest
         val prepared = manifest.graphs.map { engineFor(it, engines).preparation(it, folder) }
@@ -136,7 +143,7 @@ class JobRun(
 
     /** In how many bits float16 products are added up here: ones are lost beside 2048 where sums are float16. */
     private fun probe() {
-        val file = File(place, "accumulator.pte")
+        val file = File(place.job, "accumulator.pte")
         val engine = engines.firstOrNull { it.name == "executorch" }
         if (!file.exists() || engine == null) return
         val (rows, depth, columns) = Triple(8, 256, 16)
@@ -150,7 +157,7 @@ class JobRun(
             )
         val row = Tensor(DType.FLOAT16, listOf(1, rows, depth))
         for (i in 0 until rows * depth) row.bytes.putShort(i * 2, if (i % depth == 0) TWO_THOUSAND_48 else ONE)
-        val sums = engine.open(graph, place).use { it.run(mapOf("row" to row)).getValue("sums").floats() }
+        val sums = engine.open(graph, place.job).use { it.run(mapOf("row" to row)).getValue("sums").floats() }
         // 2048 + 255 rounds to 2304 in float16; 2302 is the number before it.
         findings.accumulatorBits = if (sums.all { it >= 2302 }) 32 else 16
     }
@@ -250,8 +257,7 @@ class JobRun(
     private fun openTwin(): Graphs? {
         val twin = job.twin ?: return null
         say("opening the twin")
-        val folder = File(place, twin.folder)
-        return Graphs.open(Manifest.read(folder, Choice.Vision(twin.vision)), folder, engines)
+        return Graphs.open(Manifest.read(place.twin, Choice.Vision(twin.vision)), place.twin, engines)
     }
 
     /** Waits until the device is as cool as the job wants it, or no longer throttled where it has no thermometer. */

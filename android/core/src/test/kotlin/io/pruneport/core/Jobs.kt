@@ -13,7 +13,7 @@ private const val VISION =
       "outputs": [{"name": "hidden", "shape": [1, 7, 4], "dtype": "float32"}]}]"""
 
 private fun run(folder: File, device: DeviceState = TestDevice(), engines: List<Engine> = emptyList()): Findings =
-    JobRun(folder, device, engines, "tests", "1").run(File(folder, "out"))
+    JobRun(Place(folder), device, engines, "tests", "1").run(File(folder, "out"))
 
 private fun written(folder: File) = Fields(Json.read(File(folder, "out/findings.json"), 1 shl 20), "findings")
 
@@ -49,7 +49,7 @@ fun jobs(checks: Checks) {
             assertEqual(written(folder).fields("trouble").flag("missing"), false)
             File(folder, "file").writeText("")
             assertTrouble("cannot be written") {
-                JobRun(folder, TestDevice(), emptyList(), "tests", "1").run(File(folder, "file"))
+                JobRun(Place(folder), TestDevice(), emptyList(), "tests", "1").run(File(folder, "file"))
             }
         }
     }

@@ -1,5 +1,5 @@
 // Holds the core against what runtime/ makes of small inputs: tests/phones/vectors. With the folder of a job and one
-// for its findings as arguments, that job is run instead.
+// for its findings as arguments, and perhaps those of a bundle and its twin, that job is run instead.
 
 package io.pruneport.core
 
@@ -8,9 +8,9 @@ import java.util.Base64
 import kotlin.system.exitProcess
 
 fun main(arguments: Array<String>) {
-    if (arguments.size == 2) {
+    if (arguments.size >= 2) {
         val engines = listOf(SumEngine("executorch"), SumEngine("onnxruntime"))
-        JobRun(File(arguments[0]), TestDevice(), engines, "core tests", "1", ::println).run(File(arguments[1]))
+        JobRun(place(arguments), TestDevice(), engines, "core tests", "1", ::println).run(File(arguments[1]))
         return
     }
     val checks = Checks()
@@ -18,6 +18,11 @@ fun main(arguments: Array<String>) {
     hostile(checks)
     jobs(checks)
     if (!checks.end()) exitProcess(1)
+}
+
+private fun place(arguments: Array<String>): Place {
+    val job = File(arguments[0])
+    return if (arguments.size < 4) Place(job) else Place(job, File(arguments[2]), File(arguments[3]))
 }
 
 private fun cases(folder: File, name: String): List<Json> =
