@@ -83,8 +83,8 @@ class JobFile(_Record, frozen=True, kw_only=True):
     """job.json: what to run.
 
     `bundle` identifies the bundle, in `folder` beside this file; `vision` is the vision graph of the keep that is run.
-    What is answered about is `pixel_values` of inputs.safetensors; where `photo` uint8 (H, W, 3) lies beside them, it
-    is preprocessed there, compared and timed. `threads` 0 leaves it to the device. `answer` None answers nothing;
+    What is answered about is `pixel_values` of inputs.safetensors, or, without them, the `photo` uint8 (H, W, 3). Where
+    there is a photo, it is preprocessed on the device, sent back to be compared, and timed. `threads` 0 leaves it to the device. `answer` None answers nothing;
     `timing` None times nothing.
     """
 
@@ -317,9 +317,9 @@ def make_job(
 
 
 def make_question(
-    bundle: Bundle, pixels: np.ndarray, question: tuple[int, ...], *, new_tokens: int, threads: int = 0
+    bundle: Bundle, photo: np.ndarray, question: tuple[int, ...], *, new_tokens: int, threads: int = 0
 ) -> tuple[JobFile, dict[str, np.ndarray]]:
-    """A job that asks one question, token ids, about `pixels` (1, 3, H, W) float32, and its tensors."""
+    """A job that asks one question, token ids, about a photo uint8 (H, W, 3), and its tensors."""
     bundle = bundle.at()
     job = JobFile(
         id=secrets.token_hex(8),
@@ -329,7 +329,7 @@ def make_question(
         answer=AnswerJob(question=question, new_tokens=new_tokens),
         threads=threads,
     )
-    return job, {PIXELS: pixels}
+    return job, {PHOTO: photo}
 
 
 def device_files(bundle: Bundle) -> tuple[str, ...]:
