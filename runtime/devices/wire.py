@@ -83,9 +83,9 @@ class JobFile(_Record, frozen=True, kw_only=True):
     """job.json: what to run.
 
     `bundle` identifies the bundle, in `folder` beside this file; `vision` is the vision graph of the keep that is run.
-    What is answered about is `pixel_values` of inputs.safetensors, or, without them, the `photo` uint8 (H, W, 3). Where
-    there is a photo, it is preprocessed on the device, sent back to be compared, and timed. `threads` 0 leaves it to the
-    device. `answer` None answers nothing; `timing` None times nothing.
+    What is answered about is `pixel_values` of inputs.safetensors, or, without them, the `photo` uint8 (H, W, 3). A
+    photo is preprocessed on the device, sent back to be compared, and timed. `threads` 0 leaves it to the device.
+    `answer` None answers nothing; `timing` None times nothing.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
