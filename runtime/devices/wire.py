@@ -334,7 +334,7 @@ def make_question(
 
 def device_files(bundle: Bundle) -> tuple[str, ...]:
     """What of a bundle a device needs to run it: no golden, no reports."""
-    left = {bundle.manifest.golden.file, *(info.golden for info in bundle.manifest.keeps)}
+    left = {view.manifest.golden.file for view in bundle.siblings}
     return tuple(file for file in bundle.manifest.files if file not in left and not is_report(file))
 
 
