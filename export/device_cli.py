@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +224,7 @@ def _bench(args: argparse.Namespace) -> int:
     threads = whole_number("threads", args.threads, 0, 256)
     device = _device(args, gated=bool(runs))
     twin = _twin(args, bundle) if runs else None
-    name = f"{bundle.manifest.name}-{''.join(c if c.isalnum() else '-' for c in device.name)}"
+    name = f"{bundle.manifest.name}-{re.sub('[^A-Za-z0-9]+', '-', device.name).strip('-')}"
     name = of_keep(name, bundle.manifest.prune.keep) if bundle.is_view else name
     out = Path(args.output_dir) if args.output_dir else Path("findings") / name
     job, tensors = make_job(
