@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +224,7 @@ def _bench(args: argparse.Namespace) -> int:
     threads = whole_number("threads", args.threads, 0, 256)
     device = _device(args, gated=bool(runs))
     twin = _twin(args, bundle) if runs else None
-    name = f"{bundle.manifest.name}-{''.join(c if c.isalnum() else '-' for c in device.name)}"
+    name = f"{bundle.manifest.name}-{re.sub('[^A-Za-z0-9]+', '-', device.name).strip('-')}"
     name = of_keep(name, bundle.manifest.prune.keep) if bundle.is_view else name
     out = Path(args.output_dir) if args.output_dir else Path("findings") / name
     job, tensors = make_job(
@@ -287,7 +288,7 @@ def _ask(args: argparse.Namespace) -> int:
     from runtime.devices.wire import make_question
     from runtime.errors import DeviceError
     from runtime.generation import check_room
-    from runtime.image import load_photo, preprocess
+    from runtime.image import load_photo, view
     from runtime.prompt import open_tokenizer
 
     bundle = read_bundle(Path(args.bundle)).at(_keep(args))
@@ -296,10 +297,11 @@ def _ask(args: argparse.Namespace) -> int:
     new_tokens = whole_number("max_new_tokens", args.max_new_tokens, 1, 10**6)
     if bundle.manifest.text is not None:
         check_room(len(ids), new_tokens, room=bundle.manifest.text.tokens)
-    pixels = preprocess(load_photo(args.photo), bundle.manifest.image)
+    photo = load_photo(args.photo)
+    view(photo, bundle.manifest.image)  # refused here, not on the device
     device = _device(args)
     threads = whole_number("threads", args.threads, 0, 256)
-    job, tensors = make_question(bundle, pixels, tuple(ids), new_tokens=new_tokens, threads=threads)
+    job, tensors = make_question(bundle, photo, tuple(ids), new_tokens=new_tokens, threads=threads)
     with tempfile.TemporaryDirectory() as folder:
         received = device.collect(bundle, job, tensors, Path(folder) / "findings")
     answer = received.file.answer

@@ -266,7 +266,11 @@ class _Run:
 
     def _pixels(self, refused: bool) -> _Pixels:
         photo = None if refused else self._tensors.get(PHOTO)
-        return _Pixels(self._tensors[PIXELS], photo)
+        # Of the job, so that answers can be compared, or of its photo.
+        values = self._tensors.get(PIXELS, self._sent.get(PIXELS))
+        if values is None:
+            raise EngineError("the job has neither pixel_values nor a photo that can be read")
+        return _Pixels(values, photo)
 
 
 class _Pixels:

@@ -83,9 +83,9 @@ class JobFile(_Record, frozen=True, kw_only=True):
     """job.json: what to run.
 
     `bundle` identifies the bundle, in `folder` beside this file; `vision` is the vision graph of the keep that is run.
-    What is answered about is `pixel_values` of inputs.safetensors; where `photo` uint8 (H, W, 3) lies beside them, it
-    is preprocessed there, compared and timed. `threads` 0 leaves it to the device. `answer` None answers nothing;
-    `timing` None times nothing.
+    What is answered about is `pixel_values` of inputs.safetensors, or, without them, the `photo` uint8 (H, W, 3). A
+    photo is preprocessed on the device, sent back to be compared, and timed. `threads` 0 leaves it to the device.
+    `answer` None answers nothing; `timing` None times nothing.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}$")]
@@ -317,9 +317,9 @@ def make_job(
 
 
 def make_question(
-    bundle: Bundle, pixels: np.ndarray, question: tuple[int, ...], *, new_tokens: int, threads: int = 0
+    bundle: Bundle, photo: np.ndarray, question: tuple[int, ...], *, new_tokens: int, threads: int = 0
 ) -> tuple[JobFile, dict[str, np.ndarray]]:
-    """A job that asks one question, token ids, about `pixels` (1, 3, H, W) float32, and its tensors."""
+    """A job that asks one question, token ids, about a photo uint8 (H, W, 3), and its tensors."""
     bundle = bundle.at()
     job = JobFile(
         id=secrets.token_hex(8),
@@ -329,12 +329,12 @@ def make_question(
         answer=AnswerJob(question=question, new_tokens=new_tokens),
         threads=threads,
     )
-    return job, {PIXELS: pixels}
+    return job, {PHOTO: photo}
 
 
 def device_files(bundle: Bundle) -> tuple[str, ...]:
     """What of a bundle a device needs to run it: no golden, no reports."""
-    left = {bundle.manifest.golden.file, *(info.golden for info in bundle.manifest.keeps)}
+    left = {view.manifest.golden.file for view in bundle.siblings}
     return tuple(file for file in bundle.manifest.files if file not in left and not is_report(file))
 
 

@@ -271,8 +271,8 @@ def test_a_job_comes_back_as_findings(core: tuple[str, ...], tmp_path: Path, kin
 
 def test_a_question_comes_back_as_an_answer(core: tuple[str, ...], tmp_path: Path) -> None:
     bundle = _bundle(tmp_path / "sums", "open")
-    pixels = np.full((1, 3, 2, 2), 7, np.float32)
-    job, tensors = make_question(bundle, pixels, (4, 5), new_tokens=9)
+    photo = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    job, tensors = make_question(bundle, photo, (4, 5), new_tokens=9)
     write_job(tmp_path / "job", job, tensors)
     shutil.copytree(bundle.path, tmp_path / "job" / "bundle")
     _run(*core, tmp_path / "job", tmp_path / "out")
@@ -280,7 +280,9 @@ def test_a_question_comes_back_as_an_answer(core: tuple[str, ...], tmp_path: Pat
     assert found.answer is not None
     running = {info.name: SumGraph(info, []) for info in bundle.manifest.graphs}
     answers = Answers(running, bundle="sums", before=BEFORE, first_text=BEFORE + IMAGE)
-    told = answers.answer(answers.see(pixels), (4, 5), max_new_tokens=9, past_end=True)
+    told = answers.answer(
+        answers.see(preprocess(photo, bundle.manifest.image)), (4, 5), max_new_tokens=9, past_end=True
+    )
     assert list(found.answer.ids) == [token.id for token in told]
     assert [run.warmup for run in found.answer.runs] == [True]
 

@@ -27,6 +27,10 @@ from export.sweep.cell import plan_cells
 from export.sweep.matrix import read_matrix
 from runtime.ask import OpenBundle
 from runtime.bundle import MANIFEST, REPORT_FILES, VISION_ENCODER, Bundle, is_report, of_keep, read_bundle
+from runtime.check.judge import check
+from runtime.devices.here import HereDevice
+from runtime.devices.received import findings_of, judged_bundle
+from runtime.devices.wire import device_files, make_job
 from runtime.engines import ENGINES
 from runtime.errors import BundleError, PruneportError, RequestError
 from runtime.golden import ANSWER, QUESTION
@@ -472,3 +476,21 @@ def test_manifests_from_before_are_read(tmp_path: Path) -> None:
     bundle = read_bundle(path)
     assert bundle.keeps == (4,)
     assert bundle.at(4) is bundle
+
+
+def test_a_job_runs_one_keep(exported: Exported, tmp_path: Path) -> None:
+    """On a device each keep is a run of its own, over the same files, and findings say which."""
+    from tests.phones.machines import native_runner
+
+    runner = native_runner() if exported.backend == "xnnpack" else None
+    for keep in KEEPS:
+        view = exported.bundle.at(keep)
+        job, tensors = make_job(view)
+        assert not {file for file in device_files(view) if "golden" in file or is_report(file)}
+        received = HereDevice(runner=runner).collect(view, job, tensors, tmp_path / str(keep))
+        assert received.file.answer is not None
+        assert received.file.answer.image_tokens_after == keep
+        assert judged_bundle(exported.bundle, received).keeps == (keep,)
+        verdict = check(view, findings_of(exported.bundle, received))
+        assert verdict.passed, verdict.failed_steps
+        assert verdict.answer is not None

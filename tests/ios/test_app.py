@@ -14,7 +14,7 @@ import pytest
 
 from pruneport import __version__
 from tests.conftest import ROOT
-from tests.ios.toolchain import BUILT, CACHE, CHECKOUT, run, skip_unless_ci
+from tests.ios.toolchain import BUILT, CACHE, CHECKOUT, KEPT, run, skip_unless_ci
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def test_the_app_fits_together() -> None:
     package = ("--package-path", f"{CHECKOUT}/ios/BenchCore", "--scratch-path", f"{BUILT}/BenchCore")
     done = run("swift", "build", *package)
     assert done.returncode == 0, done.stdout[-4000:]
-    (CACHE / "swift-trixie-1-built" / "stubs").mkdir(exist_ok=True)
+    (KEPT / "stubs").mkdir(exist_ok=True)
     for name in MODULES:
         out = ("-o", f"{BUILT}/stubs/{name}.swiftmodule", f"{CHECKOUT}/tests/ios/stubs/{name}.swift")
         _compiled("-emit-module", "-parse-as-library", "-module-name", name, *out)

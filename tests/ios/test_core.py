@@ -11,12 +11,16 @@ import pytest
 
 from runtime.devices.received import findings_of
 from runtime.devices.wire import FindingsFile, GateJob, TimingJob, make_job, read_findings, write_job
+from runtime.image import preprocess
 from tests.conftest import ROOT
 from tests.ios.fake_bundle import KINDS, NEW_TOKENS, QUESTION, make_fake_bundle
-from tests.ios.toolchain import BUILT, CHECKOUT, run
+from tests.ios.odd_tokenizers import write_odd_tokenizers
+from tests.ios.toolchain import BUILT, CHECKOUT, EXCHANGE, run
 
 pytestmark = pytest.mark.slow
 
+# In pixel values of the bundles of sums: 0.5 over their least spread, which is 0.5.
+GREY_LEVEL = 1.001
 PACKAGE = ("--package-path", f"{CHECKOUT}/ios/BenchCore", "--scratch-path", f"{BUILT}/BenchCore")
 
 
@@ -35,6 +39,14 @@ def test_the_core_keeps_to_the_vectors_and_refuses_what_is_broken(built: None) -
     assert " with 1 test skipped and 0 failures" in done.stdout, done.stdout[-2000:]
     for name in ("testPhotosAreWhatPillowMakesOfThem", "testQuestionsBecomeIdsAndIdsText", "testSafetensors"):
         assert f"{name}' passed" in done.stdout
+
+
+def test_tokenizers_of_every_kind_are_the_librarys(built: None, tmp_path: Path) -> None:
+    assert write_odd_tokenizers(tmp_path, seed=11) == 22
+    only = ("--filter", "VectorTests.testQuestionsBecomeIdsAndIdsText")
+    done = run("swift", "test", "--skip-build", *only, *PACKAGE, exchange=tmp_path, env={"PRUNEPORT_VECTORS": EXCHANGE})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert "Executed 1 test, with 0 failures" in done.stdout
 
 
 def test_sources_are_laid_out_as_swift_format_does_it() -> None:
@@ -60,7 +72,7 @@ def test_a_job_comes_back_as_findings(built: None, tmp_path: Path, kind: str) ->
         "JobTests.testRunsTheJobOfTheEnvironment",
         *PACKAGE,
         exchange=tmp_path / "exchange",
-        env={"PRUNEPORT_JOB": "/exchange/job", "PRUNEPORT_OUT": "/exchange/out"},
+        env={"PRUNEPORT_JOB": f"{EXCHANGE}/job", "PRUNEPORT_OUT": f"{EXCHANGE}/out"},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     received = read_findings(tmp_path / "exchange" / "out")
@@ -75,7 +87,8 @@ def test_a_job_comes_back_as_findings(built: None, tmp_path: Path, kind: str) ->
     assert file.memory is not None
     assert file.memory.peak_rss_bytes > 0
     assert not file.photo_refused
-    np.testing.assert_allclose(received.tensors["pixel_values"], _pixels(bundle), atol=1.1)
+    expected = preprocess(bundle.golden()["photo"], bundle.manifest.image)
+    np.testing.assert_allclose(received.tensors["pixel_values"], expected, atol=GREY_LEVEL)
 
     golden = bundle.golden()
     assert {(step.graph, step.step) for step in file.steps} == {(step.graph, step.step) for step in job.steps}
@@ -100,14 +113,6 @@ def test_a_job_comes_back_as_findings(built: None, tmp_path: Path, kind: str) ->
     entries = json.loads((tmp_path / "exchange" / "out" / "benchmark_results.json").read_text())
     assert {entry["benchmarkModel"]["quantization"] for entry in entries} == {"fp32 / int4"}
     assert {"model_load_time(ms)", "time_to_first_token(ms)", "token_per_sec"} <= {entry["metric"] for entry in entries}
-
-
-def _pixels(bundle: object) -> np.ndarray:
-    from runtime.bundle import Bundle
-    from runtime.image import preprocess
-
-    assert isinstance(bundle, Bundle)
-    return preprocess(bundle.golden()["photo"], bundle.manifest.image)
 
 
 def _check_answer(file: FindingsFile, ids: list[int]) -> None:

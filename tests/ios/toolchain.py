@@ -7,6 +7,7 @@ The root is entered in namespaces of its own: the checkout is mounted in it at /
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from tests.conftest import ROOT
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pruneport-tests"
 RELEASE = "trixie"
 NAME = f"swift-{RELEASE}-1"
+# What is built, apart for each checkout: all of them lie at one path where the compiler sees them.
+KEPT = CACHE / f"{NAME}-built" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
 # Swift's compiler only recommends C's headers and library, without which it cannot link.
 PACKAGES = ("swiftlang", "libc6-dev", "libstdc++-14-dev")
 VERSION = "Swift version 6.0.3"
@@ -135,9 +138,8 @@ def run(
 def _run(
     root: Path, words: list[str], exchange: Path | None, env: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    built = CACHE / f"{NAME}-built"
-    built.mkdir(exist_ok=True)
-    places = [str(root), str(exchange or built), str(built)]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    places = [str(root), str(exchange or KEPT), str(KEPT)]
     return subprocess.run(
         [*_namespaces(), "sh", "-c", _ENTER, "sh", *places, *words],
         env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **env},

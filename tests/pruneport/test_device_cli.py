@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import CommandLine
+from export import cli
 from tests.sample_bundle import Sample, make_bundle
 
 DEVICES = "List of devices attached\n"
@@ -19,12 +21,32 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("cli") / "bundle", Sample())
 
 
-def adb_that(folder: Path, script: str) -> dict[str, str]:
-    """An environment whose adb is a shell script."""
-    path = folder / "adb"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command whose adb is a shell script, in this process."""
+
+    def run(*words: str | Path, adb: str) -> Done:
+        path = tmp_path / "adb"
+        path.write_text(f"#!/bin/sh\n{adb}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        code = cli.main([str(word) for word in words], version="0")
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
 
 
 def lists(devices: str) -> str:
@@ -44,28 +66,28 @@ def lists(devices: str) -> str:
     ],
 )
 def test_which_device(
-    bundle: Path, tmp_path: Path, command_line: CommandLine, devices: str, words: tuple[str, ...], message: str
+    bundle: Path, tmp_path: Path, run: Run, devices: str, words: tuple[str, ...], message: str
 ) -> None:
-    env = adb_that(tmp_path, lists(devices))
-    done = command_line("device", "bench", bundle, *words, "--output-dir", tmp_path / "out", env=env)
+    done = run("device", "bench", bundle, *words, "--output-dir", tmp_path / "out", adb=lists(devices))
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_without_adb(bundle: Path, tmp_path: Path, command_line: CommandLine) -> None:
-    done = command_line("device", "list", env={"PATH": str(tmp_path)})
-    assert done.returncode == 2
-    assert "adb is not installed; install Android's platform tools" in done.stderr
+def test_without_adb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["device", "list"], version="0") == 2
+    assert "adb is not installed; install Android's platform tools" in capsys.readouterr().err
 
 
-def test_a_broken_adb(bundle: Path, tmp_path: Path, command_line: CommandLine) -> None:
-    env = adb_that(tmp_path, f'[ "$1" = devices ] && {{ {lists(PIXEL)}\nexit 0; }}\necho "error: closed" >&2; exit 1')
-    done = command_line("device", "bench", bundle, "--output-dir", tmp_path / "out", env=env)
+def test_a_broken_adb(bundle: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    adb = f'[ "$1" = devices ] && {{ {lists(PIXEL)}\nexit 0; }}\necho "error: closed" >&2; exit 1'
+    done = run("device", "bench", bundle, "--output-dir", tmp_path / "out", adb=adb)
     assert done.returncode == 2
     assert "the connection to 39061FDJ was lost (error: closed); plug it in" in done.stderr
-    listed = command_line("device", "list", env={**env, "COLUMNS": "200"})
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = run("device", "list", adb=adb)
     assert listed.returncode == 0
     assert "the connection to 39061FDJ was lost" in " ".join(listed.stdout.split())
 
@@ -95,12 +117,8 @@ def test_a_broken_adb(bundle: Path, tmp_path: Path, command_line: CommandLine) -
         (("report", "B", "--reference", "nowhere"), "nowhere does not exist"),
     ],
 )
-def test_what_is_refused(
-    bundle: Path, tmp_path: Path, command_line: CommandLine, words: tuple[str, ...], message: str
-) -> None:
-    env = adb_that(tmp_path, lists(PIXEL))
-    given = [str(bundle) if word == "B" else word for word in words]
-    done = command_line(*given, env=env)
+def test_what_is_refused(bundle: Path, run: Run, words: tuple[str, ...], message: str) -> None:
+    done = run(*(bundle if word == "B" else word for word in words), adb=lists(PIXEL))
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr

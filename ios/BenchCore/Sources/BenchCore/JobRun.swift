@@ -27,6 +27,7 @@ public final class JobRun {
   private var findings: Findings
   private var inputs: [String: Tensor] = [:]
   private var outputs: [String: Tensor] = [:]
+  private var photoMs = 0.0
   private var manifest: Manifest?
   private var waitedS = 0.0
 
@@ -58,8 +59,9 @@ public final class JobRun {
       inputs = try Safetensors.read(place.appendingPathComponent(Job.inputsName))
       let graphs = try openBundle()
       try probe()
+      let photo = takePhoto(graphs.manifest.image)
       for step in job.steps { findings.steps.append(run(step, graphs)) }
-      if let wanted = job.answer { findings.answer = answer(wanted, graphs) }
+      if let wanted = job.answer { findings.answer = answer(wanted, graphs, photo) }
     } catch {
       findings.trouble = Findings.Why(error)
     }
@@ -174,21 +176,21 @@ public final class JobRun {
     let answers: Answers
   }
 
-  private func answer(_ wanted: Job.Answer, _ graphs: Graphs) -> Findings.Answer {
+  private func answer(_ wanted: Job.Answer, _ graphs: Graphs, _ photo: Photo?) -> Findings.Answer {
     let prune = graphs.manifest.prune
     var found = Findings.Answer(
       imageTokensBefore: prune.imageTokens, imageTokensAfter: prune.keep, questionTokens: wanted.question.count)
     do {
       say("answering")
-      let pixels = try input("pixel_values")
-      let photo = takePhoto(graphs.manifest.image)
+      // Of the job, so that answers can be compared, or of its photo.
+      let pixels = try inputs["pixel_values"] ?? outputs["pixel_values"] ?? input("pixel_values")
       let own = Side(manifest: graphs.manifest, answers: try Answers(graphs))
       found.cacheBytes = own.answers.cacheBytes
       try own.answers.see(pixels)
       found.ids = try own.answers.answer(
         wanted.question, most: wanted.newTokens, sampling: Sampling(), pastEnd: true)
       guard let timing = job.timing else {
-        found.runs = [Findings.AnswerRun(own.answers.times, preprocess: 0, twin: false, warmup: true)]
+        found.runs = [Findings.AnswerRun(own.answers.times, preprocess: photoMs, twin: false, warmup: true)]
         return found
       }
       let twin = try openTwin()
@@ -223,12 +225,14 @@ public final class JobRun {
     return Findings.AnswerRun(side.answers.times, preprocess: preprocess, twin: twin, warmup: warmup)
   }
 
-  /// The job's photo, for the clock and to be compared; what is answered about are the job's pixel values.
+  /// The job's photo; its pixel values are compared, and answered about where the job has none.
   private func takePhoto(_ info: ImageInfo) -> Photo? {
     guard let tensor = inputs["photo"] else { return nil }
     do {
       let photo = try Photo(tensor)
+      let start = DispatchTime.now()
       outputs["pixel_values"] = try photo.pixelValues(info)
+      photoMs = milliseconds(since: start)
       return photo
     } catch {
       findings.photoRefused = Findings.Why(error).message

@@ -89,7 +89,12 @@ private struct JsonReader {
   private func wrong(_ what: String) -> Trouble { Trouble("\(name) \(what) at byte \(at)") }
 
   private mutating func skipSpace() {
-    while at < bytes.count, [0x20, 0x09, 0x0A, 0x0D].contains(bytes[at]) { at += 1 }
+    while at < bytes.count {
+      switch bytes[at] {
+      case 0x20, 0x09, 0x0A, 0x0D: at += 1
+      default: return
+      }
+    }
   }
 
   private mutating func take(_ byte: Character) -> Bool {
@@ -210,14 +215,20 @@ private struct JsonReader {
     guard at < bytes.count else { throw wrong("has a text without an end") }
     let byte = bytes[at]
     at += 1
-    let plain: [UInt8: UInt8] = [
-      0x22: 0x22, 0x5C: 0x5C, 0x2F: 0x2F, 0x62: 0x08, 0x66: 0x0C, 0x6E: 0x0A, 0x72: 0x0D, 0x74: 0x09,
-    ]
-    if let meant = plain[byte] {
-      made.append(meant)
-      return
+    switch byte {
+    case UInt8(ascii: "\""), UInt8(ascii: "\\"), UInt8(ascii: "/"): made.append(byte)
+    case UInt8(ascii: "b"): made.append(0x08)
+    case UInt8(ascii: "f"): made.append(0x0C)
+    case UInt8(ascii: "n"): made.append(0x0A)
+    case UInt8(ascii: "r"): made.append(0x0D)
+    case UInt8(ascii: "t"): made.append(0x09)
+    case UInt8(ascii: "u"): try codePoint(into: &made)
+    default: throw wrong("has an unknown escape")
     }
-    guard byte == UInt8(ascii: "u") else { throw wrong("has an unknown escape") }
+  }
+
+  /// A character written as one or two `\uXXXX`.
+  private mutating func codePoint(into made: inout [UInt8]) throws {
     var code = try hex()
     if (0xD800..<0xDC00).contains(code) {
       guard take("\\"), take("u") else { throw wrong("has half a character") }

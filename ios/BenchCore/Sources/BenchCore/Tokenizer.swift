@@ -63,7 +63,7 @@ public final class Tokenizer {
 
   /// The text of all ids together, without special tokens and unknown ids.
   public func decode(_ ids: [Int]) -> String {
-    let tokens = ids.compactMap { id in added.isSpecial(id) ? nil : token(id).map { Bytes($0.utf8) } }
+    let tokens = ids.compactMap(token).filter { !added.isSpecial($0) }.map { Bytes($0.utf8) }
     guard let decoder else { return String(decoding: Bytes(tokens.joined(separator: [0x20])), as: UTF8.self) }
     return String(decoding: Bytes(decoder.apply(tokens).joined()), as: UTF8.self)
   }
@@ -107,16 +107,20 @@ private struct AddedTokens {
   }
 
   let all: [AddedToken]
-  private let byId: [Int: AddedToken]
+  /// As they stand in normalised text where that is what is searched for them.
+  private let texts: [Int: String]
+  private let special: Set<ByteText>
   /// Patterns by their first byte, the longest first; those of raw and those of normalised text.
   private var raw: [UInt8: [(pattern: Bytes, token: AddedToken)]] = [:]
   private var normalised: [UInt8: [(pattern: Bytes, token: AddedToken)]] = [:]
 
   init(_ tokens: [AddedToken], _ normaliser: Normaliser) {
     all = tokens
-    byId = Dictionary(tokens.map { ($0.id, $0) }, uniquingKeysWith: { $1 })
+    special = Set(tokens.filter(\.special).map { ByteText(String(decoding: $0.content, as: UTF8.self)) })
+    var texts: [Int: String] = [:]
     for token in tokens {
       let pattern = token.normalised ? normaliser.apply(token.content) : token.content
+      texts[token.id] = String(decoding: pattern, as: UTF8.self)
       guard let first = pattern.first else { continue }
       if token.normalised {
         normalised[first, default: []].append((pattern, token))
@@ -124,13 +128,14 @@ private struct AddedTokens {
         raw[first, default: []].append((pattern, token))
       }
     }
+    self.texts = texts
     for key in raw.keys { raw[key]?.sort { $0.pattern.count > $1.pattern.count } }
     for key in normalised.keys { normalised[key]?.sort { $0.pattern.count > $1.pattern.count } }
   }
 
-  func token(_ id: Int) -> String? { byId[id].map { String(decoding: $0.content, as: UTF8.self) } }
+  func token(_ id: Int) -> String? { texts[id] }
 
-  func isSpecial(_ id: Int) -> Bool { byId[id]?.special == true }
+  func isSpecial(_ token: String) -> Bool { special.contains(ByteText(token)) }
 
   func id(of token: String) -> Int? { all.first { $0.content == Bytes(token.utf8) }?.id }
 
@@ -492,10 +497,8 @@ private indirect enum Decoder {
     case .fuse: return [Bytes(tokens.joined())]
     case .strip(let content, let start, let stop): return tokens.map { Self.stripped($0, content, start, stop) }
     case .metaspace(let mark, let prefix):
-      return tokens.enumerated().map { number, token in
-        let plain = token.replacing(mark, with: [0x20])
-        return number == 0 && prefix && plain.first == 0x20 ? Bytes(plain.dropFirst()) : plain
-      }
+      // Of the first token all marks are dropped, as the library has it.
+      return tokens.enumerated().map { $1.replacing(mark, with: $0 == 0 && prefix ? [] : [0x20]) }
     case .sequence(let steps): return steps.reduce(tokens) { $1.apply($0) }
     }
   }

@@ -6,7 +6,7 @@ import XCTest
 @testable import BenchCore
 
 /// The cases of one file of vectors, in $PRUNEPORT_VECTORS or where they lie in the checkout.
-private func values(_ name: String) throws -> [Json] {
+func vectors(_ name: String) throws -> [Json] {
   let given = ProcessInfo.processInfo.environment["PRUNEPORT_VECTORS"].map { URL(fileURLWithPath: $0) }
   let above = (0..<5).reduce(URL(fileURLWithPath: #filePath)) { url, _ in url.deletingLastPathComponent() }
   let folder = given ?? above.appendingPathComponent("tests/phones/vectors")
@@ -16,7 +16,7 @@ private func values(_ name: String) throws -> [Json] {
   return values
 }
 
-private func cases(_ name: String) throws -> [Fields] { try values(name).map { try Fields($0, name) } }
+private func cases(_ name: String) throws -> [Fields] { try vectors(name).map { try Fields($0, name) } }
 
 extension Fields {
   fileprivate func base64(_ name: String) throws -> [UInt8] {
@@ -121,7 +121,7 @@ final class VectorTests: XCTestCase {
   }
 
   func testJobsAreRead() throws {
-    let jobs = try values("jobs").map { try Job($0) }
+    let jobs = try vectors("jobs").map { try Job($0) }
     let (least, whole) = (jobs[0], jobs[1])
     XCTAssertEqual(whole.steps.map(\.stored), ["vision_encoder_keep64"])
     XCTAssertEqual(whole.answer?.question, [5, 6, 7])

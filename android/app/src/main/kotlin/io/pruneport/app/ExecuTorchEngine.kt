@@ -152,7 +152,7 @@ private fun <T> guarded(what: String, block: () -> T): T =
         throw Trouble("ExecuTorch is not whole in this app: ${error.message ?: error}", missing = true)
     }
 
-/** How many cores are faster than the slowest ones; all of them where they are alike or the system does not tell. */
+/** How many cores come within a fifth of the fastest; all of them where the system does not tell. */
 internal fun fastCores(): Int {
     val all = Runtime.getRuntime().availableProcessors()
     val speeds =
@@ -163,7 +163,7 @@ internal fun fastCores(): Int {
                 null
             }
         }
-    val slowest = speeds.map { it ?: return all }.minOrNull() ?: return all
-    val fast = speeds.count { it != slowest }
-    return if (fast == 0) all else fast
+    val known = speeds.map { it ?: return all }
+    val fastest = known.maxOrNull() ?: return all
+    return known.count { it * 5 >= fastest * 4 }
 }

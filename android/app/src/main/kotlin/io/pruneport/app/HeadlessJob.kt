@@ -90,8 +90,8 @@ internal class HeadlessJob(
                 endedUtc = now(),
                 trouble = TroubleFound.of(error),
             ).write(emptyMap(), Json.Items(emptyList()), out)
-        } catch (full: Trouble) {
-            Log.e(TAG, "not even that could be written", full)
+        } catch (again: Exception) {
+            Log.e(TAG, "not even that could be written", again)
         }
     }
 
@@ -104,7 +104,7 @@ internal class HeadlessJob(
         }
     }
 
-    /** A job over a bundle alone: the vision graph on one grey and, where there is a prompt, an answer about that. */
+    /** A job over a bundle alone: the vision graph on a blank picture and, where there is a prompt, an answer. */
     private fun made(wanted: Wanted.Bare): Place {
         val manifest = Manifest.read(wanted.bundle)
         val vision = manifest.graph(GraphName.VISION) ?: throw Trouble("${manifest.name} has no ${GraphName.VISION}")
@@ -139,8 +139,8 @@ internal class HeadlessJob(
         wanted.warmup?.let { timing["warmup"] = Json.Whole(it.toLong()) }
         wanted.runs?.let { for (name in listOf("runs", "answers")) timing[name] = Json.Whole(it.toLong()) }
         members["timing"] = Json.Members(timing)
-        val text = manifest.text
-        if (wanted.prompt != null && text != null) {
+        if (wanted.prompt != null) {
+            val text = manifest.text ?: throw Trouble("${manifest.name} has no text graphs to answer with")
             val ids = Prompt(Tokenizer.read(wanted.bundle), manifest.prompt).ids(wanted.prompt)
             val most = (text.tokens - ids.size + 1).coerceIn(1, NEW_TOKENS)
             members["answer"] =

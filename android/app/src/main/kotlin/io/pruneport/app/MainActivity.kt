@@ -145,7 +145,6 @@ class MainActivity : Activity() {
 
     /** Does one thing at a time away from the screen, and says why it failed. */
     private fun work(what: () -> Unit) {
-        if (isBusy) return
         isBusy = true
         isStopped = false
         fault.text = ""
@@ -170,6 +169,7 @@ class MainActivity : Activity() {
     }
 
     private fun open(folder: File) {
+        if (isBusy) return
         seen = null
         clearAnswer()
         work {
@@ -188,6 +188,7 @@ class MainActivity : Activity() {
     }
 
     private fun show(read: () -> Bitmap) {
+        if (isBusy) return
         seen = null
         clearAnswer()
         work {
@@ -211,6 +212,7 @@ class MainActivity : Activity() {
     }
 
     private fun ask(text: String) {
+        if (isBusy) return
         clearAnswer()
         work {
             val bundle = open ?: return@work

@@ -50,6 +50,7 @@ class JobRun(
     private var inputs: Map<String, Tensor> = emptyMap()
     private var manifest: Manifest? = null
     private var photo: Photo? = null
+    private var photoMs = 0.0
     private var waitedS = 0.0
 
     init {
@@ -199,14 +200,15 @@ class JobRun(
         found.trouble =
             troubleOf {
                 say("answering")
-                val pixels = input("pixel_values")
+                // Of the job, so that answers can be compared, or of its photo.
+                val pixels = inputs["pixel_values"] ?: outputs["pixel_values"] ?: input("pixel_values")
                 val own = Side(graphs, Answers(graphs))
                 found.cacheBytes = own.answers.cacheBytes
                 own.answers.see(pixels)
                 found.ids = own.answers.answer(wanted.question, wanted.newTokens, pastEnd = true)
                 val timing = job.timing
                 if (timing == null) {
-                    found.runs = listOf(AnswerRun(own.answers.times, 0.0, twin = false, warmup = true))
+                    found.runs = listOf(AnswerRun(own.answers.times, photoMs, twin = false, warmup = true))
                 } else {
                     openTwin().use { twin ->
                         time(timing, wanted, pixels, own, twin?.let { Side(it, Answers(it)) }, found)
@@ -242,13 +244,15 @@ class JobRun(
         return AnswerRun(side.answers.times, preprocess, twin, warmup)
     }
 
-    /** The job's photo, for the clock and to be compared; what is answered about are the job's pixel values. */
+    /** The job's photo; its pixel values are compared, and answered about where the job has none. */
     private fun takePhoto(info: ImageInfo) {
         val tensor = inputs["photo"] ?: return
         val refused =
             troubleOf {
                 val taken = Photo.of(tensor)
+                val start = System.nanoTime()
                 outputs["pixel_values"] = taken.pixelValues(info)
+                photoMs = millisecondsSince(start)
                 photo = taken
             }
         findings.photoRefused = refused?.message.orEmpty()
