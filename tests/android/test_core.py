@@ -40,6 +40,7 @@ from runtime.golden import ANSWER, PHOTO, PIXELS, QUESTION, input_key, output_ke
 from runtime.image import preprocess
 from runtime.text_graphs import VISION_ENCODER
 from tests.conftest import ROOT
+from tests.ios.odd_tokenizers import write_odd_tokenizers
 from tests.phones.machines import CACHE, made_once, skip_unless_ci
 from tests.phones.make_vectors import VECTORS, SumGraph, _open_graphs
 
@@ -100,6 +101,17 @@ def test_the_core_keeps_to_the_vectors_and_refuses_what_is_broken(core: tuple[st
     assert last is not None, said[-4000:]
     assert int(last[2]) == 0, said[-4000:]
     assert int(last[1]) >= 190
+
+
+def test_tokenizers_of_every_kind_are_the_librarys(core: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(VECTORS, tmp_path / "vectors")
+    count = write_odd_tokenizers(tmp_path / "vectors", seed=11)
+    words = [word.replace(str(VECTORS), str(tmp_path / "vectors")) for word in core]
+    said = _run(*words, check=False)
+    last = re.fullmatch(r"(\d+) passed, (\d+) failed", said.splitlines()[-1])
+    assert last is not None, said[-4000:]
+    assert int(last[2]) == 0, said[-4000:]
+    assert int(last[1]) > 50 * count
 
 
 def test_a_failing_check_is_an_exit_code(core: tuple[str, ...], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Tokenizer private constructor(fields: Fields) {
 
     /** The text of all ids together, without special tokens and unknown ids. */
     fun decode(ids: List<Int>): String {
-        val tokens = ids.filter { !added.isSpecial(it) }.mapNotNull(::token)
+        val tokens = ids.mapNotNull(::token).filter { !added.isSpecial(it) }
         return decoder?.apply(tokens)?.joinToString("") ?: tokens.joinToString(" ")
     }
 
@@ -104,8 +104,10 @@ private class AddedTokens(val all: List<AddedToken>, normaliser: Normaliser) {
 
     private class Wanted(val pattern: String, val token: AddedToken)
 
-    private val byId = all.associateBy { it.id }
     private val byContent = all.associateBy { it.content }
+
+    /** As they stand in normalised text where that is searched for them. */
+    private val texts = all.associate { it.id to if (it.normalised) normaliser.apply(it.content) else it.content }
 
     /** Patterns by their first character, the longest first; those of raw and those of normalised text. */
     private val raw = patterns(all.filter { !it.normalised }.map { Wanted(it.content, it) })
@@ -114,9 +116,9 @@ private class AddedTokens(val all: List<AddedToken>, normaliser: Normaliser) {
     private fun patterns(wanted: List<Wanted>): Map<Char, List<Wanted>> =
         wanted.filter { it.pattern.isNotEmpty() }.sortedByDescending { it.pattern.length }.groupBy { it.pattern[0] }
 
-    fun token(id: Int): String? = byId[id]?.content
+    fun token(id: Int): String? = texts[id]
 
-    fun isSpecial(id: Int): Boolean = byId[id]?.special == true
+    fun isSpecial(token: String): Boolean = byContent[token]?.special == true
 
     fun id(token: String): Int? = byContent[token]?.id
 
