@@ -4,6 +4,7 @@ package io.pruneport.app
 
 import io.pruneport.core.DType
 import io.pruneport.core.Engine
+import io.pruneport.core.Given
 import io.pruneport.core.GraphInfo
 import io.pruneport.core.GraphRunner
 import io.pruneport.core.Tensor
@@ -78,6 +79,7 @@ private class ExecuTorchGraph(
     override val loadMs: Double,
     private val leave: () -> Unit,
 ) : GraphRunner {
+    private val last = Given()
     private var isOpen = true
 
     override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
@@ -121,7 +123,7 @@ private class ExecuTorchGraph(
                 DType.BOOL -> throw Trouble("ExecuTorch's Java gives no bool, as ${info.name} is", missing = true)
             }
         if (found.dtype() != expected) throw Trouble("${info.name} came as ${found.dtype()}, not ${info.dtype.word}")
-        val made = Tensor(info.dtype, found.shape().map { it.toInt() })
+        val made = last.tensor(info, found.shape().map { it.toInt() })
         val bytes = made.bytes
         when (info.dtype) {
             DType.FLOAT32 -> found.copyDataInto(bytes.asFloatBuffer())

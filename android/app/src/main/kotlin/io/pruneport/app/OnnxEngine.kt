@@ -9,6 +9,7 @@ import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtSession
 import io.pruneport.core.DType
 import io.pruneport.core.Engine
+import io.pruneport.core.Given
 import io.pruneport.core.GraphInfo
 import io.pruneport.core.GraphRunner
 import io.pruneport.core.Tensor
@@ -52,6 +53,7 @@ private class OnnxGraph(
     override val loadMs: Double,
 ) : GraphRunner {
     private val names = info.outputs.map { it.name }.toSet()
+    private val last = Given()
     private var isOpen = true
 
     override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> =
@@ -74,11 +76,12 @@ private class OnnxGraph(
     }
 
     private fun copied(name: String, result: OrtSession.Result): Tensor {
-        val dtype = info.output(name).dtype
+        val output = info.output(name)
+        val dtype = output.dtype
         val found = result.get(name).orElse(null) as? OnnxTensor ?: throw Trouble("${info.name} did not give $name")
         val told = found.getInfo()
         if (told.type != typeOf(dtype)) throw Trouble("$name came as ${told.type}, not ${dtype.word}")
-        val made = Tensor(dtype, told.getShape().map { it.toInt() })
+        val made = last.tensor(output, told.getShape().map { it.toInt() })
         val bytes = found.getByteBuffer()
         if (bytes.remaining() != made.bytes.capacity()) throw Trouble("$name came with ${bytes.remaining()} bytes")
         made.bytes.duplicate().put(bytes)

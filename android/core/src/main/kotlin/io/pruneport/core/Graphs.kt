@@ -21,6 +21,18 @@ interface GraphRunner : AutoCloseable {
     override fun close() {}
 }
 
+/** The tensors that a graph gave last: the next run writes into their memory again where it gives the same shape. */
+class Given {
+    private val last = HashMap<String, Tensor>()
+
+    /** The tensor of a name to be written whole. Throws Trouble for a shape that no memory holds. */
+    fun tensor(info: TensorInfo, shape: List<Int>): Tensor {
+        val before = last[info.name]
+        if (before != null && before.dtype == info.dtype && before.shape == shape) return before
+        return Tensor(info.dtype, shape).also { last[info.name] = it }
+    }
+}
+
 /** Files that an engine makes when it opens a graph for the first time on a device. */
 enum class Preparation {
     /** It makes none: every opening is like the first. */

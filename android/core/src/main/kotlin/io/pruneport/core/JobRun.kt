@@ -93,13 +93,22 @@ class JobRun(
             }
         look()
         val peak = device.peakBytes
-        // Caches outside of Java's heap are freed when it collects what held them.
-        System.gc()
+        giveBack()
         findings.memory = MemoryFound(peak, device.bytes)
         findings.endedUtc = now()
         val minibench = manifest?.let { Minibench.entries(findings, it, device.availableBytes) }
         findings.write(outputs, minibench ?: Json.Items(emptyList()), out)
         return findings
+    }
+
+    /** What lies outside of Java's heap is freed when it collects what held that, and a little later. */
+    private fun giveBack() {
+        inputs = emptyMap()
+        photo = null
+        repeat(3) {
+            System.gc()
+            Thread.sleep(100)
+        }
     }
 
     /** Engines are other people's code: whatever they throw is written down, memory that ran out included. */

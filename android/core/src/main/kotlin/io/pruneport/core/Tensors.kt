@@ -87,7 +87,7 @@ class Tensor private constructor(val dtype: DType, val shape: List<Int>, val byt
     /** All elements as float32 numbers. Throws Trouble for whole numbers. */
     fun floats(): FloatArray =
         when (dtype) {
-            DType.FLOAT32 -> FloatArray(count) { bytes.getFloat(it * 4) }
+            DType.FLOAT32 -> FloatArray(count).also { bytes.asFloatBuffer().get(it) }
             DType.FLOAT16 -> FloatArray(count) { widened(bytes.getShort(it * 2)) }
             else -> throw Trouble("${dtype.word} was found where floating-point numbers belong")
         }

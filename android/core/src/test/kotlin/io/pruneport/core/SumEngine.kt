@@ -7,9 +7,10 @@ import java.io.File
 /** One call of a graph: its name, the sum over all it was given, the shapes of its inputs. */
 data class Call(val graph: String, val sum: Long, val shapes: List<List<Int>>)
 
-/** The graph that tests/phones/make_vectors.py defines. */
+/** The graph that tests/phones/make_vectors.py defines; it writes over what it gave before, as engines may. */
 class SumGraph(override val info: GraphInfo, private val calls: MutableList<Call>) : GraphRunner {
     override val loadMs = 0.25
+    private val last = Given()
 
     override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
         var sum = 0L
@@ -21,12 +22,13 @@ class SumGraph(override val info: GraphInfo, private val calls: MutableList<Call
         return info.outputs.withIndex().associate { (number, made) ->
             val shape = made.shape.mapIndexed { axis, size -> if (axis in made.dynamic) shapes[0][1] else size }
             val values = List(Tensor.count(shape).toInt()) { Math.floorMod(sum + 31 * (number + 1) + 7 * it, 97L) }
-            made.name to
+            val new =
                 if (made.dtype == DType.FLOAT32) {
                     Tensor.ofFloats(shape, FloatArray(values.size) { values[it].toFloat() })
                 } else {
                     Tensor.ofWholes(made.dtype, shape, values)
                 }
+            made.name to last.tensor(made, shape).also { it.bytes.duplicate().put(new.toByteArray()) }
         }
     }
 }
