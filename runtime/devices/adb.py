@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-import shutil
 import signal
 import struct
 import subprocess
@@ -20,7 +19,7 @@ import msgspec
 import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.remote import RemoteDevice, check_before
+from runtime.devices.remote import RemoteDevice, arriving, check_before
 from runtime.devices.wire import (
     BUNDLE_DIR,
     FINDINGS,
@@ -30,9 +29,7 @@ from runtime.devices.wire import (
     TWIN_DIR,
     GateJob,
     JobFile,
-    Received,
     device_files,
-    read_findings,
     write_job,
 )
 from runtime.errors import DeviceError, OutputError
@@ -316,20 +313,10 @@ class AdbDevice(RemoteDevice):
             )
         return self._about
 
-    def collect(
-        self,
-        bundle: Bundle,
-        job: JobFile,
-        tensors: dict[str, np.ndarray],
-        out_dir: Path,
-        *,
-        twin: Bundle | None = None,
-    ) -> Received:
-        """Pushes what is missing, runs the job, and leaves the findings in `out_dir`, whole or not at all.
-
-        Raises BundleError, DeviceError, FindingsError, OutputError.
-        """
-        check_before(out_dir, bundle, twin)
+    def _find(
+        self, bundle: Bundle, job: JobFile, tensors: dict[str, np.ndarray], twin: Bundle | None, out: Path
+    ) -> None:
+        """Pushes what is missing, runs the job, and pulls."""
         self._check_runner()
         if not self.about().is_phone:
             job = msgspec.structs.replace(job, gate=None)  # its thermometer, if any, is that of what imitates it
@@ -339,14 +326,13 @@ class AdbDevice(RemoteDevice):
             self._push(bundle, twin, Path(folder), place)
         try:
             self._run(job, place, bundle)
-            self.pull(out_dir, job.id)
+            self._fetch(job.id, out)
         except _Lost:
             raise  # it may still run: the findings wait there
         except BaseException:
             self._remove(place)
             raise
         self._remove(place)
-        return read_findings(out_dir)
 
     def pull(self, out_dir: Path, job: str | None = None) -> Path:
         """Copies the findings of a job, by default the last that ended, to `out_dir`. Raises DeviceError."""
@@ -361,19 +347,14 @@ class AdbDevice(RemoteDevice):
                 )
             job = found[1]
         check_before(out_dir)
-        self._say("pulling the findings")
-        beside = out_dir.with_name(f".{out_dir.name}.part")
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            for name in (OUTPUTS, FINDINGS):
-                shell.read(f"{jobs}/{job}/out/{name}", beside / name)
-            beside.replace(out_dir)
-        except OSError as err:
-            raise OutputError(f"{out_dir} cannot be written: {err.strerror or err}") from err
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with arriving(out_dir) as folder:
+            self._fetch(job, folder)
         return out_dir
+
+    def _fetch(self, job: str, out: Path) -> None:
+        self._say("pulling the findings")
+        for name in (OUTPUTS, FINDINGS):
+            self.shell.read(f"{self._folder}/jobs/{job}/out/{name}", out / name)
 
     def clean(self) -> None:
         """Removes all that was ever pushed to the device."""

@@ -6,7 +6,6 @@ end and no twin in turns. Nothing here was ever sent to the hub: the tests go as
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,18 +14,16 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle, GraphInfo
-from runtime.devices.remote import RemoteDevice, check_before
+from runtime.devices.remote import RemoteDevice
 from runtime.devices.wire import (
     DeviceInfo,
     FindingsFile,
     JobFile,
     MemoryFound,
-    Received,
     RunnerInfo,
     StepFound,
     StepJob,
     TroubleFound,
-    read_findings,
     write_findings,
 )
 from runtime.errors import DeviceError
@@ -54,17 +51,10 @@ class AiHubDevice(RemoteDevice):
         """The hub's name of it."""
         return self._name
 
-    def collect(
-        self,
-        bundle: Bundle,
-        job: JobFile,
-        tensors: dict[str, np.ndarray],
-        out_dir: Path,
-        *,
-        twin: Bundle | None = None,
-    ) -> Received:
+    def _find(
+        self, bundle: Bundle, job: JobFile, tensors: dict[str, np.ndarray], twin: Bundle | None, out: Path
+    ) -> None:
         """See RemoteDevice; what the hub cannot run is named so in the findings."""
-        check_before(out_dir, bundle)
         started = _now()
         steps, sent, peak = [], dict[str, np.ndarray](), 0
         for step in job.steps:
@@ -87,12 +77,7 @@ class AiHubDevice(RemoteDevice):
             steps=tuple(steps),
             memory=MemoryFound(peak_rss_bytes=peak) if peak else None,
         )
-        with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "findings"
-            write_findings(whole, file, sent)
-            received = read_findings(whole)
-        write_findings(out_dir, file, sent)
-        return received
+        write_findings(out, file, sent)
 
     def _step(
         self, bundle: Bundle, step: StepJob, tensors: dict[str, np.ndarray], *, timed: bool

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.remote import RemoteDevice, check_before
+from runtime.devices.remote import RemoteDevice
 from runtime.devices.wire import (
     BUNDLE_DIR,
     FINDINGS,
@@ -25,12 +25,10 @@ from runtime.devices.wire import (
     TWIN_DIR,
     GateJob,
     JobFile,
-    Received,
     device_files,
-    read_findings,
     write_job,
 )
-from runtime.errors import DeviceError, OutputError
+from runtime.errors import DeviceError
 
 APP = "org.pruneport.Pruneport"
 _DOMAIN = ("--domain-type", "appDataContainer", "--domain-identifier", APP)
@@ -60,17 +58,9 @@ class DevicectlDevice(RemoteDevice):
         """The name that its owner gave it."""
         return str(self._device.get("deviceProperties", {}).get("name", self._device["identifier"]))
 
-    def collect(
-        self,
-        bundle: Bundle,
-        job: JobFile,
-        tensors: dict[str, np.ndarray],
-        out_dir: Path,
-        *,
-        twin: Bundle | None = None,
-    ) -> Received:
-        """See RemoteDevice."""
-        check_before(out_dir, bundle, twin)
+    def _find(
+        self, bundle: Bundle, job: JobFile, tensors: dict[str, np.ndarray], twin: Bundle | None, out: Path
+    ) -> None:
         # The app deletes it, with all of it, when the next job comes: devicectl cannot.
         place = f"Documents/{job.id}"
         with tempfile.TemporaryDirectory() as folder:
@@ -88,29 +78,19 @@ class DevicectlDevice(RemoteDevice):
             *("--environment-variables", json.dumps({"PRUNEPORT_JOB": job.id}), APP),
             timeout_s=self._timeout_s,
         )
-        self._pull(place, out_dir)
-        return read_findings(out_dir)
+        self._pull(place, out)
 
     @property
     def _to(self) -> tuple[str, str]:
         return ("--device", str(self._device["identifier"]))
 
-    def _pull(self, place: str, out_dir: Path) -> None:
+    def _pull(self, place: str, out: Path) -> None:
         self._say("copying the findings back")
-        beside = out_dir.with_name(f".{out_dir.name}.part")
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            for name in (OUTPUTS, FINDINGS):
-                source = ("--source", f"{place}-findings/{name}", "--destination", str(beside / name))
-                self._do("device", "copy", "from", *self._to, *_DOMAIN, *source)
-                if not (beside / name).is_file():
-                    raise DeviceError(f"{self.name} left no {name}: the app ended before it was done; see its log")
-            beside.replace(out_dir)
-        except OSError as err:
-            raise OutputError(f"{out_dir} cannot be written: {err.strerror or err}") from err
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        for name in (OUTPUTS, FINDINGS):
+            source = ("--source", f"{place}-findings/{name}", "--destination", str(out / name))
+            self._do("device", "copy", "from", *self._to, *_DOMAIN, *source)
+            if not (out / name).is_file():
+                raise DeviceError(f"{self.name} left no {name}: the app ended before it was done; see its log")
 
     def _chosen(self, serial: str | None) -> dict[str, Any]:
         listed = self._do("list", "devices").get("devices", [])

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from runtime.bundle import MANIFEST, Bundle
-from runtime.devices.remote import RemoteDevice, check_before
+from runtime.devices.remote import RemoteDevice
 from runtime.devices.wire import (
     BUNDLE_DIR,
     TWIN_DIR,
@@ -31,16 +31,14 @@ from runtime.devices.wire import (
     JobFile,
     LoadFound,
     MemoryFound,
-    Received,
     RunnerInfo,
     StepFound,
     TimingJob,
     TroubleFound,
-    read_findings,
     write_findings,
     write_job,
 )
-from runtime.errors import DeviceError, EngineError, EngineMissingError, ImageError, OutputError
+from runtime.errors import DeviceError, EngineError, EngineMissingError, ImageError
 from runtime.generation import start_answers
 from runtime.golden import PHOTO, PIXELS
 from runtime.image import preprocess
@@ -70,31 +68,14 @@ class HereDevice(RemoteDevice):
         """The processor's name."""
         return device_name()
 
-    def collect(
-        self,
-        bundle: Bundle,
-        job: JobFile,
-        tensors: dict[str, np.ndarray],
-        out_dir: Path,
-        *,
-        twin: Bundle | None = None,
-    ) -> Received:
-        """See RemoteDevice."""
-        check_before(out_dir, bundle, twin)
-        with ExitStack() as stack:
-            try:
-                out_dir.parent.mkdir(parents=True, exist_ok=True)
-                place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".job-")))
-            except OSError as err:
-                raise OutputError(f"{out_dir} cannot be written: {err.strerror or err}") from err
-            beside = place / "findings"
-            if self._runner is None:
-                write_findings(beside, *_Run(bundle, job, tensors, twin, self._say).all())
-            else:
-                self._run_native(bundle, job, tensors, twin, place, beside)
-            received = read_findings(beside)
-            beside.replace(out_dir)
-        return received
+    def _find(
+        self, bundle: Bundle, job: JobFile, tensors: dict[str, np.ndarray], twin: Bundle | None, out: Path
+    ) -> None:
+        if self._runner is None:
+            write_findings(out, *_Run(bundle, job, tensors, twin, self._say).all())
+            return
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".job-") as place:
+            self._run_native(bundle, job, tensors, twin, Path(place), out)
 
     def _run_native(
         self,
