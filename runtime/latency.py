@@ -45,6 +45,26 @@ class Latency(_Record, frozen=True):
     load_ms: float
     peak_rss_bytes: int
 
+    @classmethod
+    def of(
+        cls, times_ms: Sequence[float], *, threads: int, device: str, engine: str, load_ms: float, peak_rss_bytes: int
+    ) -> Self:
+        """What measured times come to."""
+        p10, median, p90 = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
+        return cls(
+            median_ms=median,
+            p10_ms=p10,
+            p90_ms=p90,
+            min_ms=min(times_ms),
+            max_ms=max(times_ms),
+            runs=len(times_ms),
+            threads=threads,
+            device=device,
+            engine=engine,
+            load_ms=load_ms,
+            peak_rss_bytes=peak_rss_bytes,
+        )
+
 
 class Ratio(_Record, frozen=True):
     """Pruned time over twin time, from neighbouring runs; above 1 the pruned graph is slower."""
@@ -52,6 +72,12 @@ class Ratio(_Record, frozen=True):
     median: float
     p10: float
     p90: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float] | np.ndarray) -> Self:
+        """The spread of the ratios of neighbouring runs."""
+        p10, median, p90 = (float(value) for value in np.percentile(ratios, (10, 50, 90)))
+        return cls(median=median, p10=p10, p90=p90)
 
 
 class Spread(_Record, frozen=True):
@@ -158,7 +184,7 @@ def measure_pair(
     return PairLatency(
         bundle=_latency(session, times_ms, peak),
         twin=_latency(twin, twin_times_ms, peak),
-        ratio=_ratio(np.asarray(times_ms) / np.asarray(twin_times_ms)),
+        ratio=Ratio.of(np.asarray(times_ms) / np.asarray(twin_times_ms)),
     )
 
 
@@ -221,9 +247,9 @@ class AnswerTimer:
         ready = np.asarray(self._ready_ms) / np.asarray(twin._ready_ms)
         first = np.asarray(self._first_ms) / np.asarray(twin._first_ms)
         return AnswerRatio(
-            image_ready=_ratio(ready),
-            ttft=_ratio(first),
-            token=_ratio(np.asarray(self._token_ms) / np.asarray(twin._token_ms)),
+            image_ready=Ratio.of(ready),
+            ttft=Ratio.of(first),
+            token=Ratio.of(np.asarray(self._token_ms) / np.asarray(twin._token_ms)),
         )
 
 
@@ -242,11 +268,6 @@ def measure_answers(timers: Sequence[AnswerTimer], *, warmup: int = 1, runs: int
             break
 
 
-def _ratio(ratios: np.ndarray) -> Ratio:
-    p10, median, p90 = (float(value) for value in np.percentile(ratios, (10, 50, 90)))
-    return Ratio(median=median, p10=p10, p90=p90)
-
-
 def _time_ms(session: Session, inputs: Mapping[str, np.ndarray]) -> float:
     start = time.perf_counter()
     session.run(inputs)
@@ -254,14 +275,8 @@ def _time_ms(session: Session, inputs: Mapping[str, np.ndarray]) -> float:
 
 
 def _latency(session: Session, times_ms: list[float], peak: int) -> Latency:
-    p10, median, p90 = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
-    return Latency(
-        median_ms=median,
-        p10_ms=p10,
-        p90_ms=p90,
-        min_ms=min(times_ms),
-        max_ms=max(times_ms),
-        runs=len(times_ms),
+    return Latency.of(
+        times_ms,
         threads=session.threads,
         device=device_name(),
         engine=session.engine,

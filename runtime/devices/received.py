@@ -149,14 +149,8 @@ class _Reading:
     def _latency(self, label: str, found: StepFound) -> GraphLatency | None:
         if not found.run_ms or not self._timed:
             return None
-        p10, median, p90 = (float(value) for value in np.percentile(found.run_ms, (10, 50, 90)))
-        latency = Latency(
-            median_ms=median,
-            p10_ms=p10,
-            p90_ms=p90,
-            min_ms=min(found.run_ms),
-            max_ms=max(found.run_ms),
-            runs=len(found.run_ms),
+        latency = Latency.of(
+            found.run_ms,
             threads=self._file.threads,
             device=device_words(self._file),
             engine=self._engine,
@@ -224,8 +218,7 @@ def _ratios(ours: list[AnswerRun], theirs: list[AnswerRun]) -> AnswerRatio:
     pairs = list(zip(ours, theirs, strict=False))
 
     def ratio(times: list[tuple[float, float]]) -> Ratio:
-        p10, median, p90 = np.percentile([a / max(b, 1e-9) for a, b in times], (10, 50, 90))
-        return Ratio(median=float(median), p10=float(p10), p90=float(p90))
+        return Ratio.of([a / max(b, 1e-9) for a, b in times])
 
     tokens = [pair for a, b in pairs for pair in zip(a.token_ms, b.token_ms, strict=False)]
     return AnswerRatio(
