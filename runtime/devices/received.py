@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from runtime.bundle import Bundle, GraphInfo
@@ -15,7 +17,7 @@ from runtime.devices.findings import (
     Twin,
 )
 from runtime.devices.wire import AnswerFound, AnswerRun, FindingsFile, Received, StepFound, TroubleFound
-from runtime.engines.program import read_program
+from runtime.engines.program import pick_method, placement_of, read_program
 from runtime.errors import FindingsError
 from runtime.golden import PHOTO, PIXELS, graph_inputs, step_label, steps
 from runtime.latency import AnswerLatency, AnswerRatio, Latency, Ratio, Spread
@@ -135,16 +137,9 @@ class _Reading:
             )
         if graph.engine != "executorch":
             return None
-        stored = self._bundle.stored(graph.name).name
-        methods = read_program(self._bundle.file(graph.file))
-        method = next((method for method in methods if method.name in (stored, "forward")), methods[0])
-        return Placement(
-            delegates=dict(method.delegates),
-            outside=dict(method.kernels),
-            source="instructions of the program file",
-            emulated=emulated,
-            accumulator_bits=bits,
-        )
+        file = self._bundle.file(graph.file)
+        method = pick_method(self._bundle.stored(graph.name), read_program(file), file)
+        return replace(placement_of(method), emulated=emulated, accumulator_bits=bits)
 
     def _latency(self, label: str, found: StepFound) -> GraphLatency | None:
         if not found.run_ms or not self._timed:

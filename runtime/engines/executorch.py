@@ -21,7 +21,7 @@ import numpy as np
 from runtime.bundle import GraphInfo
 from runtime.engines import core_ml_delegate
 from runtime.engines.loaded import LoadedGraph, check_by_place
-from runtime.engines.program import Method, read_program
+from runtime.engines.program import Method, pick_method, placement_of, read_program
 from runtime.errors import EngineError, EngineMissingError
 from runtime.placement import Placement
 
@@ -47,7 +47,7 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
 
     Where ExecuTorch cannot run Core ML and a method is one call to it, the package in that call is evaluated.
     """
-    method = _pick_method(graph, read_program(file), file)
+    method = pick_method(graph, read_program(file), file)
     if len(extra_files) > 1:
         raise EngineError(f"{graph.name} lists {len(extra_files)} extra files; the ExecuTorch loader takes one .ptd")
     if method.external_tensors and not extra_files:
@@ -57,7 +57,7 @@ def load(graph: GraphInfo, file: Path, extra_files: tuple[Path, ...], threads: i
         )
     bindings = _bindings()
     if core_ml_delegate.NAME not in _registered(bindings) and core_ml_delegate.is_all_of(method):
-        return core_ml_delegate.load(graph, file, method, _placement(method))
+        return core_ml_delegate.load(graph, file, method, placement_of(method))
     _check_delegates(method, bindings)
     _register_kernels(method)
     with _native_log() as log:
@@ -128,7 +128,7 @@ class LoadedProgram:
         return [output.numpy() for output in outputs]
 
     def placement(self) -> Placement:
-        placed = _placement(self._method)
+        placed = placement_of(self._method)
         if _XNNPACK in placed.delegates:
             return replace(placed, accumulator_bits=accumulator_bits())
         return placed
@@ -195,14 +195,6 @@ class _BackendOption(ctypes.Structure):
     _fields_ = (("key", ctypes.c_char * 64), ("value", ctypes.c_char * 256), ("kind", ctypes.c_int32))
 
 
-def _placement(method: Method) -> Placement:
-    return Placement(
-        delegates=dict(method.delegates),
-        outside=dict(method.kernels),
-        source="instructions of the program file",
-    )
-
-
 def _registered(bindings: Any) -> set[str]:
     return set(bindings._get_registered_backend_names())
 
@@ -214,7 +206,7 @@ def _check_delegates(method: Method, bindings: Any) -> None:
         raise EngineMissingError(
             f"the ExecuTorch engine installed here has no {name}; "
             f"run the bundle on a phone, or verify it with ExecuTorch built{option}",
-            _placement(method),
+            placement_of(method),
         )
 
 
@@ -228,16 +220,6 @@ def _register_kernels(method: Method) -> None:
                 importlib.import_module(library)
         except (ImportError, OSError) as err:
             raise EngineError(f"the program needs kernels of {library}, which cannot be loaded: {err}") from err
-
-
-def _pick_method(graph: GraphInfo, methods: tuple[Method, ...], file: Path) -> Method:
-    """The method named like the graph, as ready-made runners expect, or else the usual `forward`."""
-    for name in (graph.name, "forward"):
-        for method in methods:
-            if method.name == name:
-                return method
-    names = ", ".join(method.name for method in methods) or "none"
-    raise EngineError(f"{file} has no method {graph.name!r} or 'forward' (it has: {names}); export again")
 
 
 def _described(meta: Any) -> tuple[str, tuple[int, ...]]:

@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.bundle import GraphInfo
 from runtime.errors import EngineError
+from runtime.placement import Placement
 
 _IDENTIFIER = b"ET12"
 _MAX_ITEMS = 10_000_000
@@ -42,6 +44,25 @@ def read_program(path: Path) -> tuple[Method, ...]:
         raise EngineError(f"{path} is a damaged ExecuTorch program ({err}); export again") from err
     except OSError as err:
         raise EngineError(f"{path} cannot be read: {err.strerror}") from err
+
+
+def pick_method(graph: GraphInfo, methods: tuple[Method, ...], file: Path) -> Method:
+    """The method named like the graph, as ready-made runners expect, or else the usual `forward`; or EngineError."""
+    for name in (graph.name, "forward"):
+        for method in methods:
+            if method.name == name:
+                return method
+    names = ", ".join(method.name for method in methods) or "none"
+    raise EngineError(f"{file} has no method {graph.name!r} or 'forward' (it has: {names}); export again")
+
+
+def placement_of(method: Method) -> Placement:
+    """Who runs what, as the instructions of a method say."""
+    return Placement(
+        delegates=dict(method.delegates),
+        outside=dict(method.kernels),
+        source="instructions of the program file",
+    )
 
 
 def _method(plan: _Table) -> Method:

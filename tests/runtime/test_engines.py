@@ -264,17 +264,16 @@ def test_interface_that_differs_from_the_manifest(
 
 def test_program_without_the_method(bundles: Callable[[Engine], Path], tmp_path: Path) -> None:
     """A method named like the graph is preferred; another name than that or `forward` is refused."""
-    from runtime.engines.executorch import _pick_method
-    from runtime.engines.program import Method
+    from runtime.engines.program import Method, pick_method
 
     def method(name: str) -> Method:
         return Method(name=name, delegates={}, kernels={}, external_tensors=0)
 
     graph = read_bundle(bundles("executorch")).graph(VISION)
-    assert _pick_method(graph, (method("forward"), method(VISION)), tmp_path).name == VISION
-    assert _pick_method(graph, (method("a"), method("forward")), tmp_path).name == "forward"
+    assert pick_method(graph, (method("forward"), method(VISION)), tmp_path).name == VISION
+    assert pick_method(graph, (method("a"), method("forward")), tmp_path).name == "forward"
     with pytest.raises(EngineError, match=r"has no method 'vision_encoder' or 'forward' \(it has: a\)"):
-        _pick_method(graph, (method("a"),), tmp_path)
+        pick_method(graph, (method("a"),), tmp_path)
 
 
 def test_opening_a_program_does_not_import_the_exporter(bundles: Callable[[Engine], Path], root: Path) -> None:
