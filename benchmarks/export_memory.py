@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -122,21 +121,17 @@ def _starts(bundle: Path) -> list[dict[str, float]]:
 def _native_starts(path: Path, runner: Path) -> list[dict[str, float]]:
     """The same in the native runner, whose first start packs the weights into a file that the later ones map."""
     from runtime.bundle import read_bundle
-    from runtime.devices.wire import BUNDLE_DIR, make_job, read_findings, write_job
+    from runtime.devices.here import HereDevice
+    from runtime.devices.wire import make_job
 
     bundle = read_bundle(path)
     job, tensors = make_job(bundle, threads=2, checks=False)
     found = []
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        place = Path(folder)
-        write_job(place, job, tensors)
-        (place / BUNDLE_DIR).symlink_to(path.resolve())
+        packed = Path(folder) / "packed"
+        device = HereDevice(runner=runner, packed=packed)
         for number in range(STARTS):
-            out = place / f"out{number}"
-            words = (str(runner.resolve()), str(place), str(out), "--packed", str(place / "packed"))
-            env = {**os.environ, "LD_LIBRARY_PATH": str(runner.resolve().parent)}
-            subprocess.run(words, env=env, capture_output=True, check=True)
-            file = read_findings(out).file
+            file = device.collect(bundle, job, tensors, Path(folder) / f"findings{number}").file
             assert file.answer is not None
             assert file.memory is not None
             (run,) = file.answer.runs
@@ -148,7 +143,7 @@ def _native_starts(path: Path, runner: Path) -> list[dict[str, float]]:
                     "ttft_question_ms": round(run.ttft_question_ms, 1),
                     "token_ms": round(sorted(run.token_ms)[len(run.token_ms) // 2], 1),
                     "resident_bytes": file.memory.peak_rss_bytes,
-                    "packed_bytes": sum(packed.stat().st_size for packed in place.glob("packed-*")),
+                    "packed_bytes": sum(part.stat().st_size for part in packed.iterdir()),
                 }
             )
     return found

@@ -644,6 +644,11 @@ class Bundle:
         return sum(info.size_bytes for info in self.manifest.files.values())
 
     @property
+    def key(self) -> str:
+        """What its manifest hashes to, in 16 digits: names where it lies on a device, and what was packed of it."""
+        return sha256_of(self.path / MANIFEST)[:16]
+
+    @property
     def identity(self) -> str:
         """Name and what the graphs' files hash to: two exports of one name differ in it, and so do keeps of one."""
         files = sorted({file for graph in self.manifest.graphs for file in graph.files})
@@ -697,7 +702,7 @@ class Bundle:
             as_it_is = status.st_ino, status.st_size, status.st_mtime_ns
             if self.is_view and self._hashed.get(relative) == as_it_is:
                 continue
-            found = _sha256(path)
+            found = sha256_of(path)
             if found != info.sha256:
                 raise BundleError(
                     f"{path} was changed: sha256 {found[:16]}…, its manifest says {info.sha256[:16]}…; "
@@ -858,7 +863,7 @@ class BundleWriter:
         known = self._hashed.get(relative)
         if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
             return known[2]
-        info = FileInfo(sha256=_sha256(path), size_bytes=status.st_size)
+        info = FileInfo(sha256=sha256_of(path), size_bytes=status.st_size)
         self._hashed[relative] = (status.st_size, status.st_mtime_ns, info)
         return info
 
@@ -885,12 +890,15 @@ class BundleWriter:
         )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def sha256_of(path: Path, length: int | None = None) -> str:
+    """What a file hashes to, or its first `length` bytes. Raises BundleError."""
+    digest, left = hashlib.sha256(), length
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK_BYTES):
+            while chunk := file.read(_HASH_CHUNK_BYTES if left is None else min(_HASH_CHUNK_BYTES, left)):
                 digest.update(chunk)
+                if left is not None:
+                    left -= len(chunk)
     except OSError as err:
         raise BundleError(f"{path} cannot be read: {err.strerror}") from err
     return digest.hexdigest()

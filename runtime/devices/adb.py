@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from runtime.bundle import MANIFEST, Bundle
+from runtime.bundle import MANIFEST, Bundle, sha256_of
 from runtime.devices.remote import RemoteDevice, arriving, check_before
 from runtime.devices.wire import (
     BUNDLE_DIR,
@@ -211,7 +210,7 @@ class Shell:
                     timeout=3600,
                     check=False,
                 )
-            found = _sha256(target)
+            found = sha256_of(target)
         except OSError as err:
             raise OutputError(f"{target} cannot be written: {err.strerror or err}") from err
         except subprocess.TimeoutExpired:
@@ -228,16 +227,6 @@ def _full(text: str) -> str:
     if "o space left" in text:
         return "no space is left on it; delete something, or run `pruneport device clean`"
     return text.strip().splitlines()[-1] if text.strip() else "it gave no reason"
-
-
-def _sha256(path: Path, length: int | None = None) -> str:
-    digest, left = hashlib.sha256(), length
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES if left is None else min(_CHUNK_BYTES, left)):
-            digest.update(chunk)
-            if left is not None:
-                left -= len(chunk)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -398,20 +387,20 @@ class AdbDevice(RemoteDevice):
             if each is None:
                 continue
             # By content: another export of the same name lies elsewhere, and what an export shares is pushed once.
-            where = f"{self._folder}/bundles/{each.manifest.name}-{_sha256(each.path / MANIFEST)[:16]}"
+            where = f"{self._folder}/bundles/{each.manifest.name}-{each.key}"
             self._bundles[name] = where
             listed_files = {file: each.manifest.files[file].sha256 for file in device_files(each)}
-            listed_files[MANIFEST] = _sha256(each.path / MANIFEST)
+            listed_files[MANIFEST] = sha256_of(each.path / MANIFEST)
             files += [
                 (each.file(file) if file != MANIFEST else each.path / MANIFEST, f"{where}/{file}", sha256)
                 for file, sha256 in listed_files.items()
             ]
         for name in (JOB, INPUTS):
-            files.append((folder / name, f"{place}/{name}", _sha256(folder / name)))
-        files.append((_PROBE, f"{place}/{_PROBE.name}", _sha256(_PROBE)))
+            files.append((folder / name, f"{place}/{name}", sha256_of(folder / name)))
+        files.append((_PROBE, f"{place}/{_PROBE.name}", sha256_of(_PROBE)))
         if self._runner is not None:
             beside = sorted(self._runner.parent.glob("*.so*"))
-            files += [(file, f"{self._folder}/runner/{file.name}", _sha256(file)) for file in (self._runner, *beside)]
+            files += [(file, f"{self._folder}/runner/{file.name}", sha256_of(file)) for file in (self._runner, *beside)]
         there = self._there([to for _, to, _ in files])
         missing = [(source, to, sha256) for source, to, sha256 in files if there.get(to) != sha256]
         needed = sum(source.stat().st_size for source, _, _ in missing)
@@ -456,7 +445,7 @@ class AdbDevice(RemoteDevice):
             timeout_s=600,
         ).split()
         start = int(told[0])
-        if start > source.stat().st_size or _sha256(source, start) != told[1]:
+        if start > source.stat().st_size or sha256_of(source, start) != told[1]:
             self.shell.do(f": > {quoted}")
             start = 0
         elif start:
@@ -482,7 +471,7 @@ class AdbDevice(RemoteDevice):
         else:
             runner = f"{self._folder}/runner"
             kind = "" if self.about().is_phone else "--kind emulated"
-            packed = shlex.quote(f"{self._folder}/packed/{_sha256(bundle.path / MANIFEST)[:16]}")
+            packed = shlex.quote(f"{self._folder}/packed/{bundle.key}")
             words = f"{shlex.quote(f'{runner}/{self._runner.name}')} {quoted} {quoted}/out --packed {packed} {kind}"
             # Detached, so that it outlives the cable; the shell around it says how it ended.
             self.shell.do(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from runtime.bundle import MANIFEST, Bundle
+from runtime.bundle import Bundle
 from runtime.devices.remote import RemoteDevice
 from runtime.devices.wire import (
     BUNDLE_DIR,
@@ -94,7 +94,7 @@ class HereDevice(RemoteDevice):
         words = [str(self._runner.resolve()), str(place), str(out), "--kind", "desktop"]
         if self._packed is not None:
             self._packed.mkdir(parents=True, exist_ok=True)
-            words += ["--packed", str(self._packed / f"{bundle.manifest.name}-{_hash(bundle)}")]
+            words += ["--packed", str(self._packed / f"{bundle.manifest.name}-{bundle.key}")]
         env = {**os.environ, "LD_LIBRARY_PATH": str(self._runner.resolve().parent)}
         try:
             done = subprocess.run(
@@ -111,12 +111,6 @@ class HereDevice(RemoteDevice):
         if done.returncode:
             last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
             raise DeviceError(f"the runner ended with exit code {done.returncode}: {last}")
-
-
-def _hash(bundle: Bundle) -> str:
-    import hashlib
-
-    return hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 class _Run:

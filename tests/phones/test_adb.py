@@ -270,11 +270,11 @@ def test_findings_that_arrive_damaged_leave_nothing(
     emulated: EmulatedDevice, device: AdbDevice, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the cable is pulled in the middle of the pull."""
-    from runtime.devices import adb
+    from runtime.bundle import sha256_of as right
 
-    right = adb._sha256
     monkeypatch.setattr(
-        adb, "_sha256", lambda path, length=None: "0" * 64 if path.name == OUTPUTS else right(path, length)
+        "runtime.devices.adb.sha256_of",
+        lambda path, length=None: "0" * 64 if path.name == OUTPUTS else right(path, length),
     )
     job, tensors = make_job(bundle)
     with pytest.raises(DeviceError, match=r"arrived damaged.*pruneport device pull"):
