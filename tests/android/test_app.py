@@ -7,7 +7,6 @@ has is in stubs/, in hand-written signatures. Nothing here runs: there is no pho
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 from runtime.devices.adb import APP
 from tests.android.test_core import COMPILER, kotlin
 from tests.conftest import ROOT
-from tests.phones.machines import CACHE, made_once, skip_unless_ci
+from tests.phones.machines import CACHE, made_once, need, other_debian, ran, skip_unless_ci, unpack_npm
 
 pytestmark = pytest.mark.slow
 
@@ -35,54 +34,21 @@ NAME = "{http://schemas.android.com/apk/res/android}"
 SETTINGS = ("-Werror", "-jvm-target", "1.8", "-Xjdk-release=8", "-no-reflect")
 
 
-def _need(**programs: str) -> None:
-    missing = [package for name, package in programs.items() if shutil.which(name) is None]
-    if missing:
-        skip_unless_ci(f"needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
-
-
-def _run(*words: str | Path) -> str:
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=800)
-    assert done.returncode == 0, f"{words[0]}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
-    return done.stdout
-
-
 @cache
 def executorch_jar() -> Path:
     """ExecuTorch's classes for Android."""
-    _need(npm="npm")
     name = EXECUTORCH.replace("@", "-")
     with made_once(name) as folder:
         if folder is not None:
-            done = subprocess.run(["npm", "pack", EXECUTORCH], cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode:
-                shutil.rmtree(folder)
-                skip_unless_ci(f"needs {EXECUTORCH} from npm: {done.stderr[-300:]}")
-            (packed,) = folder.glob("*.tgz")
-            shutil.unpack_archive(packed, folder / "all", filter="data")
-            (folder / "all" / "package" / "android" / "libs" / "classes.jar").replace(folder / "executorch.jar")
-            shutil.rmtree(folder / "all")
-            packed.unlink()
+            package = unpack_npm(EXECUTORCH, folder)
+            (package / "android" / "libs" / "classes.jar").replace(folder / "executorch.jar")
+            shutil.rmtree(package)
     return CACHE / name / "executorch.jar"
 
 
 def _download(suite: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Fetches ANDROID from a suite of Debian's, whichever this machine has."""
-    for sub in ("lists/partial", "cache/archives/partial", "sources"):
-        (folder / sub).mkdir(parents=True)
-    ours = Path("/etc/apt/sources.list.d/debian.sources")
-    if not ours.exists():
-        return subprocess.CompletedProcess((), 1, "", "this is not Debian")
-    first = ours.read_text(encoding="utf-8").split("\n\n")[0]
-    stanza = re.sub(r"^Suites:.*$", f"Suites: {suite}", first, flags=re.MULTILINE)
-    (folder / "sources" / f"{suite}.sources").write_text(stanza + "\n", encoding="utf-8")
-    settings = folder / "apt.conf"
-    settings.write_text(
-        f'Dir::State::lists "{folder}/lists";\nDir::Cache "{folder}/cache";\nDir::Etc::sourcelist "/dev/null";\n'
-        f'Dir::Etc::sourceparts "{folder}/sources";\nAPT::Sandbox::User "root";\n',
-        encoding="utf-8",
-    )
-    env = {**os.environ, "APT_CONFIG": str(settings)}
+    env = other_debian(folder, suite)
     script = f"apt-get -qq update && apt-get -qq download {ANDROID}"
     return subprocess.run(
         ["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
@@ -92,7 +58,6 @@ def _download(suite: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @cache
 def android_jar() -> Path:
     """Android's classes and resources of API 23, without Java's own, which the JDK brings."""
-    _need(**{"apt-get": "apt", "dpkg-deb": "dpkg"})
     with made_once(ANDROID) as folder:
         if folder is not None:
             for suite in ("sid", "bullseye"):
@@ -100,10 +65,9 @@ def android_jar() -> Path:
                 if done.returncode == 0:
                     break
             else:
-                shutil.rmtree(folder)
                 skip_unless_ci(f"needs {ANDROID} of Debian: {done.stderr[-300:]}")
             (package,) = folder.glob("*/*.deb")
-            _run("dpkg-deb", "-x", package, folder / "root")
+            ran("dpkg-deb", "-x", package, folder / "root")
             (whole,) = (path for path in folder.glob("root/usr/share/java/*android-23.jar") if not path.is_symlink())
             with zipfile.ZipFile(whole) as old, zipfile.ZipFile(folder / "android.jar", "w") as new:
                 for entry in old.infolist():
@@ -116,21 +80,21 @@ def android_jar() -> Path:
 
 def _package(folder: Path) -> Path:
     """Packages the resources as Android's build does, and writes R.java; gives the package."""
-    _need(aapt="aapt")
+    need("aapt")
     manifest = folder / "AndroidManifest.xml"
     # Gradle knows the package by itself.
     text = (SOURCES / "AndroidManifest.xml").read_text(encoding="utf-8")
     manifest.write_text(text.replace("<manifest ", f'<manifest package="{APP}" '), encoding="utf-8")
     made = folder / "app.apk"
     words = ("-M", manifest, "-S", SOURCES / "res", "-I", android_jar(), "-F", made, "-J", folder)
-    _run("aapt", "package", "-f", *words)
+    ran("aapt", "package", "-f", *words)
     return made
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Path:
     """The app's classes; compiled once for the sources as they are."""
-    _need(javac="default-jdk-headless")
+    need("javac")
     compiler, android, executorch = kotlin(), android_jar(), executorch_jar()
     sources = sorted((*CORE.rglob("*.kt"), *SOURCES.rglob("*.*"), *STUBS.rglob("*.java")))
     digest = hashlib.sha256("".join(SETTINGS).encode() + COMPILER.encode())
@@ -143,12 +107,12 @@ def compiled() -> Path:
             stubs = folder / "stubs"
             stubs.mkdir()
             java = (*sorted(STUBS.rglob("*.java")), folder / "R.java")
-            _run("javac", "-Xlint:all,-options", "-Werror", "--release", "8", "-cp", android, "-d", stubs, *java)
+            ran("javac", "-Xlint:all,-options", "-Werror", "--release", "8", "-cp", android, "-d", stubs, *java)
             kotlinc = compiler / "bin" / "kotlinc-jvm"
             # Two modules, as in Gradle: what is internal to the core is not the app's.
-            _run(kotlinc, *SETTINGS, "-d", folder / "core", CORE)
+            ran(kotlinc, *SETTINGS, "-d", folder / "core", CORE)
             classes = f"{folder / 'core'}:{android}:{executorch}:{stubs}"
-            _run(kotlinc, *SETTINGS, "-cp", classes, "-d", folder / "app", SOURCES / "kotlin")
+            ran(kotlinc, *SETTINGS, "-cp", classes, "-d", folder / "app", SOURCES / "kotlin")
     return CACHE / name / "app"
 
 
@@ -188,10 +152,10 @@ def test_the_resources_are_packaged(tmp_path: Path) -> None:
 
 
 def test_the_xml_is_well_formed() -> None:
-    _need(xmllint="libxml2-utils")
+    need("xmllint")
     files = sorted(SOURCES.rglob("*.xml"))
     assert len(files) == 3
-    _run("xmllint", "--noout", *files)
+    ran("xmllint", "--noout", *files)
 
 
 def test_adb_starts_what_the_manifest_opens_and_nothing_is_permitted() -> None:

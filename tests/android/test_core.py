@@ -41,7 +41,7 @@ from runtime.image import preprocess
 from runtime.text_graphs import VISION_ENCODER
 from tests.conftest import ROOT
 from tests.ios.odd_tokenizers import write_odd_tokenizers
-from tests.phones.machines import CACHE, made_once, skip_unless_ci
+from tests.phones.machines import CACHE, made_once, need, unpack_npm
 from tests.phones.make_vectors import VECTORS, SumGraph, _open_graphs
 
 pytestmark = pytest.mark.slow
@@ -63,19 +63,11 @@ def _run(*words: str | Path, cwd: Path | None = None, check: bool = True) -> str
 @cache
 def kotlin() -> Path:
     """The folder of Kotlin's compiler, as npm has it."""
-    missing = [name for name in ("java", "npm") if shutil.which(name) is None]
-    if missing:
-        skip_unless_ci(f"needs {' and '.join(missing)}: apt-get install openjdk-17-jre-headless npm")
+    need("java")
     name = COMPILER.replace("@", "-")
     with made_once(name) as folder:
         if folder is not None:
-            done = subprocess.run(["npm", "pack", COMPILER], cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode:
-                shutil.rmtree(folder)
-                skip_unless_ci(f"needs {COMPILER} from npm: {done.stderr[-300:]}")
-            (packed,) = folder.glob("*.tgz")
-            shutil.unpack_archive(packed, folder, filter="data")
-            packed.unlink()
+            unpack_npm(COMPILER, folder)
     return CACHE / name / "package"
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from pruneport import __version__
 from tests.conftest import ROOT
-from tests.ios.toolchain import BUILT, CACHE, CHECKOUT, KEPT, run, skip_unless_ci
+from tests.ios.toolchain import BUILT, CHECKOUT, KEPT, run
+from tests.phones.machines import CACHE, need, skip_unless_ci
 
 pytestmark = pytest.mark.slow
 
@@ -83,8 +84,7 @@ def declared() -> dict[str, float]:
     """What Apple's frameworks declare, from the npm package that package-lock.json pins."""
     folder = CACHE / "types-ios-9.1.2"
     if not folder.exists():
-        if shutil.which("npm") is None:
-            skip_unless_ci("needs npm: apt-get install npm")
+        need("npm")
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
             partial = shutil.copytree(HERE / "types", Path(temporary) / "types")

@@ -6,21 +6,17 @@ The root is entered in namespaces of its own: the checkout is mounted in it at /
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
+from tests.phones.machines import CACHE, locked, made_once, need, other_debian, skip_unless_ci
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pruneport-tests"
 RELEASE = "trixie"
 NAME = f"swift-{RELEASE}-1"
 # What is built, apart for each checkout: all of them lie at one path where the compiler sees them.
@@ -43,24 +39,7 @@ CHECKOUT, EXCHANGE, BUILT = "/checkout", "/exchange", "/built"
 _MINUTES = 60.0
 
 
-def skip_unless_ci(reason: str) -> None:
-    """Skips with the reason; where CI runs, what is missing is a failure."""
-    if "CI" in os.environ:
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@contextmanager
-def _locked(name: str) -> Iterator[None]:
-    """Keeps other processes out, such as those of a parallel test run."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _apt(words: list[str], settings: Path) -> None:
-    env = {**os.environ, "APT_CONFIG": str(settings)}
+def _apt(words: list[str], env: Mapping[str, str]) -> None:
     done = subprocess.run(["apt-get", "-qq", *words], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         skip_unless_ci(f"needs Debian's {RELEASE} from the network: apt-get {words[0]} says {done.stderr[-300:]}")
@@ -68,30 +47,11 @@ def _apt(words: list[str], settings: Path) -> None:
 
 def _unpack(folder: Path) -> None:
     """Fills a folder with the root. Skips where the machine cannot."""
-    ours = Path("/etc/apt/sources.list.d/debian.sources")
-    missing = [name for name in ("apt-get", "dpkg-deb", "tar") if shutil.which(name) is None]
-    if missing or not ours.exists():
-        skip_unless_ci(f"needs Debian, whose Swift is used: there is no {', '.join(missing) or ours}")
-    codename = next(
-        line.partition("=")[2].strip('"')
-        for line in Path("/etc/os-release").read_text().splitlines()
-        if line.startswith("VERSION_CODENAME=")
-    )
+    need("tar")
     apt, root = folder / "apt", folder / "root"
-    for sub in ("lists/partial", "cache/archives/partial", "sources"):
-        (apt / sub).mkdir(parents=True)
-    text = ours.read_text().replace(f"{codename}-updates", "").replace(codename, RELEASE)
-    (apt / "sources" / "debian.sources").write_text(text)
-    # Nothing counts as installed, so that everything comes along.
-    (apt / "status").touch()
-    settings = apt / "apt.conf"
-    settings.write_text(
-        f'Dir::State::lists "{apt}/lists";\nDir::State::status "{apt}/status";\nDir::Cache "{apt}/cache";\n'
-        f'Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "{apt}/sources";\n'
-        'APT::Sandbox::User "root";\nAPT::Install-Recommends "false";\nDebug::NoLocking "true";\n'
-    )
-    _apt(["update"], settings)
-    _apt(["-y", "--download-only", "install", *PACKAGES], settings)
+    env = other_debian(apt, RELEASE, alone=True)
+    _apt(["update"], env)
+    _apt(["-y", "--download-only", "install", *PACKAGES], env)
     for sub in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "dev", "tmp", "checkout", "exchange", "built"):
         (root / sub).mkdir(parents=True)
     for name in ("bin", "sbin", "lib", "lib64"):
@@ -131,7 +91,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program of the toolchain with `exchange` mounted at /exchange."""
     root = swift_root()
-    with _locked(f"{NAME}-run"):
+    with locked(f"{NAME}-run"):
         return _run(root, list(words), exchange, env or {})
 
 
@@ -153,8 +113,7 @@ def _run(
 @cache
 def swift_root() -> Path:
     """The root with Swift in it; skips where the machine cannot have one."""
-    if shutil.which("unshare") is None:
-        skip_unless_ci("needs unshare: apt-get install util-linux")
+    need("unshare")
     tried = subprocess.run(
         [*_namespaces(), "sh", "-c", "mount -t tmpfs tmpfs /tmp && test -e /proc/self/exe"],
         capture_output=True,
@@ -163,13 +122,9 @@ def swift_root() -> Path:
     )
     if tried.returncode:
         skip_unless_ci(f"needs namespaces of its own and /proc (unshare, mount): {tried.stderr[-300:]}")
-    with _locked(NAME):
-        if not (CACHE / NAME).is_dir():
-            beside = CACHE / f".{NAME}.part"
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            _unpack(beside)
-            beside.replace(CACHE / NAME)
+    with made_once(NAME) as folder:
+        if folder is not None:
+            _unpack(folder)
     root = CACHE / NAME / "root"
     told = _run(root, ["swift", "--version"], None, {})
     assert VERSION in told.stdout, told.stdout + told.stderr

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +36,15 @@ PROGRAMS = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "qemu-aarch64-static": "qemu-user-static",
     "nsenter": "util-linux",
+    "unshare": "util-linux",
     "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "tar": "tar",
+    "npm": "npm",
+    "java": "default-jre-headless",
+    "javac": "default-jdk-headless",
+    "aapt": "aapt",
+    "xmllint": "libxml2-utils",
 }
 # The first processor of Arm's with float16 arithmetic that phones had; QEMU's `max` computes int8 wrongly.
 PROCESSOR = "cortex-a76"
@@ -64,17 +74,29 @@ def need(*programs: str) -> None:
         skip_unless_ci(f"needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
 
 
-def _done(*words: str | Path, **options: object) -> None:
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
-    assert done.returncode == 0, f"{words[0]}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+def ran(*words: str | Path, **options: Any) -> str:
+    """What a command says that must succeed."""
+    command = list(map(str, words))
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=800, **options
+    )
+    assert done.returncode == 0, f"{words[0]}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Keeps other processes out, such as those of a parallel test run."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
 def made_once(name: str) -> Iterator[Path | None]:
     """A folder of the cache to fill; None where it is there whole, by this process or another."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(name):
         if (CACHE / name).is_dir():
             yield None
             return
@@ -83,6 +105,44 @@ def made_once(name: str) -> Iterator[Path | None]:
         beside.mkdir()
         yield beside
         beside.replace(CACHE / name)
+
+
+def unpack_npm(package: str, folder: Path) -> Path:
+    """Unpacks a pinned package of npm's into a folder; returns where it lies. Skips without network."""
+    need("npm")
+    done = subprocess.run(["npm", "pack", package], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        skip_unless_ci(f"needs {package} from npm: {done.stderr[-300:]}")
+    (packed,) = folder.glob("*.tgz")
+    shutil.unpack_archive(packed, folder, filter="data")
+    packed.unlink()
+    return folder / "package"
+
+
+def other_debian(folder: Path, suite: str, *, alone: bool = False) -> dict[str, str]:
+    """Prepares a new folder for apt to fetch from another suite than this machine's; returns its environment.
+
+    `alone`: nothing counts as installed, so that everything comes along. Skips where this is not Debian.
+    """
+    need("apt-get", "dpkg-deb")
+    ours = Path("/etc/apt/sources.list.d/debian.sources")
+    if not ours.exists():
+        skip_unless_ci(f"needs Debian, whose {suite} is used: there is no {ours}")
+    for sub in ("lists/partial", "cache/archives/partial", "sources"):
+        (folder / sub).mkdir(parents=True)
+    first = ours.read_text(encoding="utf-8").split("\n\n")[0]
+    stanza = re.sub(r"^Suites:.*$", f"Suites: {suite}", first, flags=re.MULTILINE)
+    (folder / "sources" / f"{suite}.sources").write_text(stanza + "\n", encoding="utf-8")
+    settings = folder / "apt.conf"
+    text = (
+        f'Dir::State::lists "{folder}/lists";\nDir::Cache "{folder}/cache";\nDir::Etc::sourcelist "/dev/null";\n'
+        f'Dir::Etc::sourceparts "{folder}/sources";\nAPT::Sandbox::User "root";\n'
+    )
+    if alone:
+        (folder / "status").touch()
+        text += f'Dir::State::status "{folder}/status";\nAPT::Install-Recommends "false";\nDebug::NoLocking "true";\n'
+    settings.write_text(text, encoding="utf-8")
+    return {**os.environ, "APT_CONFIG": str(settings)}
 
 
 @cache
@@ -104,10 +164,9 @@ def arm_executorch() -> Path:
                 [*pip, *words, EXECUTORCH, "-d", str(folder)], capture_output=True, text=True, check=False
             )
             if done.returncode:
-                shutil.rmtree(folder)
                 skip_unless_ci(f"needs the wheel of {EXECUTORCH} for aarch64: {done.stderr[-300:]}")
             (wheel,) = folder.glob("*.whl")
-            _done(sys.executable, "-m", "zipfile", "-e", wheel, folder)
+            ran(sys.executable, "-m", "zipfile", "-e", wheel, folder)
             wheel.unlink()
     return CACHE / name / "executorch"
 
@@ -141,8 +200,8 @@ def native_runner(machine: str = "x86_64") -> Path:
                 "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
             )
             settings = ("-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={sdk}", *(cross if arm else ()))
-            _done(*cmake, "-S", NATIVE, "-B", build, *settings)
-            _done(*cmake, "--build", build, "-j", "2")
+            ran(*cmake, "-S", NATIVE, "-B", build, *settings)
+            ran(*cmake, "--build", build, "-j", "2")
             shutil.copy(build / "pruneport_runner", folder)
             for library in LIBRARIES:
                 shutil.copy(sdk / "lib" / library, folder)
@@ -153,36 +212,21 @@ def native_runner(machine: str = "x86_64") -> Path:
 @cache
 def _adbd() -> Path:
     """Android's adbd as Debian 13 builds it, unpacked with the libraries it needs."""
-    need("apt-get")
     name = "adbd-trixie"
     with made_once(name) as folder:
         if folder is not None:
-            for sub in ("lists/partial", "cache/archives/partial", "sources", "debs"):
-                (folder / sub).mkdir(parents=True)
-            ours = Path("/etc/apt/sources.list.d/debian.sources")
-            if not ours.exists():
-                shutil.rmtree(folder)
-                skip_unless_ci("needs Debian, whose adbd is used")
-            text = ours.read_text().replace("bookworm-updates", "").replace("bookworm", "trixie")
-            (folder / "sources" / "trixie.sources").write_text(text)
-            settings = folder / "apt.conf"
-            settings.write_text(
-                f'Dir::State::lists "{folder}/lists";\nDir::Cache "{folder}/cache";\n'
-                f'Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "{folder}/sources";\n'
-                'APT::Sandbox::User "root";\n'
-            )
-            env = {**os.environ, "APT_CONFIG": str(settings)}
-            _done("apt-get", "-qq", "update", env=env)
+            apt, debs = folder / "apt", folder / "debs"
+            env = other_debian(apt, "trixie")
+            debs.mkdir()
+            ran("apt-get", "-qq", "update", env=env)
             no = [f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")]
-            told = subprocess.run(
-                ["apt-cache", "depends", "--recurse", *no, "adbd"], env=env, capture_output=True, text=True, check=True
-            )
-            packages = sorted({line for line in told.stdout.splitlines() if line[:1].isalpha()})
-            _done("apt-get", "-qq", "download", *packages, env=env, cwd=folder / "debs")
-            for deb in (folder / "debs").glob("*.deb"):
-                _done("dpkg-deb", "-x", deb, folder / "root")
-            for sub in ("lists", "cache", "debs"):
-                shutil.rmtree(folder / sub)
+            told = ran("apt-cache", "depends", "--recurse", *no, "adbd", env=env)
+            packages = sorted({line for line in told.splitlines() if line[:1].isalpha()})
+            ran("apt-get", "-qq", "download", *packages, env=env, cwd=debs)
+            for deb in debs.glob("*.deb"):
+                ran("dpkg-deb", "-x", deb, folder / "root")
+            for sub in (apt, debs):
+                shutil.rmtree(sub)
     return CACHE / name / "root"
 
 
