@@ -7,7 +7,6 @@ end and no twin in turns. Nothing here was ever sent to the hub: the tests go as
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from runtime.devices.wire import (
     StepFound,
     StepJob,
     TroubleFound,
+    now_utc,
     write_findings,
 )
 from runtime.errors import DeviceError
@@ -55,7 +55,7 @@ class AiHubDevice(RemoteDevice):
         self, bundle: Bundle, job: JobFile, tensors: dict[str, np.ndarray], twin: Bundle | None, out: Path
     ) -> None:
         """See RemoteDevice; what the hub cannot run is named so in the findings."""
-        started = _now()
+        started = now_utc()
         steps, sent, peak = [], dict[str, np.ndarray](), 0
         for step in job.steps:
             found, outputs, memory = self._step(bundle, step, tensors, timed=job.timing is not None)
@@ -73,7 +73,7 @@ class AiHubDevice(RemoteDevice):
             ),
             threads=max(job.threads, 1),
             started_utc=started,
-            ended_utc=_now(),
+            ended_utc=now_utc(),
             steps=tuple(steps),
             memory=MemoryFound(peak_rss_bytes=peak) if peak else None,
         )
@@ -129,7 +129,3 @@ def _refused(graph: GraphInfo) -> str:
     if graph.states:
         return f"the hub keeps no states, {graph.name} has some"
     return ""
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

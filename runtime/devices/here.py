@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from runtime.devices.wire import (
     StepFound,
     TimingJob,
     TroubleFound,
+    now_utc,
     write_findings,
     write_job,
 )
@@ -126,7 +126,7 @@ class _Run:
 
     def all(self) -> tuple[FindingsFile, dict[str, np.ndarray]]:
         """What came of the job, and its tensors."""
-        started, refused = _now(), ""
+        started, refused = now_utc(), ""
         if PHOTO in self._tensors:
             try:
                 self._sent[PIXELS] = preprocess(self._tensors[PHOTO], self._bundle.manifest.image)
@@ -167,7 +167,7 @@ class _Run:
             ),
             threads=self._threads,
             started_utc=started,
-            ended_utc=_now(),
+            ended_utc=now_utc(),
             load=load,
             photo_refused=refused,
             steps=tuple(steps),
@@ -323,7 +323,3 @@ def _ms_since(start: float) -> float:
 
 def _trouble(err: EngineError) -> TroubleFound:
     return TroubleFound(message=str(err)[:4000], missing=isinstance(err, EngineMissingError))
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

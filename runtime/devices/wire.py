@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -415,6 +416,11 @@ def _read_tensors(path: Path, again: str) -> dict[str, np.ndarray]:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as err:
         raise FindingsError(f"{path} is not a whole safetensors file ({err}); {again}") from err
+
+
+def now_utc() -> str:
+    """This moment as findings spell it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def write_findings(folder: Path, file: FindingsFile, tensors: Mapping[str, np.ndarray]) -> None:
