@@ -1,0 +1,27 @@
+"""python -m training: trains the pocket model, from wherever the last run stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    """Runs one stage."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("stage", choices=("tower",))
+    parser.add_argument("--run", type=Path, default=Path("build/training"), help="folder of the checkpoints")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=2500)
+    parser.add_argument("--wholes", type=int, default=600)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    asked.run.mkdir(parents=True, exist_ok=True)
+    from training.tower import train_tower
+
+    train_tower(asked.run, windows=asked.windows, wholes=asked.wholes)
+
+
+main()

@@ -1,0 +1,185 @@
+"""The decoder's training: many questions about one picture behind one image, in windows first, in whole pictures then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from training.model import TEXT, pocket_model
+from training.optimiser import Optimiser
+from training.pictures import pixel_values
+from training.questions import questions_about
+from training.scenes import GRID, Mixture, make_scene
+from training.tokenizer import SYSTEM, tokenizer_json
+from training.tower import see
+
+WINDOWS = (Mixture(things=(1, 6), signs=(0, 2)), Mixture(things=(2, 8), signs=(0, 2)), Mixture(things=(0, 3), signs=(2, 3)))
+WHOLES = (Mixture(things=(3, 9), signs=(0, 2)), Mixture(things=(5, 12), signs=(0, 3)))
+
+
+def open_tokenizer() -> Any:
+    """Opens the tokenizer as its library does."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(json.dumps(tokenizer_json(TEXT["vocab_size"])))
+
+
+class Asked(NamedTuple):
+    """Pictures and their packed questions.
+
+    pixels   (B, H, W, 3) uint8
+    corners  (B, 2) int64
+    ids      (B, T) int64, question and answer after question and answer, padded
+    blocks   (B, T) int64, which question a token belongs to, from 1; 0 is padding
+    places   (B, T) int64, how many tokens of its question stand before it
+    goals    (B, T) int64, what the token is to be followed by where that is answer, else -100
+    """
+
+    pixels: Tensor
+    corners: Tensor
+    ids: Tensor
+    blocks: Tensor
+    places: Tensor
+    goals: Tensor
+
+
+class _Asked(Dataset[Asked]):
+    def __init__(self, seed: int, first: int, steps: int, size: int, mixtures: Sequence[Mixture], patches: int, room: int) -> None:
+        self.seed, self.first, self.steps, self.size = seed, first, steps, size
+        self.mixtures, self.patches, self.room = mixtures, patches, room
+        self.tokenizer: Any = None
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __getitem__(self, step: int) -> Asked:
+        if self.tokenizer is None:
+            self.tokenizer = open_tokenizer()
+        pictures, rows = [], []
+        for i in range(self.size):
+            at = (self.seed, (self.first + step) * self.size + i)
+            scene = make_scene(at, self.mixtures[at[1] % len(self.mixtures)], patches=self.patches)
+            pictures.append((scene.pixels, scene.corner))
+            row: list[tuple[int, int, int, int]] = []
+            for block, question in enumerate(questions_about(scene, at), start=1):
+                asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
+                said = [*self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids, TEXT["eos_token_id"]]
+                tokens = [*asked, *said]
+                if len(row) + len(tokens) - 1 > self.room:
+                    break
+                goals = [-100] * (len(asked) - 1) + said
+                row += [(tokens[k], block, k, goals[k]) for k in range(len(tokens) - 1)]
+            rows.append(row + [(0, 0, 0, -100)] * (self.room - len(row)))
+        table = torch.tensor(rows)
+        return Asked(
+            torch.from_numpy(np.stack([pixels for pixels, _ in pictures])),
+            torch.tensor([corner for _, corner in pictures]),
+            *table.unbind(-1),
+        )
+
+
+def asked_batches(
+    seed: int, first: int, steps: int, size: int, mixtures: Sequence[Mixture], *, patches: int, room: int
+) -> Iterator[Asked]:
+    """Batches number `first` to `steps` of a seed, with at most `room` tokens of questions for each picture."""
+    data = _Asked(seed, first, steps, size, mixtures, patches, room)
+    return iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
+
+
+MODE = False
+
+
+class Talker(torch.nn.Module):
+    """The whole model over packed questions."""
+
+    def __init__(self, model: Any, *, frozen_tower: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.frozen_tower = frozen_tower
+        self.layers = model.config.vision_config.num_hidden_layers - 1
+        prefix = open_tokenizer().encode(f"{SYSTEM} USER: ").ids
+        self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
+
+    def forward(self, asked: Asked) -> Tensor:
+        """-> the mean loss of the answers' tokens; `right` is the share of them that are the most likely ones."""
+        parts = self.model.model
+        size, (rows, columns) = len(asked.pixels), (s // 14 for s in asked.pixels.shape[1:3])
+        with torch.set_grad_enabled(not self.frozen_tower and torch.is_grad_enabled()):
+            features = see(parts.vision_tower, self.layers, pixel_values(asked.pixels), asked.corners)[:, 1:]
+        image = parts.multi_modal_projector(features)
+        embed = parts.language_model.embed_tokens
+        hidden = torch.cat([embed(self.prefix).expand(size, -1, -1), image, embed(asked.ids)], 1)
+        before, tokens = len(self.prefix), rows * columns
+        down = torch.arange(rows)[None, :, None] + asked.corners[:, 0, None, None]
+        right = torch.arange(columns)[None, None, :] + asked.corners[:, 1, None, None]
+        places = torch.cat(
+            [
+                torch.arange(before).expand(size, -1),
+                before + (down * GRID + right).flatten(1),
+                before + GRID * GRID + asked.places,
+            ],
+            1,
+        )
+        seen = before + tokens
+        block = torch.cat([torch.zeros(size, seen, dtype=torch.long), asked.blocks], 1)
+        at = torch.arange(hidden.shape[1])
+        causal = at[:, None] >= at[None, :]
+        mask = causal & ((block[:, None, :] == 0) & (at < seen) | (block[:, :, None] == block[:, None, :]))
+        out = parts.language_model(
+            inputs_embeds=hidden, attention_mask=torch.where(mask[:, None], 0.0, -3e4) if MODE else mask[:, None], position_ids=places, use_cache=False
+        ).last_hidden_state[:, seen:]
+        goal = asked.goals
+        logits = self.model.lm_head(out[goal >= 0])
+        wanted = goal[goal >= 0]
+        self.right = float((logits.argmax(-1) == wanted).float().mean())
+        return F.cross_entropy(logits.float(), wanted)
+
+
+def train_answers(run: Path, *, windows: int, wholes: int, size: int = 24, rate: float = 1.5e-3) -> None:
+    """Trains projector and decoder behind the trained tower, which is frozen; goes on where it stopped."""
+    torch.manual_seed(2)
+    model = pocket_model()
+    state, done = run / "answers.pt", 0
+    kept = torch.load(state) if state.exists() else None
+    if kept is None:
+        tower = torch.load(run / "tower.pt")["model"]
+        model.model.vision_tower.load_state_dict(
+            {name.removeprefix("vision."): value for name, value in tower.items() if name.startswith("vision.")}
+        )
+    model.model.vision_tower.requires_grad_(False)
+    talker = Talker(model, frozen_tower=True)
+    steps = windows + wholes
+    optimiser = Optimiser(model, rate=rate, steps=steps)
+    if kept is not None:
+        model.load_state_dict(kept["model"])
+        optimiser.load(kept["optimiser"])
+        done = kept["step"]
+    began, scores = time.time(), []
+    while done < steps:
+        if done < windows:
+            stream = asked_batches(21, done, windows, size, WINDOWS, patches=12, room=220)
+        else:
+            stream = asked_batches(22, done, steps, max(size // 3, 1), WHOLES, patches=GRID, room=300)
+        for asked in stream:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = talker(asked)
+            optimiser.step(loss, done)
+            scores.append([loss.item(), talker.right])
+            done += 1
+            if done % 50 == 0:
+                mean = np.mean(scores, axis=0)
+                print(f"answers {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s", flush=True)
+                scores = []
+            if done % 200 == 0 or done == steps:
+                torch.save({"model": model.state_dict(), "optimiser": optimiser.state(), "step": done}, state.with_suffix(".new"))
+                state.with_suffix(".new").rename(state)
