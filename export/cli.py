@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.device_cli import add_device, add_report, run_device, run_report
+from export.eval_cli import add_eval, run_eval
 from export.outcome import BAD_REQUEST, FAILED, INTERRUPTED, NOT_CHECKED, PASSED, Parser, command, exit_code, show
 from export.request import nearest
 from export.streams import Stream, standard_streams
@@ -51,6 +52,7 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
         "ask": _add_ask(verbs),
         "explain": _add_explain(verbs),
         "sweep": _add_sweep(verbs),
+        "eval": add_eval(verbs, _add_verbosity),
         "clean": _add_clean(verbs),
         **add_device(verbs, _add_verbosity),
         "report": add_report(verbs, _add_verbosity),
@@ -300,6 +302,8 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
     if args.verb == "device":
         with _ended_by_any_signal():
             return run_device(args)
+    if args.verb == "eval":
+        return run_eval(args)
     if args.verb == "report":
         return run_report(args)
     return _explain(args)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.families.desktop import LayerCache
 from export.models.prompt import read_prompt
 from runtime.errors import ExportError, RequestError
 from runtime.golden import (
@@ -318,7 +319,7 @@ class _Decoder:
         tokens, past = hidden.shape[1], 0 if behind is None else behind[0].shape[2]
         ahead = torch.full((tokens, tokens), torch.finfo(torch.float32).min, device=self._device).triu(1)
         mask = torch.cat([torch.zeros(tokens, past, device=self._device), ahead], dim=1)[None, None]
-        cache = _Cache(behind)
+        cache = LayerCache(behind)
         out: Tensor = self._layer(index)(
             hidden,
             attention_mask=mask,
@@ -337,23 +338,6 @@ class _Decoder:
             self._held[index] = self._desktop.layer(index)
             self._watch(f"layers.{index}", self._held[index])
         return self._held[index]
-
-
-class _Cache:
-    """What transformers' attention asks of a cache, for one layer."""
-
-    def __init__(self, entries: tuple[Tensor, Tensor] | None) -> None:
-        self.entries = entries
-
-    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values, the new ones last."""
-        import torch
-
-        if self.entries is not None:
-            key = torch.cat([self.entries[0], key], dim=2)
-            value = torch.cat([self.entries[1], value], dim=2)
-        self.entries = key, value
-        return self.entries
 
 
 def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -274,10 +274,10 @@ def plan(request: Request) -> Plan:
     from export.targets import TARGETS
     from runtime.bundle import VISION_ENCODER, of_keep
 
-    entry = MODELS[_known("model", request.model, MODELS)]
-    target = TARGETS[_known("target", request.target, TARGETS)]
+    entry = MODELS[known_word("model", request.model, MODELS)]
+    target = TARGETS[known_word("target", request.target, TARGETS)]
     if request.only is not None:
-        _known("part", request.only, ALONE)
+        known_word("part", request.only, ALONE)
     whole = request.only is None
     backends = _backends(request, target, PARTS if request.only is None else (request.only,))
     backend, text_backend = backends["vision"], backends.get("text", backends["vision"])
@@ -309,7 +309,7 @@ def plan(request: Request) -> Plan:
     quant_vision = _quantisation("quant_vision", scheme, backend.quant_vision, backend, target)
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
     default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)
-    precision = _known(f"{backend.name} precision", asked["vision"] or default_precision, backend.precisions)
+    precision = known_word(f"{backend.name} precision", asked["vision"] or default_precision, backend.precisions)
     if all_quantised and precision != "fp32":
         raise RequestError(
             f"precision={precision} does not go with quant_vision={quant_vision}: {backend.name} quantises only "
@@ -319,7 +319,7 @@ def plan(request: Request) -> Plan:
     if mixed:
         default_text_precision = _usual_precision(entry, text_backend)
         wanted = asked["text"] or default_text_precision
-        text_precision = _known(f"{text_backend.name} precision", wanted, text_backend.precisions)
+        text_precision = known_word(f"{text_backend.name} precision", wanted, text_backend.precisions)
     text_tokens = _text_tokens(request.text_tokens, entry) if whole else None
     tokens = entry.geometry.image_tokens
     keeps = _keeps(request.keep, tokens, entry.name)
@@ -515,7 +515,7 @@ def check_memory(planned: Plan) -> None:
     )
 
 
-def _known(what: str, word: str, known: Iterable[Word]) -> Word:
+def known_word(what: str, word: str, known: Iterable[Word]) -> Word:
     names = list(known)
     if word not in names:
         raise RequestError(f"unknown {what} {word!r}{nearest(word, names)}; allowed: {', '.join(names)}")
@@ -532,7 +532,7 @@ def _by_part(what: str, word: str, parts: tuple[str, ...]) -> dict[str, str]:
         part, _, value = piece.partition("=")
         if not part or not value:
             raise RequestError(f"{what}={word!r} has no part or no name in {piece!r}; write {form}, or one word")
-        _known("part", part, PARTS)
+        known_word("part", part, PARTS)
         if part not in parts:
             raise RequestError(f"{what}={word!r} names the {part} graphs, which --only leaves out; write {form}")
         if part in said:
@@ -548,7 +548,7 @@ def _backends(request: Request, target: Target, parts: tuple[str, ...]) -> dict[
     known = {backend.name: backend for backend in target.backends}
     named = _by_part("backend", request.backend or next(iter(known)), parts)
     for name in named.values():
-        _known(f"{target.name} backend", name, known)
+        known_word(f"{target.name} backend", name, known)
     names = list(dict.fromkeys(named.values()))
     for flag, word in (("soc", request.soc), ("min_ios", request.min_ios)):
         if word is not None and flag not in [variants.flag for name in names if (variants := known[name].variants)]:
@@ -587,7 +587,7 @@ def _variant(request: Request, backend: Backend, parts: Iterable[str]) -> Backen
     word = request.soc if flag == "soc" else request.min_ios
     if word is None and variants.default is None:
         raise RequestError(f"backend {backend.name} {variants.why}; name it with --{flag}: {', '.join(known)}")
-    name = _known(flag, word or variants.default or "", known)
+    name = known_word(flag, word or variants.default or "", known)
     chosen = known[name]
     for what in (f"quant_{part}" for part in parts):
         scheme, had = getattr(request, what), getattr(chosen, what)
@@ -613,7 +613,7 @@ def _quantisation(
             f"{what}={word}: not yet on backend {backend.name}; "
             f"leave --{flag} out, or take a backend that has it: {', '.join(others) or 'none yet'}"
         )
-    return _known(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
+    return known_word(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
 def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layout | None:
@@ -621,7 +621,7 @@ def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layou
     from export.targets import LAYOUTS
 
     made = {name: layout for name, layout in LAYOUTS.items() if layout.backend in target.backends}
-    if _known("layout", word, (OWN, *made)) == OWN:
+    if known_word("layout", word, (OWN, *made)) == OWN:
         return None
     names = dict.fromkeys(backend.name for backend in backends.values())
     if list(names) != [made[word].backend.name]:
@@ -730,7 +730,7 @@ def _method(word: str | None, cut: int, *, pruned: bool) -> str:
         return DEFAULT_METHOD
     from pruning import METHODS
 
-    method = METHODS[_known("method", word, METHODS)]
+    method = METHODS[known_word("method", word, METHODS)]
     if not pruned:
         raise RequestError(f"method={word} has nothing to choose: all image tokens are kept; leave --method out")
     others = ", ".join(name for name, other in METHODS.items() if other.needs <= {"keys"})
@@ -799,7 +799,7 @@ def _check_reference(word: str) -> None:
     """Refuses a device for the desktop outputs that is none, or that is not here."""
     from export.golden import REFERENCES, golden_device
 
-    if _known("reference", word, REFERENCES) == "cuda":
+    if known_word("reference", word, REFERENCES) == "cuda":
         golden_device(word)
 
 

@@ -101,6 +101,11 @@ class Tokenizer:
             ids = conversation_ids(self._tokenizer, self._rendered(template, question), template)
         return ids[ids.index(self._image_id) + 1 :]
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """The ids of an answer, as it stands behind a question: with the space that templates leave to the model."""
+        ids: list[int] = self._tokenizer.encode(f" {answer}", add_special_tokens=False).ids
+        return ids
+
     def _pasted(self, question: str) -> list[int]:
         """The image and what follows it, where a manifest holds only the text around the question."""
         # Behind the image token, as in the whole conversation: some tokenizers treat the start of a text specially.

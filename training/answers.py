@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,50 @@ from training.scenes import GRID, Mixture, make_scene
 from training.tokenizer import SYSTEM, tokenizer_json
 from training.tower import see
 
-WINDOWS = (Mixture(things=(1, 6), signs=(0, 2)), Mixture(things=(2, 8), signs=(0, 2)), Mixture(things=(0, 3), signs=(2, 3)))
 WHOLES = (Mixture(things=(3, 9), signs=(0, 2)), Mixture(things=(5, 12), signs=(0, 3)))
+SAVED_EVERY = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the training over pictures of one size.
+
+    `patches` is the side of a picture, `size` the pictures of a batch, `room` the tokens of questions for each.
+    """
+
+    steps: int
+    patches: int
+    size: int
+    room: int
+    mixtures: tuple[Mixture, ...]
+
+
+# What is looked up is learnt in small windows, counting and reading in larger ones; whole pictures come last.
+PHASES = (
+    Phase(
+        steps=1500,
+        patches=8,
+        size=40,
+        room=120,
+        mixtures=(
+            Mixture(things=(1, 4), signs=(0, 1), radius=(9, 26), height=(16, 30)),
+            Mixture(things=(2, 5), signs=(0, 0), radius=(9, 20)),
+            Mixture(things=(0, 2), signs=(2, 3), radius=(9, 20), height=(16, 30)),
+        ),
+    ),
+    Phase(
+        steps=2000,
+        patches=12,
+        size=20,
+        room=200,
+        mixtures=(
+            Mixture(things=(1, 6), signs=(0, 2)),
+            Mixture(things=(2, 8), signs=(0, 2)),
+            Mixture(things=(0, 3), signs=(2, 3)),
+        ),
+    ),
+    Phase(steps=700, patches=GRID, size=8, room=260, mixtures=WHOLES),
+)
 
 
 def open_tokenizer() -> Any:
@@ -54,32 +97,31 @@ class Asked(NamedTuple):
 
 
 class _Asked(Dataset[Asked]):
-    def __init__(self, seed: int, first: int, steps: int, size: int, mixtures: Sequence[Mixture], patches: int, room: int) -> None:
-        self.seed, self.first, self.steps, self.size = seed, first, steps, size
-        self.mixtures, self.patches, self.room = mixtures, patches, room
+    def __init__(self, seed: int, first: int, phase: Phase) -> None:
+        self.seed, self.first, self.phase = seed, first, phase
         self.tokenizer: Any = None
 
     def __len__(self) -> int:
-        return self.steps - self.first
+        return self.phase.steps - self.first
 
     def __getitem__(self, step: int) -> Asked:
         if self.tokenizer is None:
             self.tokenizer = open_tokenizer()
-        pictures, rows = [], []
-        for i in range(self.size):
-            at = (self.seed, (self.first + step) * self.size + i)
-            scene = make_scene(at, self.mixtures[at[1] % len(self.mixtures)], patches=self.patches)
+        phase, pictures, rows = self.phase, [], []
+        for i in range(phase.size):
+            at = (self.seed, (self.first + step) * phase.size + i)
+            scene = make_scene(at, phase.mixtures[at[1] % len(phase.mixtures)], patches=phase.patches)
             pictures.append((scene.pixels, scene.corner))
             row: list[tuple[int, int, int, int]] = []
             for block, question in enumerate(questions_about(scene, at), start=1):
                 asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
                 said = [*self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids, TEXT["eos_token_id"]]
                 tokens = [*asked, *said]
-                if len(row) + len(tokens) - 1 > self.room:
+                if len(row) + len(tokens) - 1 > phase.room:
                     break
                 goals = [-100] * (len(asked) - 1) + said
                 row += [(tokens[k], block, k, goals[k]) for k in range(len(tokens) - 1)]
-            rows.append(row + [(0, 0, 0, -100)] * (self.room - len(row)))
+            rows.append(row + [(0, 0, 0, -100)] * (phase.room - len(row)))
         table = torch.tensor(rows)
         return Asked(
             torch.from_numpy(np.stack([pixels for pixels, _ in pictures])),
@@ -88,15 +130,9 @@ class _Asked(Dataset[Asked]):
         )
 
 
-def asked_batches(
-    seed: int, first: int, steps: int, size: int, mixtures: Sequence[Mixture], *, patches: int, room: int
-) -> Iterator[Asked]:
-    """Batches number `first` to `steps` of a seed, with at most `room` tokens of questions for each picture."""
-    data = _Asked(seed, first, steps, size, mixtures, patches, room)
-    return iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
-
-
-MODE = False
+def asked_batches(seed: int, first: int, phase: Phase) -> Iterator[Asked]:
+    """The batches of a phase from number `first` on."""
+    return iter(DataLoader(_Asked(seed, first, phase), batch_size=None, num_workers=1, prefetch_factor=4))
 
 
 class Talker(torch.nn.Module):
@@ -136,7 +172,7 @@ class Talker(torch.nn.Module):
         causal = at[:, None] >= at[None, :]
         mask = causal & ((block[:, None, :] == 0) & (at < seen) | (block[:, :, None] == block[:, None, :]))
         out = parts.language_model(
-            inputs_embeds=hidden, attention_mask=torch.where(mask[:, None], 0.0, -3e4) if MODE else mask[:, None], position_ids=places, use_cache=False
+            inputs_embeds=hidden, attention_mask=mask[:, None], position_ids=places, use_cache=False
         ).last_hidden_state[:, seen:]
         goal = asked.goals
         logits = self.model.lm_head(out[goal >= 0])
@@ -145,7 +181,7 @@ class Talker(torch.nn.Module):
         return F.cross_entropy(logits.float(), wanted)
 
 
-def train_answers(run: Path, *, windows: int, wholes: int, size: int = 24, rate: float = 1.5e-3) -> None:
+def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 1.5e-3) -> None:
     """Trains projector and decoder behind the trained tower, which is frozen; goes on where it stopped."""
     torch.manual_seed(2)
     model = pocket_model()
@@ -158,19 +194,15 @@ def train_answers(run: Path, *, windows: int, wholes: int, size: int = 24, rate:
         )
     model.model.vision_tower.requires_grad_(False)
     talker = Talker(model, frozen_tower=True)
-    steps = windows + wholes
+    steps = sum(phase.steps for phase in phases)
     optimiser = Optimiser(model, rate=rate, steps=steps)
     if kept is not None:
         model.load_state_dict(kept["model"])
         optimiser.load(kept["optimiser"])
         done = kept["step"]
-    began, scores = time.time(), []
-    while done < steps:
-        if done < windows:
-            stream = asked_batches(21, done, windows, size, WINDOWS, patches=12, room=220)
-        else:
-            stream = asked_batches(22, done, steps, max(size // 3, 1), WHOLES, patches=GRID, room=300)
-        for asked in stream:
+    began, scores, before = time.time(), [], 0
+    for number, phase in enumerate(phases):
+        for asked in asked_batches(21 + number, max(done - before, 0), phase) if done < before + phase.steps else ():
             with torch.autocast("cpu", torch.bfloat16):
                 loss = talker(asked)
             optimiser.step(loss, done)
@@ -180,6 +212,7 @@ def train_answers(run: Path, *, windows: int, wholes: int, size: int = 24, rate:
                 mean = np.mean(scores, axis=0)
                 print(f"answers {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s", flush=True)
                 scores = []
-            if done % 200 == 0 or done == steps:
+            if done % SAVED_EVERY == 0 or done == steps:
                 torch.save({"model": model.state_dict(), "optimiser": optimiser.state(), "step": done}, state.with_suffix(".new"))
                 state.with_suffix(".new").rename(state)
+        before += phase.steps

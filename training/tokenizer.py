@@ -8,6 +8,15 @@ from training.questions import corpus
 
 SYSTEM = "A person and their assistant talk about a picture in a few words."
 _SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '" + SYSTEM + " ' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 # What the byte pairs are learnt from. The system prompt is left out so that it stays near the real model's 35 tokens.
 _CORPUS = (
     "what is in this picture? there is a cat on the table and a dog near the door. the man and the woman are walking "

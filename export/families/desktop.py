@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from export.families.family import Checkpoint
 
@@ -23,3 +23,20 @@ def filled(
     state = {name: checkpoint.tensor(canonical(name)).float() for name, _ in module.named_parameters()}
     module.load_state_dict(state, assign=True)
     return module.to(device).eval()
+
+
+class LayerCache:
+    """What transformers' attention asks of a cache, for one layer."""
+
+    def __init__(self, entries: tuple[Tensor, Tensor] | None) -> None:
+        self.entries = entries
+
+    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last."""
+        import torch
+
+        if self.entries is not None:
+            key = torch.cat([self.entries[0], key], dim=2)
+            value = torch.cat([self.entries[1], value], dim=2)
+        self.entries = key, value
+        return self.entries

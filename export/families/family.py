@@ -246,6 +246,8 @@ class ModelEntry:
     # Taken instead of a backend's defaults where those would say more about the weights than about the export.
     precision: Literal["fp32", "fp16"] | None = None
     quant_text: str | None = None
+    # Questions with known answers that it was made to answer: a file of JSON lines.
+    questions: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.prefix_tokens < 1:

@@ -1,0 +1,141 @@
+"""The desktop model, asked many questions about a photo at once: what precedes the pruner runs once for all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export.evaluation.questions import Line
+from export.families.desktop import LayerCache
+from export.models.prompt import end_ids, read_prompt
+from pruning import Features
+from runtime.errors import ExportError
+from runtime.prompt import TOKENIZER_FILE, Tokenizer
+
+if TYPE_CHECKING:
+    from export.families.family import Checkpoint, ModelEntry
+
+_CLOSED = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A photo with all questions about it, in front of each decoder layer that may be pruned at.
+
+    Attributes:
+        features: what a method may look at, by cut.
+        image: (1, P + N, D) prefix and image in front of the layer, by cut.
+        text: (1, T, D) questions and answers, one behind the other, in front of the layer, by cut.
+        places: (1, T) absolute positions of the text.
+        block: (T,) the question a token belongs to.
+        goals: (T,) the token that must follow, or -100 where the question is still being asked.
+    """
+
+    features: dict[int, Features]
+    image: dict[int, Tensor]
+    text: dict[int, Tensor]
+    places: Tensor
+    block: Tensor
+    goals: Tensor
+
+
+class EagerModel:
+    """transformers' own modules of one checkpoint, all in memory, in float32."""
+
+    def __init__(self, checkpoint: Checkpoint, entry: ModelEntry) -> None:
+        """Reads all weights. Raises ExportError for a checkpoint that cannot be asked, CheckpointError for a bad one."""
+        geometry = checkpoint.geometry
+        prompt = read_prompt(checkpoint.folder, geometry, entry)
+        if checkpoint.folder is None or prompt.template is None:
+            raise ExportError("these weights have no tokenizer and no chat template, so nothing can be asked; give others")
+        self._desktop = entry.family.desktop(checkpoint, "cpu")
+        self._frame = entry.family.frame(prompt.prefix_ids, geometry)
+        self._tokenizer = Tokenizer(checkpoint.folder / TOKENIZER_FILE, prompt)
+        self._ends = end_ids(checkpoint)
+        self._embeddings = checkpoint.tensor("embed_tokens.weight").float()
+        self._layers = [self._desktop.layer(index) for index in range(geometry.text.layers)]
+        self._norm = self._desktop.norm()
+        self._head = checkpoint.tensor("lm_head.weight").float()
+        self.grid = geometry.grid
+
+    @torch.no_grad()
+    def read(self, photo: np.ndarray, lines: Sequence[Line], cuts: Sequence[int]) -> Reading:
+        """Sees a photo (H, W, 3) uint8 and reads all questions about it, up to the deepest of `cuts`."""
+        seen = self._desktop.see(torch.from_numpy(np.array(self._desktop.pixels(photo))))
+        ids, block, places, goals = self._packed(lines)
+        image = torch.cat([self._embeddings[list(self._frame.prefix_ids)][None], seen.features], 1)
+        text = self._embeddings[ids][None]
+        prefix = len(self._frame.prefix_ids)
+        positions = torch.tensor(self._frame.positions)
+        keys = seen.keys
+        reading = Reading({}, {}, {}, places, block, goals)
+        for index in range(max(cuts) + 1):
+            if index in cuts:
+                reading.features[index] = Features(image[:, prefix:], keys, getattr(seen, "attention", None))
+                reading.image[index], reading.text[index] = image, text
+            if index == max(cuts):
+                break
+            image, text, key = self._run(index, image, positions, text, places, block)
+            keys = key[0, :, prefix : prefix + seen.features.shape[1]].transpose(0, 1).flatten(1)[None]
+        return reading
+
+    @torch.no_grad()
+    def right(self, reading: Reading, cut: int, tokens: Tensor, indices: Tensor) -> list[bool]:
+        """Whether greedy decoding gives each answer to its end, with image tokens (1, K, D) kept at (1, K)."""
+        prefix = len(self._frame.prefix_ids)
+        image = torch.cat([reading.image[cut][:, :prefix], tokens], 1)
+        every = torch.tensor(self._frame.positions)
+        positions = torch.cat([every[:, :prefix], every[:, prefix:].gather(1, indices.expand(len(every), -1))], 1)
+        text = reading.text[cut]
+        for index in range(cut, len(self._layers)):
+            image, text, _ = self._run(index, image, positions, text, reading.places, reading.block)
+        said = reading.goals >= 0
+        likely = torch.nn.functional.linear(self._norm(text[0, said]), self._head).argmax(-1)
+        wrong = torch.zeros(int(reading.block.max()) + 1)
+        wrong.index_add_(0, reading.block[said], (likely != reading.goals[said]).float())
+        return [count == 0 for count in wrong.tolist()]
+
+    def _packed(self, lines: Sequence[Line]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ids: list[int] = []
+        block: list[int] = []
+        places: list[int] = []
+        goals: list[int] = []
+        for number, line in enumerate(lines):
+            asked = self._tokenizer.question_ids(line.question)
+            said = [*self._tokenizer.answer_ids(line.answer), self._ends[0]]
+            tokens = [*asked, *said][:-1]
+            ids += tokens
+            block += [number] * len(tokens)
+            places += range(self._frame.first_text, self._frame.first_text + len(tokens))
+            goals += [-100] * (len(asked) - 1) + said
+        return torch.tensor(ids), torch.tensor(block), torch.tensor(places)[None], torch.tensor(goals)
+
+    def _run(
+        self, index: int, image: Tensor, positions: Tensor, text: Tensor, places: Tensor, block: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer over image and texts: causal, and no text sees another. Returns the layer's keys, too."""
+        seen, tokens = image.shape[1], text.shape[1]
+        hidden = torch.cat([image, text], 1)
+        at = torch.arange(seen + tokens)
+        member = torch.cat([torch.full((seen,), -1), block])
+        open_ = (at[:, None] >= at) & ((member == -1) | (member[:, None] == member))
+        mask = torch.where(open_, 0.0, _CLOSED)[None, None]
+        where = torch.cat([positions, places.expand(len(positions), -1)], 1)
+        if len(where) == 3:
+            where = where[:, None]
+        cache = LayerCache(None)
+        layer: nn.Module = self._layers[index]
+        out: Tensor = layer(
+            hidden,
+            attention_mask=mask,
+            position_ids=where,
+            past_key_values=cache,
+            position_embeddings=self._desktop.rotary(hidden, where),
+        )
+        assert cache.entries is not None
+        return out[:, :seen], out[:, seen:], cache.entries[0]
