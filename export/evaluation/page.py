@@ -50,10 +50,10 @@ def terminal_scores(rows: Sequence[Score]) -> RenderableType:
     from rich.table import Table as RichTable
 
     table = RichTable(title_justify="left")
-    for head in ("method", "keep", "cut", "accuracy (95 %)", "of unpruned", "first question", "later ones"):
+    for head in ("method", "keep", "cut", "accuracy (95 %)", "of unpruned"):
         table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row)[:5])
     return table
 
 

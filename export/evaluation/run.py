@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RECORD = "evaluation.json"
 UNPRUNED = "unpruned"
 DEFAULT_CUT = 2
+SAVED_EVERY = 20
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +144,7 @@ def evaluate(
     """Fills the cells that the record in `out_dir` lacks, and the unpruned model's; `told` hears of each photo.
 
     All cells advance photo by photo, so that what precedes the pruner is computed once for all of them. The record is
-    written when all are through, and every 20 photos beside it, from where an interrupted run goes on.
+    written when all are through, and every few photos beside it, from where an interrupted run goes on.
     """
     identity = checkpoint.identity().sha256 or ""
     record = _record(out_dir, entry.name, identity, questions)
@@ -163,7 +164,7 @@ def evaluate(
             right[index].append(answers)
             kept[index].append(chosen)
         told(f"{number + 1} of {len(questions.photos)} photos", (number + 1) / len(questions.photos))
-        if number % 20 == 19:
+        if number % SAVED_EVERY == SAVED_EVERY - 1:
             begun.write(right, kept)
     for want, answers_, chosen_ in zip(missing, right, kept, strict=True):
         pruned = want.method != UNPRUNED
