@@ -16,11 +16,11 @@ VISION = {
     "patch_size": 14,
 }
 TEXT = {
-    "hidden_size": 256,
-    "head_dim": 64,
+    "hidden_size": 288,
+    "head_dim": 48,
     "intermediate_size": 640,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "num_hidden_layers": 6,
     "vocab_size": 640,
     "max_position_embeddings": 2048,
