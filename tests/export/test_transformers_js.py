@@ -29,13 +29,14 @@ from export.families.family import Checkpoint
 from export.golden import make_golden
 from export.graphs.merged_decoder import build_merged_decoder
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.models.pocket import POCKET, pocket_cache, pocket_folder
+from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import read_prompt
 from export.quantize import SCHEMES, quantize
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
 from tests.conftest import HEADLESS_CHROMIUM, needs_chromium, needs_node
+from tests.phones.machines import CACHE
 from tests.tiny_llava import TINY, in_fp32, write_tiny
 
 KEEP = 64
@@ -186,7 +187,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packages() -> Path:
     """A folder with the programs and the npm packages that package-lock.json pins; made once for each such file."""
     lock = (PROGRAMS / "package-lock.json").read_bytes()
-    folder = pocket_cache() / f"transformers_js-{hashlib.sha256(lock).hexdigest()[:16]}"
+    folder = CACHE / f"transformers_js-{hashlib.sha256(lock).hexdigest()[:16]}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -174,7 +174,6 @@ def test_examples_with_torch(lean: Path, root: Path, tmp_path: Path) -> None:
         "program.py",
         cwd=tmp_path,
         PYTHONPATH=sysconfig.get_path("purelib"),
-        PRUNEPORT_CACHE=str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

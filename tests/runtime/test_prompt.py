@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from export.checkpoints import open_checkpoint
 from export.families import MODELS
-from export.models.pocket import POCKET, write_pocket
+from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import end_ids, read_prompt, read_tokenizer_files
 from runtime.bundle import PromptInfo
 from runtime.errors import CheckpointError
@@ -29,8 +30,7 @@ TEMPLATE = (
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The pocket checkpoint's files, to be changed at will."""
-    write_pocket(tmp_path)
-    return tmp_path
+    return shutil.copytree(pocket_folder(), tmp_path, dirs_exist_ok=True)
 
 
 def read(folder: Path) -> PromptInfo:
@@ -41,7 +41,7 @@ def test_pocket_prompt(folder: Path) -> None:
     prompt = read(folder)
     assert prompt.prefix_text == "A person and their assistant talk about a picture in a few words. USER: "
     assert prompt.suffix_text == "\n{question} ASSISTANT:"
-    assert len(prompt.prefix_ids) == 35
+    assert len(prompt.prefix_ids) == 31
     assert prompt.special_ids == {"bos": 1, "eos": 2, "pad": 0, "image": 3}
 
 
@@ -159,7 +159,7 @@ def test_random_weights_get_a_seeded_stand_in(model: str) -> None:
     checkpoint = open_checkpoint(model, weights="random")
     prompt = read_prompt(checkpoint.folder, checkpoint.geometry, MODELS[model])
     assert prompt == read_prompt(checkpoint.folder, checkpoint.geometry, MODELS[model])
-    assert len(prompt.prefix_ids) == 35
+    assert len(prompt.prefix_ids) == 31
     assert prompt.prefix_ids[0] == 1
     assert (prompt.prefix_text, prompt.suffix_text) == (None, None)
     assert checkpoint.geometry.image_token_id not in prompt.prefix_ids
