@@ -186,7 +186,7 @@ class Talker(torch.nn.Module):
         return F.cross_entropy(logits.float(), wanted)
 
 
-def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 1.5e-3) -> None:
+def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 2e-3) -> None:
     """Trains projector and decoder behind the trained tower, which is frozen; goes on where it stopped."""
     torch.manual_seed(2)
     model = pocket_model()
