@@ -57,7 +57,7 @@ test-arithmetic: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy pruneport export pruning runtime optimum benchmarks docs tests
+	$(BIN)/mypy pruneport export pruning runtime training optimum benchmarks docs tests
 	$(BIN)/mypy --follow-imports=silent -c "$$(cat export.py)"
 
 # An environment of its own: the pages are made from the code without torch.

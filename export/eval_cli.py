@@ -26,8 +26,8 @@ def add_eval(
     verb = verbs.add_parser(
         "eval",
         help="put questions with known answers to pruned models and bundles",
-        description="Puts questions with known answers to the desktop model, unpruned and pruned by any methods, and to "
-        "bundles; tells accuracy with intervals, as data and as a page. Goes on where it was stopped.",
+        description="Puts questions with known answers to the desktop model, unpruned and pruned by any methods, and "
+        "to bundles; tells accuracy with intervals, as data and as a page. Goes on where it was stopped.",
         epilog=EVAL_EXIT_CODES,
         allow_abbrev=False,
     )
@@ -36,8 +36,12 @@ def add_eval(
     verb.add_argument("--weights", metavar="DIR", help="checkpoint folder")
     verb.add_argument("--keep", default="64", metavar="N,N,...", help="image tokens to keep (default 64)")
     verb.add_argument("--method", default="vlm-pruner", metavar="NAME,...|all", help="who chooses (default vlm-pruner)")
-    verb.add_argument("--cut", metavar="N", help="prune there; default: layer 2 where a method may, else behind the projector")
-    verb.add_argument("--questions", metavar="FILE", help="JSON lines: image, question, answer, category (default: the model's own)")
+    verb.add_argument(
+        "--cut", metavar="N", help="prune there (default: layer 2, or behind the projector)"
+    )
+    verb.add_argument(
+        "--questions", metavar="FILE", help="JSON lines: image, question, answer, category (default: the model's own)"
+    )
     verb.add_argument("--photos", metavar="N", help="ask about the first N photos alone")
     verb.add_argument("--output-dir", metavar="DIR", help="where results go (default evaluations/MODEL)")
     verbosity(verb)
@@ -51,8 +55,8 @@ def run_eval(args: argparse.Namespace) -> int:
     from export.evaluation.page import PAGES, terminal_scores, write_pages
     from export.evaluation.questions import read_questions
     from export.evaluation.run import evaluate, save, scores, wanted_cells
-    from export.progress import library_noise
     from export.families import MODELS
+    from export.progress import library_noise
     from export.request import known_word, whole_number
 
     entry = MODELS[known_word("model", args.model, MODELS)]

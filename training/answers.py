@@ -1,4 +1,4 @@
-"""The decoder's training: many questions about one picture behind one image, in windows first, in whole pictures then."""
+"""The decoder's training: many questions behind one image, in windows first and in whole pictures then."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ class _Asked(Dataset[Asked]):
             row: list[tuple[int, int, int, int]] = []
             for block, question in enumerate(questions_about(scene, at), start=1):
                 asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
-                said = [*self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids, TEXT["eos_token_id"]]
+                said = [
+                    *self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids,
+                    TEXT["eos_token_id"],
+                ]
                 tokens = [*asked, *said]
                 if len(row) + len(tokens) - 1 > phase.room:
                     break
@@ -137,6 +140,8 @@ def asked_batches(seed: int, first: int, phase: Phase) -> Iterator[Asked]:
 
 class Talker(torch.nn.Module):
     """The whole model over packed questions."""
+
+    prefix: Tensor
 
     def __init__(self, model: Any, *, frozen_tower: bool) -> None:
         super().__init__()
@@ -181,7 +186,7 @@ class Talker(torch.nn.Module):
         return F.cross_entropy(logits.float(), wanted)
 
 
-def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 1.5e-3) -> None:
+def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 2e-3) -> None:
     """Trains projector and decoder behind the trained tower, which is frozen; goes on where it stopped."""
     torch.manual_seed(2)
     model = pocket_model()
@@ -210,9 +215,15 @@ def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float 
             done += 1
             if done % 50 == 0:
                 mean = np.mean(scores, axis=0)
-                print(f"answers {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s", flush=True)
+                print(
+                    f"answers {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s",
+                    flush=True,
+                )
                 scores = []
             if done % SAVED_EVERY == 0 or done == steps:
-                torch.save({"model": model.state_dict(), "optimiser": optimiser.state(), "step": done}, state.with_suffix(".new"))
+                torch.save(
+                    {"model": model.state_dict(), "optimiser": optimiser.state(), "step": done},
+                    state.with_suffix(".new"),
+                )
                 state.with_suffix(".new").rename(state)
         before += phase.steps

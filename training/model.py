@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 192,
     "image_size": 336,
     "intermediate_size": 768,
@@ -15,7 +15,7 @@ VISION = {
     "num_hidden_layers": 7,
     "patch_size": 14,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 288,
     "head_dim": 48,
     "intermediate_size": 640,

@@ -17,7 +17,9 @@ class Optimiser:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         names = {id(p): name for name, p in model.named_parameters()}
         matrices = [
-            p for p in self.parameters if p.dim() == 2 and not any(w in names[id(p)] for w in ("embed", "head", "whole"))
+            p
+            for p in self.parameters
+            if p.dim() == 2 and not any(w in names[id(p)] for w in ("embed", "head", "whole"))
         ]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
@@ -28,7 +30,7 @@ class Optimiser:
 
     def step(self, loss: Tensor, step: int) -> None:
         """One step down from a loss; the rate rises over `warm` steps and falls along a cosine to a fiftieth."""
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         share = min(1.0, (step + 1) / self.warm)
         fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from export.families.llava.preprocessor import CLIP_MEAN, CLIP_STD
-from training.scenes import GRID, GLYPHS, Mixture, Scene, make_scene
+from training.scenes import GLYPHS, GRID, Mixture, Scene, make_scene
 
 # Windows and whole pictures that are full of things, and ones that are full of print.
 THINGS = Mixture(things=(3, 8), signs=(0, 1))

@@ -145,11 +145,11 @@ class _Asker:
 
     def colour(self) -> tuple[tuple[str, ...], str] | None:
         thing = self._one([t for t in self.scene.things if self.shapes[t.shape] == 1])
-        return thing and ((thing.shape,), thing.colour)
+        return ((thing.shape,), thing.colour) if thing else None
 
     def shape(self) -> tuple[tuple[str, ...], str] | None:
         thing = self._one([t for t in self.scene.things if self.colours[t.colour] == 1])
-        return thing and ((thing.colour,), thing.shape)
+        return ((thing.colour,), thing.shape) if thing else None
 
     def pattern(self) -> tuple[tuple[str, ...], str] | None:
         fits = [t for t in self.scene.things if t.radius >= 14]
@@ -185,13 +185,8 @@ class _Asker:
             return None
         first, one, second, two = found
         dx, dy = first.x - second.x, first.y - second.y
-        relations = [
-            (words, there)
-            for words, there, far in (
-                ("left of", dx < 0, abs(dx)), ("right of", dx > 0, abs(dx)), ("above", dy < 0, abs(dy)), ("below", dy > 0, abs(dy)),
-            )
-            if far > 24
-        ]  # fmt: skip
+        ways = (("left of", -dx), ("right of", dx), ("above", -dy), ("below", dy))
+        relations = [(words, far > 0) for words, far in ways if abs(far) > 24]
         if not relations:
             return None
         words, there = relations[int(self.rng.integers(len(relations)))]

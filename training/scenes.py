@@ -168,6 +168,8 @@ def _clutter(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int) -> 
 
 def _outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tuple[float, float]]:
     """The corners of a shape that has corners."""
+    radii: list[float]
+    angles: list[float]
     if shape == "square":
         radii, angles = [r * 1.15] * 4, [45 + 90 * i for i in range(4)]
     elif shape == "triangle":
@@ -176,7 +178,20 @@ def _outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tupl
         radii, angles = [r * 1.2 if i % 2 == 0 else r * 0.48 for i in range(10)], [-90 + 36 * i for i in range(10)]
     else:
         t = 0.34 * r
-        flat = [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)]
+        flat = [
+            (-t, -r),
+            (t, -r),
+            (t, -t),
+            (r, -t),
+            (r, t),
+            (t, t),
+            (t, r),
+            (-t, r),
+            (-t, t),
+            (-r, t),
+            (-r, -t),
+            (-t, -t),
+        ]
         radii = [math.hypot(a, b) for a, b in flat]
         angles = [math.degrees(math.atan2(b, a)) for a, b in flat]
     return [
@@ -191,8 +206,8 @@ _TWICE = 2  # drawn at twice the size, so that edges are smooth
 def _draw_thing(rng: np.random.Generator, picture: Image.Image, thing: Thing, left: float, top: float) -> Any:
     """Draws a thing and returns the share of each pixel of its box that it covers, and the box's first pixel."""
     r = thing.radius * 1.25 + 1
-    x0, y0 = int(math.floor(thing.x - left - r)), int(math.floor(thing.y - top - r))
-    size = int(math.ceil(2 * r)) + 2
+    x0, y0 = math.floor(thing.x - left - r), math.floor(thing.y - top - r)
+    size = math.ceil(2 * r) + 2
     mask = Image.new("L", (_TWICE * size, _TWICE * size))
     draw = ImageDraw.Draw(mask)
     x, y, s = (thing.x - left - x0) * _TWICE, (thing.y - top - y0) * _TWICE, thing.radius * _TWICE
@@ -282,9 +297,7 @@ class Mixture:
     same: float = 0.45
 
 
-def make_scene(
-    seed: tuple[int, ...], mixture: Mixture, *, patches: int = GRID, held_out: bool = False
-) -> Scene:
+def make_scene(seed: tuple[int, ...], mixture: Mixture, *, patches: int = GRID, held_out: bool = False) -> Scene:
     """Draws the scene of a seed: a whole picture, or a window of `patches` by `patches` somewhere in one."""
     rng = np.random.default_rng(seed)
     side = patches * PATCH
@@ -302,9 +315,7 @@ def make_scene(
         for _ in range(12):
             x = float(rng.uniform(margin, side - margin - width))
             y = float(rng.uniform(margin, side - margin - height))
-            if all(
-                x + width + 5 < a or c + 5 < x or y + height + 5 < b or d + 5 < y for a, b, c, d in taken
-            ):
+            if all(x + width + 5 < a or c + 5 < x or y + height + 5 < b or d + 5 < y for a, b, c, d in taken):
                 taken.append((x, y, x + width, y + height))
                 return x, y
         return None

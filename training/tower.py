@@ -1,4 +1,4 @@
-"""The tower's training: which shape, colour, pattern and letter is in each patch; windows first, whole pictures then."""
+"""The tower's training: which shape, colour, pattern and letter is in each patch, in windows and whole pictures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Seer(nn.Module):
 def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     """(B, 3, H, W) of a window whose first patch stands at `corners` of the grid -> (B, 1 + h * w, D)."""
     embeddings = vision.embeddings
-    hidden = embeddings.patch_embedding(pixels)
+    hidden: Tensor = embeddings.patch_embedding(pixels)
     rows, columns = hidden.shape[2:]
     hidden = hidden.flatten(2).transpose(1, 2)
     down = torch.arange(rows)[None, :, None] + corners[:, 0, None, None]
@@ -57,7 +57,6 @@ def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     hidden = vision.pre_layrnorm(hidden)
     for layer in vision.encoder.layers[:layers]:
         hidden = layer(hidden, attention_mask=None)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return hidden
 
 
@@ -70,7 +69,9 @@ def loss_of(seen: list[Tensor], whole: Tensor, labels: Tensor) -> Tensor:
         each = F.cross_entropy(logits.float().flatten(0, 1), goal, reduction="none")
         some = goal > 0
         weight = (1.0, 1.0, 0.5, 1.5, 1.0)[kind]
-        total = total + weight * ((each * some).sum() / some.sum().clamp(min=1) + 0.6 * (each * ~some).sum() / (~some).sum())
+        total = total + weight * (
+            (each * some).sum() / some.sum().clamp(min=1) + 0.6 * (each * ~some).sum() / (~some).sum()
+        )
     return total + 0.5 * F.binary_cross_entropy_with_logits(whole.float(), presence_of(labels))
 
 
@@ -86,7 +87,7 @@ def right_of(seen: list[Tensor], labels: Tensor) -> list[float]:
 
 
 def train_tower(run: Path, *, windows: int, wholes: int, size: int = 32, rate: float = 2e-3) -> None:
-    """Trains for `windows` batches of 12 x 12 patches, then for `wholes` of whole pictures; goes on where it stopped."""
+    """Trains for `windows` batches of 12 x 12 patches, then for `wholes` of whole pictures; goes on from a stop."""
     torch.manual_seed(1)
     model = pocket_model()
     seer = Seer(model.model.vision_tower, model.config.vision_config.num_hidden_layers - 1)
@@ -102,7 +103,14 @@ def train_tower(run: Path, *, windows: int, wholes: int, size: int = 32, rate: f
     while done < steps:
         if done < windows:
             large = done < windows // 5
-            stream = batches(11, done, windows // 5 if large else windows, size, (THINGS, LARGE_PRINT if large else PRINT), patches=12)
+            stream = batches(
+                11,
+                done,
+                windows // 5 if large else windows,
+                size,
+                (THINGS, LARGE_PRINT if large else PRINT),
+                patches=12,
+            )
         else:
             stream = batches(12, done, steps, size // 4, (WHOLE_THINGS, WHOLE_PRINT))
         for batch in stream:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from export.evaluation.questions import QuestionSet
-from export.evaluation.run import UNPRUNED, Cell
+from export.evaluation.run import Cell
 from runtime.ask import open_bundle
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import RequestError
@@ -44,4 +44,6 @@ def ask_bundle(bundle: Bundle, path: Path, questions: QuestionSet, *, told: Call
             kept.append(seen.kept_indices if prune.pruned else [])
             told(f"{path.name}, {number + 1} of {len(questions.photos)} photos", (number + 1) / len(questions.photos))
     key = hashlib.sha256(f"{bundle.key} {questions.sha256}".encode()).hexdigest()[:16]
-    return Cell(key=key, name=path.name, keep=prune.keep, cut=prune.cut if prune.pruned else None, right=right, kept=kept)
+    return Cell(
+        key=key, name=path.name, keep=prune.keep, cut=prune.cut if prune.pruned else None, right=right, kept=kept
+    )

@@ -48,11 +48,13 @@ class EagerModel:
     """transformers' own modules of one checkpoint, all in memory, in float32."""
 
     def __init__(self, checkpoint: Checkpoint, entry: ModelEntry) -> None:
-        """Reads all weights. Raises ExportError for a checkpoint that cannot be asked, CheckpointError for a bad one."""
+        """Reads all weights. Raises ExportError for one without a tokenizer, CheckpointError for a bad one."""
         geometry = checkpoint.geometry
         prompt = read_prompt(checkpoint.folder, geometry, entry)
         if checkpoint.folder is None or prompt.template is None:
-            raise ExportError("these weights have no tokenizer and no chat template, so nothing can be asked; give others")
+            raise ExportError(
+                "these weights have no tokenizer and no chat template, so nothing can be asked; give others"
+            )
         self._desktop = entry.family.desktop(checkpoint, "cpu")
         self._frame = entry.family.frame(prompt.prefix_ids, geometry)
         self._tokenizer = Tokenizer(checkpoint.folder / TOKENIZER_FILE, prompt)

@@ -33,14 +33,18 @@ def write_pages(record: Record, questions: QuestionSet, grid: tuple[int, int], o
     }
     encoded = msgspec.json.format(msgspec.json.encode(summary), indent=1)
     (out_dir / PAGES[0]).write_bytes(encoded + b"\n")
-    page = templates().get_template("evaluation.html.j2").render(
-        model=record.model,
-        count=questions.questions,
-        photos=len(questions.photos),
-        plot=_over_keep(rows),
-        kept=_kept(record, questions, grid),
-        accuracies=_accuracies(rows),
-        categories=_categories(rows),
+    page = (
+        templates()
+        .get_template("evaluation.html.j2")
+        .render(
+            model=record.model,
+            count=questions.questions,
+            photos=len(questions.photos),
+            plot=_over_keep(rows),
+            kept=_kept(record, questions, grid),
+            accuracies=_accuracies(rows),
+            categories=_categories(rows),
+        )
     )
     (out_dir / PAGES[1]).write_text(page.rstrip() + "\n", encoding="utf-8")
 
@@ -94,7 +98,9 @@ def _pyplot() -> Any:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pruneport", "font.family": "sans-serif", "font.size": 10})
+    plt.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "pruneport", "font.family": "sans-serif", "font.size": 10}
+    )
     return plt
 
 

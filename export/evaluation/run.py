@@ -105,9 +105,7 @@ def scores(record: Record) -> list[Score]:
             loss=difference(cell.right, whole.right),
             first=accuracy([row[:1] for row in cell.right]),
             second=accuracy([row[1:] for row in cell.right]),
-            categories={
-                name: accuracy(part) for name, part in by_category(cell.right, record.categories).items()
-            },
+            categories={name: accuracy(part) for name, part in by_category(cell.right, record.categories).items()},
         )
         for cell in record.cells
     ]

@@ -1,4 +1,4 @@
-"""From right and wrong answers to accuracies with intervals: photos are drawn again, since their questions hang together."""
+"""Accuracies with intervals: photos are drawn again, not questions, since those about one photo hang together."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def difference(one: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]]) -
     return _interval(gains.sum() / totals.sum(), (drawn @ gains) / np.maximum(drawn @ totals, 1))
 
 
-def by_category(
-    right: Sequence[Sequence[bool]], categories: Sequence[Sequence[str]]
-) -> Mapping[str, list[list[bool]]]:
+def by_category(right: Sequence[Sequence[bool]], categories: Sequence[Sequence[str]]) -> Mapping[str, list[list[bool]]]:
     """The answers of each category, still one row a photo, in the order in which categories come up."""
     names = list(dict.fromkeys(name for row in categories for name in row))
     return {

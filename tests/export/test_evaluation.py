@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from export.checkpoints import open_checkpoint
@@ -76,7 +75,7 @@ def test_a_bad_line_is_named(questions: Path, text: str, words: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="none.jsonl cannot be read"):
+    with pytest.raises(RequestError, match=r"none\.jsonl cannot be read"):
         read_questions(tmp_path / "none.jsonl")
 
 
@@ -175,7 +174,8 @@ def test_an_interrupted_run_goes_on(questions: Path, tmp_path: Path, monkeypatch
     checkpoint, asked = open_checkpoint("pocket"), read_questions(questions)
     cells = wanted_cells(["uniform"], [16], None)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir(), stopped.mkdir()
+    whole.mkdir()
+    stopped.mkdir()
     expected = evaluate(checkpoint, POCKET, asked, cells, whole, told=lambda *_: None)
     monkeypatch.setattr(run, "SAVED_EVERY", 1)
     seen: list[str] = []

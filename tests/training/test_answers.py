@@ -11,6 +11,7 @@ import torch
 from training import answers
 from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers
 from training.model import pocket_model
+from training.optimiser import Optimiser
 from training.scenes import GRID, Mixture
 from training.tokenizer import SYSTEM
 from training.tower import Seer, see, train_tower
@@ -69,8 +70,10 @@ def test_prompt_is_what_the_chat_template_writes() -> None:
     from training.tokenizer import TEMPLATE
 
     content = [{"type": "image"}, {"type": "text", "text": "How many rings are there?"}]
-    text = Environment().from_string(TEMPLATE).render(  # noqa: S701 - no page
-        messages=[{"role": "user", "content": content}], add_generation_prompt=True
+    text = (
+        Environment()
+        .from_string(TEMPLATE)
+        .render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
     )
     tokenizer = open_tokenizer()
     whole = tokenizer.encode(text).ids
@@ -107,15 +110,15 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(
     class Stop(Exception):
         pass
 
-    step = answers.Optimiser.step
+    step = Optimiser.step
 
-    def stopping(self: answers.Optimiser, loss: torch.Tensor, number: int) -> None:
+    def stopping(self: Optimiser, loss: torch.Tensor, number: int) -> None:
         if number == 4:
             raise Stop
         step(self, loss, number)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(answers.Optimiser, "step", stopping)
+        patch.setattr(Optimiser, "step", stopping)
         train_answers(tmp_path / "stopped", phases=phases)
     train_answers(tmp_path / "stopped", phases=phases)
     whole, stopped = (torch.load(tmp_path / name / "answers.pt")["model"] for name in ("whole", "stopped"))

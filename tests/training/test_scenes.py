@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 
+from training import scenes
 from training.pictures import PRINT, THINGS
 from training.questions import CATEGORIES, HELD_OUT, PHRASINGS, questions_about
 from training.scenes import (
@@ -25,7 +27,6 @@ from training.scenes import (
     Thing,
     make_scene,
 )
-from training import scenes
 
 
 def test_a_seed_makes_the_same_scene() -> None:
@@ -41,9 +42,7 @@ def test_labels_say_what_lies_in_each_patch(patches: int) -> None:
         scene = make_scene((5, number), THINGS, patches=patches)
         assert scene.pixels.shape == (patches * PATCH, patches * PATCH, 3)
         centres = np.argwhere(scene.labels[..., 4])
-        drawn = {
-            (int(t.y) // PATCH - scene.corner[0], int(t.x) // PATCH - scene.corner[1]) for t in scene.things
-        }
+        drawn = {(int(t.y) // PATCH - scene.corner[0], int(t.x) // PATCH - scene.corner[1]) for t in scene.things}
         assert {tuple(place) for place in centres.tolist()} == drawn
         for thing in scene.things:
             if thing.radius < 1.2 * PATCH or thing.shape in ("ring", "star"):
@@ -72,8 +71,17 @@ def test_training_never_draws_what_is_held_out(monkeypatch: pytest.MonkeyPatch) 
     fonts: set[str] = set()
     photos: set[str] = set()
     font, photo = scenes._font, scenes._photo
-    monkeypatch.setattr(scenes, "_font", lambda name, size: (fonts.add(name), font(name, size))[1])
-    monkeypatch.setattr(scenes, "_photo", lambda name: (photos.add(name), photo(name))[1])
+
+    def noted_font(name: str, size: int) -> Any:
+        fonts.add(name)
+        return font(name, size)
+
+    def noted_photo(name: str) -> Any:
+        photos.add(name)
+        return photo(name)
+
+    monkeypatch.setattr(scenes, "_font", noted_font)
+    monkeypatch.setattr(scenes, "_photo", noted_photo)
     for number in range(150):
         scene = make_scene((7, number), Mixture(signs=(1, 2)), patches=12)
         assert not HELD_OUT_PAIRS & {(t.shape, t.colour) for t in scene.things}
@@ -81,7 +89,8 @@ def test_training_never_draws_what_is_held_out(monkeypatch: pytest.MonkeyPatch) 
     assert photos
     assert not fonts & set(HELD_OUT_FONTS)
     assert not photos & set(HELD_OUT_PHOTOS)
-    fonts.clear(), photos.clear()
+    fonts.clear()
+    photos.clear()
     pairs = set()
     for number in range(60):
         scene = make_scene((7, number), Mixture(signs=(1, 2)), patches=12, held_out=True)
