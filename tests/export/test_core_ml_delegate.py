@@ -157,7 +157,7 @@ def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path)
     assert vision["kept"]["exact"]
     assert not any(placed["executed"] for placed in parity["placements"])
     assert json.loads((bundle.path / "latency.json").read_text())["graphs"] == []
-    asked = command_line("ask", bundle.path, "photo.jpg", "What is this?", env=env)
+    asked = command_line("ask", bundle.path, "photo.jpg", "What is this?")
     assert asked.returncode == 2
     assert "answers on a Mac or an iPhone and not here" in asked.stderr
     found = explain(bundle.path).lints

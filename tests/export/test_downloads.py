@@ -21,7 +21,7 @@ from export import cli
 from export.checkpoints import open_checkpoint
 from export.families import MODELS
 from export.families.family import ModelEntry
-from runtime.errors import CheckpointError, OutputError
+from runtime.errors import CheckpointError
 from tests.tiny_llava import TINY, write_tiny
 
 HUB_ID = "someone/tiny"

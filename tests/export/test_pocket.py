@@ -16,6 +16,7 @@ from export.golden import make_golden
 from export.models.pocket import POCKET, pocket_folder
 from runtime.image import load_photo, preprocess
 
+
 @pytest.fixture(scope="module")
 def folder() -> Path:
     """The checkpoint as it comes with the package."""

@@ -128,7 +128,7 @@ def _write_checkpoint(entry: ModelEntry, folder: Path) -> Path:
     tokens, control characters, punctuation and digits: exactly as many as it has logits, because the runner takes the
     best of as many as its tokenizer has tokens.
     """
-    pocket = pocket_folder(folder.parent / "cache")
+    pocket = pocket_folder()
     if entry is TINY:
         write_tiny(folder)
         settings = json.loads((pocket / "tokenizer.json").read_text())
@@ -425,7 +425,7 @@ def test_vision_graph_with_the_prompt_in_it_is_refused(tmp_path: Path) -> None:
 
 def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model")
-    shutil.copy(pocket_folder(tmp_path / "cache") / "tokenizer.json", folder)
+    shutil.copy(pocket_folder() / "tokenizer.json", folder)
     checkpoint = FolderCheckpoint(folder, TINY)
     vision = build_vision_encoder(checkpoint, TINY, None, cut=0, framed=False, prefix_ids=[1])
     with pytest.raises(CheckpointError, match="512 tokens, but the model 64 logits"):

@@ -59,7 +59,7 @@ def test_decoder_is_transformers_own(model: str, tiny: Path, tmp_path: Path) -> 
     """With 2 of 6 and with 6 of 6 key heads: a prompt, more of it, then one token, all three through the cache."""
     from transformers import LlavaForConditionalGeneration
 
-    folder, entry = (tiny, TINY) if model == "tiny" else (pocket_folder(tmp_path), POCKET)
+    folder, entry = (tiny, TINY) if model == "tiny" else (pocket_folder(), POCKET)
     whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     decoder = build_merged_decoder(FolderCheckpoint(folder, entry))
     embeds, mask, _, *past = decoder.example_inputs(tokens=9, past=0)
@@ -79,7 +79,7 @@ def test_decoder_is_transformers_own(model: str, tiny: Path, tmp_path: Path) -> 
 @torch.no_grad()
 def test_decoder_in_half_precision(tmp_path: Path) -> None:
     """Caches are float16, what goes in and comes out is float32, and the difference is that of the precision."""
-    checkpoint = FolderCheckpoint(pocket_folder(tmp_path), POCKET)
+    checkpoint = FolderCheckpoint(pocket_folder(), POCKET)
     whole, half = build_merged_decoder(checkpoint), build_merged_decoder(checkpoint, precision="fp16")
     expected, got = (graph(*graph.example_inputs(tokens=20, past=7)) for graph in (whole, half))
     assert [part.dtype for part in got] == [torch.float32] + [torch.float16] * 8
@@ -133,7 +133,7 @@ def test_random_weights_have_no_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", [("tokenizer.json",), ("tokenizer_config.json",), ("tokenizer.json", "config")])
 def test_checkpoint_without_tokenizer(tmp_path: Path, missing: Sequence[str]) -> None:
-    folder = shutil.copytree(pocket_folder(tmp_path / "cache"), tmp_path / "checkpoint")
+    folder = shutil.copytree(pocket_folder(), tmp_path / "checkpoint")
     names = [name if name.endswith(".json") else f"tokenizer_{name}.json" for name in missing]
     for name in names:
         (folder / name).unlink()
@@ -150,7 +150,7 @@ def test_checkpoint_without_tokenizer(tmp_path: Path, missing: Sequence[str]) ->
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FolderCheckpoint:
-    return FolderCheckpoint(pocket_folder(tmp_path_factory.mktemp("cache")), POCKET)
+    return FolderCheckpoint(pocket_folder(), POCKET)
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int4"])

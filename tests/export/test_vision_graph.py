@@ -35,7 +35,7 @@ TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_bat
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The pocket checkpoint."""
-    return FolderCheckpoint(pocket_folder(tmp_path_factory.mktemp("cache")), POCKET)
+    return FolderCheckpoint(pocket_folder(), POCKET)
 
 
 def _photo(side: int) -> torch.Tensor:

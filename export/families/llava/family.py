@@ -180,7 +180,7 @@ LLAVA_13B = ModelEntry(
 POCKET = ModelEntry(
     family=LLAVA,
     name="pocket",
-    summary="18 MB, trained on rendered scenes: LLaVA architecture with the real 576 image tokens, comes with pruneport",
+    summary="18 MB, trained on rendered scenes, comes with pruneport: LLaVA with the real 576 image tokens",
     hub_id=None,
     config=_POCKET_CONFIG,
     # What is compared with it is the export, not what quantising a small model does.
