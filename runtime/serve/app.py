@@ -66,8 +66,8 @@ class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     twin: bool = False
 
 
-def make_app(desk: Desk, folder: Path, *, port: int) -> ASGIApp:
-    """The whole application at a port of the loopback; `folder` is where a photo lies while it is read."""
+def make_app(desk: Desk, *, port: int) -> ASGIApp:
+    """The whole application at a port of the loopback."""
 
     async def file(request: Request) -> Response:
         path, kind = FILES[request.url.path]
@@ -81,7 +81,7 @@ def make_app(desk: Desk, folder: Path, *, port: int) -> ASGIApp:
         return _refusal(404, "this bundle holds no photo") if png is None else Response(png, media_type="image/png")
 
     async def photo(request: Request) -> Response:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="photo-") as upload:
+        with tempfile.NamedTemporaryFile(dir=desk.folder, prefix="photo-") as upload:
             async for chunk in _body(request, MAX_UPLOAD_BYTES):
                 upload.write(chunk)
             upload.flush()

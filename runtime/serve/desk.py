@@ -41,10 +41,12 @@ class _Photo:
 class Desk:
     """A bundle and its twin, asked by one at a time; `check` opens the bundle.
 
+    `folder` is a temporary one, for all that is left on the disk meanwhile.
     Raises BundleError or RequestError for a bundle that has nothing to show here.
     """
 
-    def __init__(self, path: Path, *, verbose: bool = False) -> None:
+    def __init__(self, path: Path, folder: Path, *, verbose: bool = False) -> None:
+        self.folder = folder
         self.bundle = read_bundle(path)
         self._refuse_what_shows_nothing()
         self._twin: Bundle | None = None
@@ -53,10 +55,10 @@ class Desk:
             self._twin = self._find_twin()
         except PruneportError as err:
             self._why_no_twin = str(err)
-        self._side = Side(path, self.bundle.keeps[0], verbose=verbose)
-        self._other = (
-            None if self._twin is None else Side(self._twin.path, self._twin.manifest.prune.keep, verbose=verbose)
-        )
+        self._side = Side(path, self.bundle.keeps[0], folder, verbose=verbose)
+        self._other: Side | None = None
+        if self._twin is not None:
+            self._other = Side(self._twin.path, self._twin.manifest.prune.keep, folder, verbose=verbose)
         self._photos: OrderedDict[str, _Photo] = OrderedDict()
         self._busy = asyncio.Lock()
         self._reading = asyncio.Lock()

@@ -24,8 +24,8 @@ def serve(
 ) -> None:
     """Serves a bundle until Ctrl-C, which is a KeyboardInterrupt; port 0 takes a free one.
 
-    `say` gets the address once the graphs are open, `tell` what happens before. What a photo leaves on the disk is in a
-    temporary folder, and gone as soon as it was read. Raises RequestError, BundleError, EngineError.
+    `say` gets the address once the graphs are open, `tell` what happens before. What lies on the disk meanwhile is in a
+    temporary folder, a photo only as long as it is read. Raises RequestError, BundleError, EngineError.
     """
     try:
         import starlette
@@ -37,9 +37,10 @@ def serve(
     del starlette, uvicorn
     from runtime.serve.desk import Desk
 
-    desk = Desk(path, verbose=verbose)
-    with _bound(port) as bound, tempfile.TemporaryDirectory(prefix="pruneport-serve-") as folder:
-        asyncio.run(_run(desk, bound, Path(folder), say=say, tell=tell, verbose=verbose))
+    with tempfile.TemporaryDirectory(prefix="pruneport-serve-") as folder:
+        desk = Desk(path, Path(folder), verbose=verbose)
+        with _bound(port) as bound:
+            asyncio.run(_run(desk, bound, say=say, tell=tell, verbose=verbose))
 
 
 def _bound(port: int) -> socket.socket:
@@ -62,7 +63,6 @@ def _bound(port: int) -> socket.socket:
 async def _run(
     desk: Desk,
     bound: socket.socket,
-    folder: Path,
     *,
     say: Callable[[str], None],
     tell: Callable[[str], None],
@@ -81,7 +81,7 @@ async def _run(
 
     port = bound.getsockname()[1]
     config = uvicorn.Config(
-        make_app(desk, folder, port=port),
+        make_app(desk, port=port),
         loop="asyncio",
         http="h11",
         ws="none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -23,11 +24,12 @@ _GRACE_S = 2.0
 class Side:
     """A bundle at one keep in a process of its own, which is started when it is first needed, and anew after a crash.
 
-    `emulated` is known once it is open: then its times say nothing.
+    `folder` is where its engine may leave temporary files. `emulated` is known once it is open: its times then say
+    nothing.
     """
 
-    def __init__(self, path: Path, keep: int, *, verbose: bool = False) -> None:
-        self._path, self._keep, self._verbose = path, keep, verbose
+    def __init__(self, path: Path, keep: int, folder: Path, *, verbose: bool = False) -> None:
+        self._path, self._keep, self._folder, self._verbose = path, keep, folder, verbose
         self._process: asyncio.subprocess.Process | None = None
         self._number = 0
         self._closed = False
@@ -49,6 +51,7 @@ class Side:
             stdout=asyncio.subprocess.PIPE,
             stderr=None if self._verbose else asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the server, which closes the pipe
+            env={**os.environ, "TMPDIR": str(self._folder)},
             limit=_LONGEST_LINE,
         )
         self._number = 0

@@ -142,6 +142,7 @@ function overlay(kept) {
     }
     return path;
   };
+  part("show-field").hidden = !kept.length;
   const whole = !kept.length || kept.length === rows * columns;
   part("dropped").setAttribute("d", whole ? "" : cells(false));
   part("kept").setAttribute("d", whole ? "" : cells(true));
