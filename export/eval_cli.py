@@ -36,9 +36,7 @@ def add_eval(
     verb.add_argument("--weights", metavar="DIR", help="checkpoint folder")
     verb.add_argument("--keep", default="64", metavar="N,N,...", help="image tokens to keep (default 64)")
     verb.add_argument("--method", default="vlm-pruner", metavar="NAME,...|all", help="who chooses (default vlm-pruner)")
-    verb.add_argument(
-        "--cut", metavar="N", help="prune there (default: layer 2, or behind the projector)"
-    )
+    verb.add_argument("--cut", metavar="N", help="prune there (default: layer 2, or behind the projector)")
     verb.add_argument(
         "--questions", metavar="FILE", help="JSON lines: image, question, answer, category (default: the model's own)"
     )
