@@ -54,7 +54,7 @@ PHASES = (
         ),
     ),
     Phase(
-        steps=900,
+        steps=550,
         patches=12,
         size=10,
         room=200,
@@ -64,7 +64,7 @@ PHASES = (
             Mixture(things=(0, 3), signs=(2, 3)),
         ),
     ),
-    Phase(steps=1100, patches=GRID, size=5, room=260, mixtures=WHOLES),
+    Phase(steps=750, patches=GRID, size=5, room=260, mixtures=WHOLES),
 )
 
 
