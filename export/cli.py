@@ -50,6 +50,7 @@ def build_parser(*, optimum: bool = False) -> tuple[argparse.ArgumentParser, dic
         "export": _add_export(verbs, optimum=optimum),
         "verify": _add_verify(verbs),
         "ask": _add_ask(verbs),
+        "serve": _add_serve(verbs),
         "explain": _add_explain(verbs),
         "sweep": _add_sweep(verbs),
         "eval": add_eval(verbs, _add_verbosity),
@@ -166,6 +167,23 @@ def _add_ask(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb.add_argument("--seed", default="0", metavar="N", help="seed of the draw (default 0)")
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     verb.add_argument("--save-prefill", metavar="FILE", help="keep what the photo left in the cache (*.safetensors)")
+    _add_verbosity(verb)
+    return verb
+
+
+def _add_serve(verbs: argparse._SubParsersAction[Parser]) -> Parser:
+    verb = verbs.add_parser(
+        "serve",
+        help="show a bundle on a page in the browser of this machine: kept tokens, answers, the twin beside it",
+        description="Shows a bundle on a page in the browser of this machine, until Ctrl-C: the tokens that it keeps "
+        "of a photo, its answers, and those of the unpruned twin that lies beside it.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    verb.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    verb.add_argument(
+        "--port", default="7321", metavar="N", help="port of 127.0.0.1 (default 7321); 0 takes a free one"
+    )
     _add_verbosity(verb)
     return verb
 
@@ -295,6 +313,9 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         return _verify(args)
     if args.verb == "ask":
         return _ask(args, output)
+    if args.verb == "serve":
+        with _ended_by_any_signal():
+            return _serve(args)
     if args.verb == "clean":
         return _clean(args)
     if args.verb == "sweep":
@@ -431,6 +452,25 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
 
     with library_noise(shown=args.verbose):
         ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
+    return PASSED
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from export.progress import library_noise
+    from export.request import whole_number
+    from runtime.serve.server import serve
+
+    def say(address: str) -> None:
+        words = address if args.quiet else f"open {address} in a browser; Ctrl-C ends it"
+        print(words, flush=True)
+
+    def tell(line: str) -> None:
+        if not args.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    port = whole_number("port", args.port, 0, 65535)
+    with library_noise(shown=args.verbose):
+        serve(Path(args.bundle), port=port, say=say, tell=tell, verbose=args.verbose)
     return PASSED
 
 

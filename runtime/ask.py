@@ -166,6 +166,11 @@ class OpenBundle:
         """
         return self._seen(photo, keep)[1]
 
+    def see_pixels(self, pixels: np.ndarray, *, keep: int | None = None) -> Prefill:
+        """Prefills what `preprocess` made of a photo, pixel_values (1, 3, H, W) float32, as `see` does the photo."""
+        self._check_open()
+        return self._seen_pixels(pixels, keep)[1]
+
     def _seen(self, photo: Photo, keep: int | None) -> tuple[_Side, Prefill]:
         self._check_open()
         if isinstance(photo, str | os.PathLike):
@@ -173,8 +178,10 @@ class OpenBundle:
         if isinstance(photo, Prefill):
             view = made_by(self.bundle, photo, keep)
             return self._side(view.manifest.prune.keep), photo
+        return self._seen_pixels(preprocess(photo, self.bundle.manifest.image), keep)
+
+    def _seen_pixels(self, pixels: np.ndarray, keep: int | None) -> tuple[_Side, Prefill]:
         side = self._side(keep)
-        pixels = preprocess(photo, self.bundle.manifest.image)
         if side.last is None or not np.array_equal(side.last[0], pixels):
             side.last = pixels, side.answers.see(pixels)
         return side, side.last[1]

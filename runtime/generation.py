@@ -68,12 +68,13 @@ class Prefill:
     """What a photo leaves in the KV cache: `key_i` and `value_i` (1, Hkv, entries, d) of every layer i.
 
     `bundle` names what made it; the cache of one bundle means nothing to another. `image_ready_ms` is the time from
-    pixel values to this.
+    pixel values to this. `kept` are the image tokens that were kept, from 0; empty in one that was read from a file.
     """
 
     bundle: str
     caches: Mapping[str, np.ndarray] = field(repr=False)
     image_ready_ms: float
+    kept: tuple[int, ...] = field(default=(), repr=False)
 
     def check_made_by(self, bundle: str) -> None:
         """Raises BundleError when another bundle made it."""
@@ -152,6 +153,18 @@ def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[
         }
 
 
+def kept_tokens(seen: Mapping[str, np.ndarray], *, before: int) -> tuple[int, ...]:
+    """The image tokens, from 0, that a vision graph says it kept; none where it does not say.
+
+    `before` tokens stand before the image.
+    """
+    if "kept_indices" in seen:
+        return tuple(seen["kept_indices"].reshape(-1).tolist())
+    if "positions" in seen:
+        return tuple((seen["positions"].reshape(-1)[before:].astype(np.int64) - before).tolist())
+    return ()
+
+
 def check_hand_over(bundle: Bundle) -> None:
     """Raises BundleError where the vision graph of a bundle does not hand on what its text graphs take."""
     if bundle.manifest.text is not None:
@@ -225,6 +238,7 @@ class Answers:
         end_ids: Sequence[int] = (),
     ) -> None:
         self._graphs = graphs
+        self._before = before
         self.bundle = bundle
         self.end_ids = frozenset(end_ids)
         self._text = text_graphs(graphs, bundle=bundle, before=before, first_text=first_text)
@@ -242,7 +256,9 @@ class Answers:
         start = time.perf_counter()
         self._asked += 1  # an answer that is still streaming loses its cache here
         seen = self._graphs[VISION_ENCODER].run({"pixel_values": pixel_values})
-        photo = Prefill(self.bundle, self._text.see(seen), (time.perf_counter() - start) * 1e3)
+        caches = self._text.see(seen)
+        took_ms = (time.perf_counter() - start) * 1e3
+        photo = Prefill(self.bundle, caches, took_ms, kept_tokens(seen, before=self._before))
         self._seen = photo
         return photo
 

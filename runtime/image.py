@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -10,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from runtime.bundle import ImageInfo
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 MAX_PIXELS = 128_000_000
 # Beyond this a centre crop shows a sliver that no model was trained on, and resizing would need the memory of a bomb.
 MAX_ASPECT = 50
+# Pixels of the longer edge of a view that is shown: sharp on dense screens, some 100 kB as JPEG.
+_SHOWN_EDGE = 672
 
 # What Pillow's decoders raise when a file leads them astray; SyntaxError is what its PNG and EXIF parsers raise.
 DAMAGE = (
@@ -256,6 +260,19 @@ def view(photo: np.ndarray, info: ImageInfo) -> np.ndarray:
     resized = np.asarray(Image.fromarray(photo).resize((new_width, new_height), resample))
     top, left = (new_height - crop_height) // 2, (new_width - crop_width) // 2
     return resized[top : top + crop_height, left : left + crop_width].copy()
+
+
+def view_jpeg(photo: np.ndarray, info: ImageInfo) -> bytes:
+    """What the model looks at, for people: a JPEG of the same part of `photo`, larger where that makes it sharper."""
+    from PIL import Image
+
+    scale = max(1, _SHOWN_EDGE // max(info.size))
+    larger = msgspec.structs.replace(
+        info, size=(info.size[0] * scale, info.size[1] * scale), resize_shortest=info.resize_shortest * scale
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(view(photo, larger)).save(buffer, "JPEG", quality=85, optimize=True)
+    return buffer.getvalue()
 
 
 def preprocess(photo: np.ndarray, info: ImageInfo) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from runtime.check.verdict import GraphPlacement, Step, Verdict
 from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
 from runtime.errors import BundleError, EngineError, OutputError
 from runtime.explain import lints, rewrite_for
-from runtime.image import view
+from runtime.image import view_jpeg
 from runtime.names import plural
 from runtime.session import default_threads
 from runtime.text_graphs import VISION_ENCODER
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 _TEMPLATES = Path(__file__).parent / "templates"
 NEURAL_ENGINE = "Neural Engine, likely"
-_PHOTO_EDGE = 672  # pixels of the longer edge in the report: sharp on dense screens, some 100 kB as JPEG
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -249,7 +247,7 @@ def _content(bundle: Bundle, verdict: Verdict) -> dict[str, Any]:
     return {
         "name": bundle.title,
         "status": _status(verdict),
-        "subtitle": _subtitle(bundle),
+        "subtitle": subtitle(bundle),
         "random_weights": manifest.weights.source == "random",
         "seed": manifest.weights.seed,
         "summary": _summary(bundle, verdict),
@@ -363,7 +361,8 @@ def _status(verdict: Verdict) -> str:
     return "passed"
 
 
-def _subtitle(bundle: Bundle) -> str:
+def subtitle(bundle: Bundle) -> str:
+    """Says in one line which model it is, for what, and where it is pruned."""
     manifest = bundle.manifest
     target = manifest.target
     parts = target.parts
@@ -687,19 +686,11 @@ class Picture:
 
 def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) -> Picture | None:
     """None when the golden holds no photo or no graph says which tokens it kept."""
-    from PIL import Image
-
     manifest = bundle.manifest
-    prune, image = manifest.prune, manifest.image
+    prune = manifest.prune
     shown = next((graph for graph in verdict.graphs if graph.kept is not None), None)
     if "photo" not in golden or shown is None or shown.kept is None:
         return None
-    scale = max(1, _PHOTO_EDGE // max(image.size))
-    larger = msgspec.structs.replace(
-        image, size=(image.size[0] * scale, image.size[1] * scale), resize_shortest=image.resize_shortest * scale
-    )
-    buffer = io.BytesIO()
-    Image.fromarray(view(golden["photo"], larger)).save(buffer, "JPEG", quality=85, optimize=True)
     rows, columns = prune.grid
     kept = {index for index in shown.kept_indices if 0 <= index < rows * columns}
     missing, extra = set(shown.kept.missing), set(shown.kept.extra)
@@ -709,7 +700,7 @@ def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) ->
         "M" if index in marks and index in kept else "#" if index in kept else "." for index in range(rows * columns)
     ]
     return Picture(
-        jpeg_base64=base64.b64encode(buffer.getvalue()).decode("ascii"),
+        jpeg_base64=base64.b64encode(view_jpeg(golden["photo"], manifest.image)).decode("ascii"),
         rows=rows,
         columns=columns,
         dropped=_cells(set(range(rows * columns)) - kept, columns),

@@ -43,9 +43,9 @@ class Phase:
 # What is looked up is learnt in small windows, counting and reading in larger ones; whole pictures come last.
 PHASES = (
     Phase(
-        steps=1500,
+        steps=500,
         patches=8,
-        size=40,
+        size=20,
         room=120,
         mixtures=(
             Mixture(things=(1, 4), signs=(0, 1), radius=(9, 26), height=(16, 30)),
@@ -54,9 +54,9 @@ PHASES = (
         ),
     ),
     Phase(
-        steps=2000,
+        steps=550,
         patches=12,
-        size=20,
+        size=10,
         room=200,
         mixtures=(
             Mixture(things=(1, 6), signs=(0, 2)),
@@ -64,7 +64,7 @@ PHASES = (
             Mixture(things=(0, 3), signs=(2, 3)),
         ),
     ),
-    Phase(steps=700, patches=GRID, size=8, room=260, mixtures=WHOLES),
+    Phase(steps=750, patches=GRID, size=5, room=260, mixtures=WHOLES),
 )
 
 

@@ -15,6 +15,7 @@ from docs.tables import api, backends, bounds, errors, flags, interfaces, measur
 PARTS: Mapping[str, Callable[[], str]] = {
     "flags of export": partial(flags.table, "export"),
     "flags of ask": partial(flags.table, "ask"),
+    "flags of serve": partial(flags.table, "serve"),
     "flags of sweep": partial(flags.table, "sweep"),
     "flags of device bench": partial(flags.table, "device bench"),
     "flags of device ask": partial(flags.table, "device ask"),

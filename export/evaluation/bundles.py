@@ -41,7 +41,7 @@ def ask_bundle(bundle: Bundle, path: Path, questions: QuestionSet, *, told: Call
                 said = "".join(opened.ask(seen, line.question, max_new_tokens=MOST_TOKENS))
                 answers.append(said.strip() == line.answer)
             right.append(answers)
-            kept.append(seen.kept_indices if prune.pruned else [])
+            kept.append(list(seen.kept) if prune.pruned else [])
             told(f"{path.name}, {number + 1} of {len(questions.photos)} photos", (number + 1) / len(questions.photos))
     key = hashlib.sha256(f"{bundle.key} {questions.sha256}".encode()).hexdigest()[:16]
     return Cell(

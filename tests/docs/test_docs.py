@@ -139,6 +139,7 @@ def test_every_flag_is_listed(pages: dict[str, str]) -> None:
     for page, title, verb in (
         ("flags.md", "Flags of export", "export"),
         ("flags.md", "Flags of ask", "ask"),
+        ("serve.md", "Flags of serve", "serve"),
         ("sweeps.md", "Flags", "sweep"),
         ("devices.md", "Flags of bench", "device bench"),
         ("devices.md", "Flags of ask on a device", "device ask"),

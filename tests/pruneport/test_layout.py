@@ -194,12 +194,33 @@ for name in {modules!r}:
     assert done.returncode == 0, done.stderr
 
 
-HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "executorch", "coremltools", "numpy", "PIL", "jinja2", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnx",
+    "executorch",
+    "coremltools",
+    "numpy",
+    "PIL",
+    "jinja2",
+    "rich",
+    "starlette",
+    "uvicorn",
+)
 
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["export", "--help"], ["verify", "--help"], ["explain", "--help"], ["sweep", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["export", "--help"],
+        ["verify", "--help"],
+        ["serve", "--help"],
+        ["explain", "--help"],
+        ["sweep", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_loads_nothing_heavy(root: Path, words: list[str]) -> None:
     program = f"""
@@ -238,7 +259,11 @@ def test_wheel_nests_the_rooms(wheel: Path, root: Path) -> None:
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert {name for name in names if name.startswith("pruneport/")} == expected
-    assert {"pruneport/runtime/templates/report.html.j2", "pruneport/runtime/rewrites.json"} <= expected
+    assert {
+        "pruneport/runtime/templates/report.html.j2",
+        "pruneport/runtime/rewrites.json",
+        "pruneport/runtime/serve/page/page.js",
+    } <= expected
     assert "pruneport-0.1.0.dist-info/licenses/LICENSE" in names
 
 
