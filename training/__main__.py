@@ -34,7 +34,7 @@ def main() -> None:
     else:
         from training.held_out import write_held_out
 
-        print(write_held_out(asked.run / "held-out"))
+        print(write_held_out(asked.run / "pocket-questions"))
 
 
 main()

@@ -186,4 +186,5 @@ POCKET = ModelEntry(
     # What is compared with it is the export, not what quantising a small model does.
     precision="fp32",
     quant_text="none",
+    questions=Path(__file__).parents[2] / "models" / "pocket-questions" / "questions.jsonl",
 )
