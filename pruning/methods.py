@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from pruning.method import Method, settings_of
+from pruning.pool import POOL
+from pruning.random_tokens import RANDOM
 from pruning.spec import PruneSpec, SpecError
 from pruning.uniform import UNIFORM
 from pruning.vlm_pruner.method import VLM_PRUNER
@@ -12,6 +14,8 @@ from pruning.vlm_pruner.method import VLM_PRUNER
 METHODS: dict[str, Method] = {
     "vlm-pruner": VLM_PRUNER,
     "uniform": UNIFORM,
+    "random": RANDOM,
+    "pool": POOL,
 }
 
 

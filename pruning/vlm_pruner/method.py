@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pruning.method import Arithmetic, Cuts, Features, Kept, Need, Trace, check_arithmetic
+from pruning.method import ARITHMETICS, Arithmetic, Cuts, Features, Kept, Need, Trace, check_arithmetic
 from pruning.spec import PruneSpec, SpecError
 from pruning.vlm_pruner import reference
 from pruning.vlm_pruner.comparing import ComparingPruner
@@ -24,6 +24,7 @@ class VlmPruner:
     name = NAME
     needs: frozenset[Need] = frozenset({"keys"})
     cuts = Cuts()
+    arithmetics = ARITHMETICS
     settings = Settings
 
     def choose(self, features: Features, spec: PruneSpec) -> Trace:
@@ -32,7 +33,7 @@ class VlmPruner:
 
     def module(self, spec: PruneSpec, arithmetic: Arithmetic) -> nn.Module:
         """Builds the static form for engines that compute in `arithmetic`; SpecError for a spec beyond it."""
-        check_arithmetic(arithmetic)
+        check_arithmetic(arithmetic, self)
         return _Selecting(FORMS[arithmetic](spec))
 
 
