@@ -15,6 +15,8 @@ HUGE = 2.0**60  # turns any difference of two unequal float32 numbers above 1e-1
 GRAIN = 2.0**24  # more than all positions times APART
 APART = 128.0  # softmax of inputs this far apart is exactly one-hot in float32 (exp(-104) is already 0)
 PART = 64  # channels whose products are added up at once
+COARSE = 8.0  # added to a number near 1 it leaves a multiple of 2^-20, so that sums in another order make the same one
+LEAST_NORM = 1e-12  # shorter rows have no direction
 
 
 def above(high: Tensor, low: Tensor) -> Tensor:

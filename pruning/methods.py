@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pruning.dart import DART
+from pruning.divprune import DIVPRUNE
 from pruning.method import Method, settings_of
 from pruning.pool import POOL
 from pruning.random_tokens import RANDOM
@@ -16,6 +18,8 @@ METHODS: dict[str, Method] = {
     "uniform": UNIFORM,
     "random": RANDOM,
     "pool": POOL,
+    "divprune": DIVPRUNE,
+    "dart": DART,
 }
 
 
