@@ -98,6 +98,10 @@ class Chooser(nn.Module):
         """The `keep` tokens that the fewest come before: (B, N, N) -> column of ones."""
         return (float(self.spec.keep) - self.total(before)).clamp(0.0, 1.0)
 
+    def shares(self, attention: Tensor) -> Tensor:
+        """Attention as numbers that `before` can tell apart: (B, N) -> row."""
+        return attention.view(-1, 1, self.spec.tokens) * float(self.spec.tokens) + COARSE
+
     def column(self, row: Tensor) -> Tensor:
         """A row as a column."""
         return row.view(len(row), -1, 1)

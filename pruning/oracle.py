@@ -34,6 +34,14 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
     return (COARSE + 1.0) - (left @ right.T + COARSE)
 
 
+def shares(attention: Tensor) -> Tensor:
+    """Attention in shares of what one of N tokens has on average: (B, N) -> (B, N).
+
+    Where the average is 1 these are multiples of 2^-20, as the static forms have them.
+    """
+    return attention * float(attention.shape[1]) + COARSE
+
+
 def best_free(score: Tensor, free: Tensor) -> tuple[int, float]:
     """The first largest score among free tokens (N,), and its lead over the runner-up; infinite where there is none."""
     ranked = score.masked_fill(~free, -torch.inf)

@@ -164,14 +164,16 @@ class TokenPruner(nn.Module):
         """One-hot rows of the pivots: (B, N, Dk) -> (B, pivots, N)."""
         batch, count, width = keys.shape
         add_up = self._add_up(keys, width)
-        chosen = [first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self._places(count))]
+        norm = torch.bmm(keys.abs(), add_up).view(batch, 1, count)
+        chosen = [first_largest(norm, self._places(count))]
         selected, nearest = chosen[0], None
-        for _ in range(1, self.settings.first_pivots(self.spec.keep)):
+        for number in range(1, self.settings.first_pivots(self.spec.keep)):
             away = keys - torch.bmm(chosen[-1], keys)
             distance = torch.bmm(away * away, add_up).view(batch, 1, count)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
+            score = norm if number < self.settings.norm_pivots else nearest
             # Selected tokens get -1, below every distance, so that identical keys still give distinct pivots.
-            chosen.append(first_largest(nearest * (1.0 - selected) - selected, self._places(count)))
+            chosen.append(first_largest(score * (1.0 - selected) - selected, self._places(count)))
             selected = selected + chosen[-1]
         return torch.cat(chosen, 1) if len(chosen) > 1 else chosen[0]
 
@@ -350,6 +352,8 @@ class TokenPruner(nn.Module):
 
     def _recovery(self, similarity: Tensor, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
+        if not self.settings.recovery:
+            return pick
         _, keep, count = pick.shape
         to_kept = torch.bmm(similarity, pick.transpose(1, 2))  # (B, N, keep)
         stands_for = first_largest(to_kept, self._places(keep))
