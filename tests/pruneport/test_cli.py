@@ -224,9 +224,9 @@ class OwnMethod:
             "take one that chooses by the image alone: vlm-pruner, ",
         ),
         (
-            OwnMethod(needs=frozenset({"attention"})),
-            NotYetError,
-            "method=own chooses by attention, which the vision graph does not hand to it yet; take one of: vlm-pruner",
+            OwnMethod(needs=frozenset({"attention"}), cuts=Cuts(most=0)),
+            RequestError,
+            "method=own cannot prune at cut=2; it can at 0..0: take --cut 0, or leave --method out",
         ),
         (
             OwnMethod(cuts=Cuts(most=0)),
