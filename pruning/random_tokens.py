@@ -43,7 +43,7 @@ class Settings:
 
 
 class Random:
-    """Keeps the first `keep` tokens of a seeded permutation, the same for every image; more tokens hold the fewer."""
+    """Keeps the first `keep` tokens of a seeded permutation, the same for every image; a larger `keep` adds tokens."""
 
     name = NAME
     needs: frozenset[Need] = frozenset()
