@@ -10,11 +10,10 @@ import queue
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
 
 import msgspec
 
@@ -29,23 +28,17 @@ from runtime.text_graphs import VISION_ENCODER
 Say = Callable[[Event], None]
 
 
-class _Asked(Protocol):
-    """An open bundle."""
+class _Asked(ExitStack):
+    """An open bundle; `emulated` where its times say nothing."""
 
     emulated: bool
 
+    @abstractmethod
     def work(self, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
         """Does one job, and says what happens in it."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
-class _Answering(ExitStack):
+class _Answering(_Asked):
     """A bundle that sees photos and answers."""
 
     def __init__(self, opened: OpenBundle) -> None:
@@ -66,7 +59,7 @@ class _Answering(ExitStack):
         say(Event(job=job.number, numbers=_numbers(answer.took)))
 
 
-class _Seeing(ExitStack):
+class _Seeing(_Asked):
     """A bundle without text graphs, which shows the tokens that it keeps."""
 
     def __init__(self, bundle: Bundle) -> None:
