@@ -468,7 +468,7 @@ def describe(plan: Plan) -> str:
         f"  photo    {plan.photo_name}, {width} x {height}",
         *([] if plan.calibration is None else [f"  ranges   from {len(plan.calibration)} photos"]),
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
-        f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free)",
+        f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free), {_time_words(plan)}",
     ]
     if needs.ram_bytes > needs.ram_available_bytes:
         lines.append(
@@ -476,6 +476,24 @@ def describe(plan: Plan) -> str:
             + ("the system may stop the export" if plan.request.force else "an export is refused without --force")
         )
     return "\n".join(lines)
+
+
+def needed_seconds(plan: Plan) -> float | None:
+    """How long the export takes on this machine, as far as whole bundles of one backend were measured; else None."""
+    from export.duration import forecast_seconds
+
+    if plan.mixed or plan.layout is not None or plan.text is None:
+        return None
+    weights = plan.entry.vision_parameter_count(0) + plan.entry.text_parameter_count()
+    quantised = plan.text.scheme is not None
+    return forecast_seconds(plan.vision.backend.name, weights, quantised=quantised, bundles=len(plan.bundles))
+
+
+def _time_words(plan: Plan) -> str:
+    seconds = needed_seconds(plan)
+    if seconds is None:
+        return "no forecast of time"
+    return f"about {max(1, round(seconds / 60))} min of a machine that does nothing else"
 
 
 def _maker(recipe: Recipe, *schemes: str) -> str:
