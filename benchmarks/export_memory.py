@@ -12,16 +12,21 @@ into that run's file.
     peak            high-water mark of memory of all processes of the export together, looked at ten times a second
     disk            the most that the output folder held at once
     forecast        what the export said before it began
+    cpu_seconds     processor time of all of it; `speed` is that of export/duration.py
     start           from the process's first step to all graphs open, libraries included
+    start_cpu       processor time until then, which a busy machine changes less
     resident        high-water mark of the process that answered
+    anonymous       what it has in memory at its end that is no page of a file
 
-Exits with 1 where the bundle fails its check. Writes benchmarks/results/export_whole-*.json.
+Exits with 1 where the bundle fails its check. Writes benchmarks/results/export_whole-*.json, and
+export_part-*.json of `pocket` and of fewer layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,26 +45,30 @@ from benchmarks.peer_systems import model  # noqa: E402 - behind the path
 from export.progress import Progress  # noqa: E402 - behind the path
 
 STARTS = 2
+WHOLE = ("llava-1.5-7b", "llava-1.5-13b")
 # A process that opens a bundle and answers, as `pruneport ask` does; ids stand in for a tokenizer's.
 ANSWER = """
 import json, sys, time
 began = time.perf_counter()
 from pathlib import Path
 import numpy as np
+import psutil
 from runtime.bundle import read_bundle
 from runtime.generation import open_graphs, start_answers
 from runtime.latency import peak_rss_bytes
 bundle = read_bundle(Path(sys.argv[1]))
 with open_graphs(bundle) as graphs:
     answers = start_answers(bundle, graphs)
-    start_s = time.perf_counter() - began
+    start_s, start_cpu_s = time.perf_counter() - began, time.process_time()
     shape = graphs["vision_encoder"].graph.inputs[0].shape
     photo = answers.see(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
     tokens = list(answers.answer(photo, list(range(5, 25)), max_new_tokens=8, past_end=True))
-print(json.dumps({"start_s": round(start_s, 2), "image_ready_ms": round(photo.image_ready_ms, 1),
+    memory = psutil.Process().memory_info()
+print(json.dumps({"start_s": round(start_s, 2), "start_cpu_s": round(start_cpu_s, 2),
+                  "image_ready_ms": round(photo.image_ready_ms, 1),
                   "ttft_question_ms": round(tokens[0].ms, 1),
                   "token_ms": round(sorted(token.ms for token in tokens[1:])[len(tokens) // 2], 1),
-                  "resident_bytes": peak_rss_bytes()}))
+                  "resident_bytes": peak_rss_bytes(), "anonymous_bytes": memory.rss - memory.shared}))
 """
 
 
@@ -106,7 +115,9 @@ def main() -> None:
 
 
 def _file(name: str, backend: str) -> Path:
-    return ROOT / f"benchmarks/results/export_whole-{name}-{backend}.json"
+    """Where a run is written: `whole` are those of models as they are published."""
+    kind = "whole" if name in WHOLE else "part"
+    return ROOT / f"benchmarks/results/export_{kind}-{name}-{backend}.json"
 
 
 def _starts(bundle: Path) -> list[dict[str, float]]:
@@ -151,8 +162,9 @@ def _native_starts(path: Path, runner: Path) -> list[dict[str, float]]:
 
 def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from export import families
+    from export.duration import this_machine
     from export.pipeline import export, stage_count
-    from export.request import Request, plan
+    from export.request import Request, needed_seconds, plan
     from runtime.latency import device_name
 
     entry = families.MODELS[options.model]
@@ -170,6 +182,7 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             force=True,
         )
     )
+    expected = needed_seconds(planned)
     stages = Stages(stages=stage_count(planned))
     watch = _Watch(folder)
     began = time.monotonic()
@@ -183,11 +196,14 @@ def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": entry.name,
         "backend": options.backend,
         "passed": made.verdict.passed,
+        "load_average": round(os.getloadavg()[0], 1),
         "seconds": round(seconds),
+        "cpu_seconds": round(sum(os.times()[:4])),
+        "speed": {name: round(value, 1) for name, value in this_machine()._asdict().items()},
         "stages": stages.measured,
         "peak_bytes": watch.memory,
         "disk_peak_bytes": watch.disk,
-        "forecast": {"ram_bytes": planned.needs.ram_bytes, "disk_bytes": planned.needs.disk_bytes},
+        "forecast": {"ram_bytes": planned.needs.ram_bytes, "disk_bytes": planned.needs.disk_bytes, "seconds": expected},
         "shipped_bytes": sum((path / file).stat().st_size for file in shipped),
         "bundle_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "starts": _starts(path),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from export.families.family import Checkpoint, Desktop, Frame, ModelEntry
+    from export.families.family import Checkpoint, Desktop, Frame, ModelEntry, Seen
     from export.models.prompt import SampleText
     from pruning import Features, Method, PruneSpec
 
@@ -124,16 +124,17 @@ def make_golden(
     with torch.no_grad(), _exact_float32():
         pixels = torch.from_numpy(np.array(pixel_values, dtype=np.float32)).to(device)
         desktop = entry.family.desktop(checkpoint, device)
-        image, tower_keys = desktop.see(pixels)
+        seen = desktop.see(pixels)
+        image = seen.features
         golden = {input_key(VISION_ENCODER, PIXELS): pixels}
         decoder = _Decoder(desktop, checkpoint, cut, image.device, watch or (lambda name, module: None))
         frame = entry.family.frame(read_prompt(checkpoint.folder, geometry, entry).prefix_ids, geometry)
         if framed:
-            outputs, kept = decoder.see(frame, image, tower_keys, spec)
+            outputs, kept = decoder.see(frame, seen, spec)
             if text is not None:
                 golden |= decoder.read(outputs, text)
         else:
-            outputs, kept = _unframed(tower_keys, image, spec)
+            outputs, kept = _unframed(seen, spec)
             if text is not None:
                 golden |= decoder.answer_behind(frame, outputs["image_features"], text)
     if kept:
@@ -156,8 +157,8 @@ def _exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def _unframed(keys: Tensor, image: Tensor, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    tokens, indices, kept = _pruned(keys, image, spec)
+def _unframed(seen: Seen, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    tokens, indices, kept = _pruned(seen, spec)
     return {"image_features": tokens, "kept_indices": indices}, kept
 
 
@@ -181,15 +182,14 @@ class _Decoder:
         self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
         self._first_text = 0
 
-    def see(
-        self, frame: Frame, image: Tensor, tower_keys: Tensor, spec: PruneSpec | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def see(self, frame: Frame, seen: Seen, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs prefix and image together through the layers before the cut, as transformers does, then prunes.
 
-        `tower_keys` (1, N, Dk) stand in for the keys of a layer at cut 0.
+        At cut 0 the tower's keys stand in for those of a layer.
         """
         import torch
 
+        image = seen.features
         hidden = torch.cat([self._embedded(frame.prefix_ids), image], dim=1)
         first, self._first_text = len(frame.prefix_ids), frame.first_text
         positions = torch.tensor(frame.positions, device=self._device)
@@ -197,10 +197,11 @@ class _Decoder:
         for index in range(self._cut):
             hidden = self._run(index, hidden, positions)
             outputs[f"key_{index}"], outputs[f"value_{index}"] = self._past[index]
-        keys = tower_keys
+        enters = seen._replace(features=hidden[:, first:])
         if self._cut:
             keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, image.shape[1], -1)
-        tokens, indices, kept = _pruned(keys, hidden[:, first:], spec)
+            enters = enters._replace(keys=keys, attention=None)
+        tokens, indices, kept = _pruned(enters, spec)
         states = {
             "hidden": torch.cat([hidden[:, :first], tokens], dim=1),
             "positions": torch.cat([positions[:, :first], indices + first], dim=1),
@@ -340,17 +341,19 @@ class _Decoder:
         return self._held[index]
 
 
-def _pruned(keys: Tensor, hidden: Tensor, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _pruned(enters: Seen, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """tokens (1, keep, D), indices (1, keep), and the trace of the selection without its batch dimension."""
     import torch
 
+    hidden, keys, attention = enters
     count = hidden.shape[1]
     if spec is None or spec.keep == count:
         return hidden, torch.arange(count, device=hidden.device)[None], {}
     from pruning import Features, method_named
 
     # The loop is a definition, not a kernel: it runs on the CPU, on features from whatever device made them.
-    method, features = method_named(spec.method), Features(hidden=hidden.cpu(), keys=keys.cpu())
+    method = method_named(spec.method)
+    features = Features(hidden=hidden.cpu(), keys=keys.cpu(), attention=None if attention is None else attention.cpu())
     trace = method.choose(features, spec)
     kept = {
         KEPT_INDICES: trace.indices[0],
@@ -378,7 +381,7 @@ def _alternatives(method: Method, features: Features, spec: PruneSpec, kept: Ten
     for _ in range(_DRAWS):
         moved = {
             name: x.double() * (1.0 + _MOVED_BY * torch.randn(x.shape, generator=draw))
-            for name, x in (("keys", features.keys), ("hidden", features.hidden))
+            for name, x in features._asdict().items()
             if x is not None
         }
         indices = method.choose(features._replace(**moved), spec).indices[0]

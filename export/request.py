@@ -335,7 +335,7 @@ def plan(request: Request) -> Plan:
     for each in dict.fromkeys((backend, text_backend)):
         _check_installed(each)
     _check_reference(request.reference)
-    method = _method(request.method, cut, pruned=min(keeps) < tokens)
+    method = _method(request.method, cut, entry, backend, pruned=min(keeps) < tokens)
     photo_path = _photo_path(request.image)
     calibration = _calibration(request.calibration, backend, quant_vision)
 
@@ -468,7 +468,7 @@ def describe(plan: Plan) -> str:
         f"  photo    {plan.photo_name}, {width} x {height}",
         *([] if plan.calibration is None else [f"  ranges   from {len(plan.calibration)} photos"]),
         f"  needs    RAM about {_gib(needs.ram_bytes)} ({_gib(needs.ram_available_bytes)} available), "
-        f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free)",
+        f"disk about {_gib(needs.disk_bytes)} ({_gib(needs.disk_free_bytes)} free), {_time_words(plan)}",
     ]
     if needs.ram_bytes > needs.ram_available_bytes:
         lines.append(
@@ -476,6 +476,24 @@ def describe(plan: Plan) -> str:
             + ("the system may stop the export" if plan.request.force else "an export is refused without --force")
         )
     return "\n".join(lines)
+
+
+def needed_seconds(plan: Plan) -> float | None:
+    """How long the export takes on this machine, as far as whole bundles of one backend were measured; else None."""
+    from export.duration import forecast_seconds
+
+    if plan.mixed or plan.layout is not None or plan.text is None:
+        return None
+    weights = plan.entry.vision_parameter_count(0) + plan.entry.text_parameter_count()
+    quantised = plan.text.scheme is not None
+    return forecast_seconds(plan.vision.backend.name, weights, quantised=quantised, bundles=len(plan.bundles))
+
+
+def _time_words(plan: Plan) -> str:
+    seconds = needed_seconds(plan)
+    if seconds is None:
+        return "no forecast of time"
+    return f"about {max(1, round(seconds / 60))} min of a machine that does nothing else"
 
 
 def _maker(recipe: Recipe, *schemes: str) -> str:
@@ -724,7 +742,7 @@ def _keep(text: str, tokens: int, model: str) -> int:
     return whole_number("keep", text, 1, tokens, f" (the image tokens of {model})")
 
 
-def _method(word: str | None, cut: int, *, pruned: bool) -> str:
+def _method(word: str | None, cut: int, entry: ModelEntry, backend: Backend, *, pruned: bool) -> str:
     """The name of the pruning method that `word` names; RequestError for one that cannot be exported here."""
     if word is None:
         return DEFAULT_METHOD
@@ -733,18 +751,32 @@ def _method(word: str | None, cut: int, *, pruned: bool) -> str:
     method = METHODS[known_word("method", word, METHODS)]
     if not pruned:
         raise RequestError(f"method={word} has nothing to choose: all image tokens are kept; leave --method out")
-    others = ", ".join(name for name, other in METHODS.items() if other.needs <= {"keys"})
+    arithmetic = backend.pruner_arithmetic
+    fitting = {name: other for name, other in METHODS.items() if arithmetic in other.arithmetics}
     if "question" in method.needs:
+        others = ", ".join(name for name, other in fitting.items() if "question" not in other.needs)
         raise RequestError(
             f"method={word} chooses by the question, but a photo is pruned and prefilled before anybody asks about it; "
             f"take one that chooses by the image alone: {others}"
         )
-    if "attention" in method.needs:
-        raise NotYetError(
-            f"method={word} chooses by attention, which the vision graph does not hand to it yet; take one of: {others}"
+    if "attention" in method.needs and not entry.family.class_token:
+        others = ", ".join(name for name, other in fitting.items() if other.needs <= {"keys"})
+        raise RequestError(
+            f"method={word} chooses by the attention of the tower's class token, and the tower of {entry.name} has "
+            f"none; take one of: {others}"
+        )
+    if arithmetic not in method.arithmetics:
+        raise RequestError(
+            f"method={word} has no form for engines that compute in {arithmetic}, as {backend.name} does: its choices "
+            f"take more bits; take another --backend, or one of: {', '.join(fitting)}"
         )
     if not method.cuts.allow(cut):
-        raise RequestError(f"method={word} cannot prune at cut={cut}; it can at {method.cuts}")
+        nearest = cut if method.cuts.least <= cut else method.cuts.least
+        nearest = nearest if method.cuts.most is None else min(nearest, method.cuts.most)
+        raise RequestError(
+            f"method={word} cannot prune at cut={cut}; it can at {method.cuts}: take --cut {nearest}, "
+            "or leave --method out"
+        )
     return word
 
 

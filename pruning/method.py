@@ -23,7 +23,9 @@ class Features(NamedTuple):
 
     hidden     (B, N, D) what enters the cut, and what is kept of
     keys       (B, N, Dk) of the layer before the cut, after rotary embedding, all heads side by side
-    attention  (B, N) how much the layer before the cut looks at each token
+    attention  (B, N) the share of its attention, averaged over heads, that one token gives to each image token: behind
+               the projector the class token in the tower's last layer, in the decoder the question's last token in
+               the layer before the cut
     question   (B, T, D) the embedded question
     """
 
@@ -52,7 +54,8 @@ class Recovery:
 
     Attributes:
         similarity: (B, N, N), which decides who stands for whom, and weighs.
-        share: of a kept token that is replaced by the mean of those it stands for.
+        share: of a kept token that is replaced by the mean of those it stands for; 0 where they stay as they are, so
+            that the rows of any other choice are known too.
         least_share: of the sum of absolute weights that the sum of weights must exceed, or nothing is mixed.
     """
 
@@ -72,7 +75,9 @@ class Trace:
         margin: (B, keep) float32, in the order of selection: how far the deciding number was from the next answer;
             infinite where no number decided.
         marks: (B, M) int64, the tokens that a picture of the selection should mark, in order; M may be 0.
-        recovery: what `tokens` are mixed of; None where they are rows of `hidden` as they are.
+        recovery: what `tokens` are mixed of, for this choice and any other; None where that is not told.
+        mix: (B, keep, N) of which the product with `hidden` is `tokens`; None where `recovery` tells it, or they are
+            rows of `hidden` as they are.
     """
 
     tokens: Tensor
@@ -81,6 +86,7 @@ class Trace:
     margin: Tensor
     marks: Tensor
     recovery: Recovery | None = None
+    mix: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,7 @@ class Method(Protocol):
         name: as requests and manifests spell it.
         needs: what it looks at beside `hidden`.
         cuts: where it may prune.
+        arithmetics: what it has static forms for.
         settings: the frozen dataclass of its constants, all of them numbers, with the paper's as defaults.
     """
 
@@ -114,6 +121,8 @@ class Method(Protocol):
     def needs(self) -> frozenset[Need]: ...
     @property
     def cuts(self) -> Cuts: ...
+    @property
+    def arithmetics(self) -> tuple[Arithmetic, ...]: ...
     @property
     def settings(self) -> type[Any]: ...
 
@@ -140,34 +149,60 @@ def settings_of(spec: PruneSpec, name: str, kind: type[S]) -> S:
     return spec.settings
 
 
-def check_arithmetic(arithmetic: str) -> None:
-    """Refuses the name of an arithmetic that no module is built for; SpecError."""
+def check_arithmetic(arithmetic: str, method: Method) -> None:
+    """Refuses the name of an arithmetic that no module is built for, or none of the method's; SpecError."""
     if arithmetic not in ARITHMETICS:
         raise SpecError(f"arithmetic={arithmetic!r} is not known; allowed: {', '.join(ARITHMETICS)}")
+    if arithmetic not in method.arithmetics:
+        raise SpecError(
+            f"method {method.name!r} has no static form for engines that compute in {arithmetic}: its choices take "
+            f"more bits; it has one for {', '.join(method.arithmetics)}"
+        )
+
+
+def needed(features: Features, spec: PruneSpec, needs: frozenset[Need]) -> Features:
+    """Gives hidden states and, of the rest, what a method needs; SpecError for features that have no defined answer.
+
+    While a program is traced only shapes are looked at.
+    """
+    for need in sorted(needs):
+        if getattr(features, need) is None:
+            raise SpecError(f"method {spec.method!r} needs {need}, and the features hold none")
+    given = Features(
+        features.hidden, *(getattr(features, name) if name in needs else None for name in Features._fields[1:])
+    )
+    (check_shapes if torch.compiler.is_exporting() else check_features)(given, spec)
+    return given
 
 
 def check_features(features: Features, spec: PruneSpec) -> None:
-    """Refuses hidden states and keys that have no defined answer; SpecError."""
+    """Refuses features that have no defined answer; SpecError."""
     check_shapes(features, spec)
     for name, tensor in _given(features):
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise SpecError(f"{name} holds {bad} values that are NaN or infinite; only finite features can be ranked")
+    if features.attention is not None and bool((features.attention < 0.0).any()):
+        raise SpecError("attention holds negative values; expected shares, as a softmax gives them")
 
 
 def check_shapes(features: Features, spec: PruneSpec) -> None:
-    """Refuses hidden states and keys whose shapes do not fit the spec; SpecError."""
+    """Refuses features whose shapes do not fit the spec; SpecError."""
     for name, tensor in _given(features):
-        if tensor.dim() != 3 or tensor.shape[1] != spec.tokens or 0 in tensor.shape:
-            raise SpecError(
-                f"{name} has shape {tuple(tensor.shape)}; expected (B, {spec.tokens}, channels) for grid={spec.grid}"
-            )
+        if name == "attention":
+            fits, expected = tensor.dim() == 2 and tensor.shape[1] == spec.tokens, f"(B, {spec.tokens})"
+        else:
+            fits = tensor.dim() == 3 and (name == "question" or tensor.shape[1] == spec.tokens)
+            expected = f"(B, {'T' if name == 'question' else spec.tokens}, channels)"
+        if not fits or 0 in tensor.shape:
+            raise SpecError(f"{name} has shape {tuple(tensor.shape)}; expected {expected} for grid={spec.grid}")
         if not tensor.is_floating_point():
             raise SpecError(f"{name} has dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64")
-    keys, hidden = features.keys, features.hidden
-    if keys is not None and keys.shape[0] != hidden.shape[0]:
-        raise SpecError(f"keys hold {keys.shape[0]} images and hidden {hidden.shape[0]}; expected the same number")
+        if len(tensor) != len(features.hidden):
+            held = f"{name} hold{'' if name == 'keys' else 's'} {len(tensor)} images"
+            raise SpecError(f"{held} and hidden {len(features.hidden)}; expected the same number")
 
 
 def _given(features: Features) -> list[tuple[str, Tensor]]:
-    return [(name, x) for name, x in (("keys", features.keys), ("hidden", features.hidden)) if x is not None]
+    names = ("keys", "attention", "question", "hidden")
+    return [(name, x) for name in names if (x := getattr(features, name)) is not None]

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 
+from pruning.dart import DART
+from pruning.divprune import DIVPRUNE
+from pruning.fastv import FASTV
+from pruning.holov import HOLOV
 from pruning.method import Method, settings_of
+from pruning.pool import POOL
+from pruning.random_tokens import RANDOM
 from pruning.spec import PruneSpec, SpecError
 from pruning.uniform import UNIFORM
-from pruning.vlm_pruner.method import VLM_PRUNER
+from pruning.visionzip import VISIONZIP
+from pruning.vlm_pruner.method import NO_BSS, NO_RECOVERY, NORM_PIVOTS, VLM_PRUNER
 
 METHODS: dict[str, Method] = {
     "vlm-pruner": VLM_PRUNER,
+    "vlm-pruner-no-bss": NO_BSS,
+    "vlm-pruner-no-recovery": NO_RECOVERY,
+    "vlm-pruner-norm-pivots": NORM_PIVOTS,
     "uniform": UNIFORM,
+    "random": RANDOM,
+    "pool": POOL,
+    "divprune": DIVPRUNE,
+    "dart": DART,
+    "visionzip": VISIONZIP,
+    "holov": HOLOV,
+    "fastv": FASTV,
 }
 
 

@@ -234,6 +234,7 @@ class Wide:
     """The family."""
 
     name = "wide"
+    class_token = False
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:

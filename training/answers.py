@@ -22,7 +22,7 @@ from training.scenes import GRID, Mixture, make_scene
 from training.tokenizer import SYSTEM, tokenizer_json
 from training.tower import see
 
-WHOLES = (Mixture(things=(3, 9), signs=(0, 2)), Mixture(things=(5, 12), signs=(0, 3)))
+WHOLES = (Mixture(things=(3, 9), signs=(1, 2)), Mixture(things=(5, 12), signs=(1, 3)))
 SAVED_EVERY = 200
 
 

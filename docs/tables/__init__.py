@@ -23,6 +23,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "verbs": flags.verbs,
     "models": flags.models,
     "methods": methods.table,
+    "methods in full": methods.page,
     "chips": flags.chips,
     "exit codes": flags.exit_codes,
     "backends": backends.table,

@@ -185,6 +185,22 @@ def whole_exports() -> str:
     return _made(*found) + markdown_table(heads, rows)
 
 
+def part_exports() -> str:
+    """Returns what exports of small models took, and how fast the machine was."""
+    found = results("export_part-*.json")
+    rows = [
+        (
+            f"{result['model']}, {result['backend']}",
+            str(result["cpu_seconds"]),
+            f"{result['speed']['products']:.0f}",
+            f"{result['speed']['copies']:.0f}",
+        )
+        for result in found
+    ]
+    heads = ("model, backend", "processor time, s", "float32 operations, 1e9/s", "memory copied, GB/s")
+    return _made(*found) + markdown_table(heads, rows)
+
+
 def npu_graphs() -> str:
     """Returns which nodes the emulated NPU took, graph by graph."""
     (result,) = results("bundles.json")
@@ -315,6 +331,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "on a GPU": on_a_gpu,
     "memory of an export": memory_of_an_export,
     "whole exports": whole_exports,
+    "part exports": part_exports,
     "graphs on the NPU": npu_graphs,
     "bundles for the NPU": partial(_bundles, "qnn"),
     "bundles for Core ML": partial(_bundles, "coreml"),

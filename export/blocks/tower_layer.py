@@ -40,6 +40,7 @@ class TowerAttention(nn.Module):
     """Bidirectional self-attention over all patches and the class token."""
 
     scale: Tensor
+    each_head: Tensor
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
@@ -49,6 +50,13 @@ class TowerAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, device="meta")
         self.out_proj = nn.Linear(width, width, device="meta")
         self.register_buffer("scale", torch.tensor([(width // heads) ** -0.5]), persistent=False)
+        self.register_buffer("each_head", torch.full((1, 1, heads), 1.0 / heads), persistent=False)
+
+    def of_first(self, first: Tensor, keys: Tensor) -> Tensor:
+        """What the first token (1, 1, D) gives to each, averaged over heads: keys (1, T, D) -> (1, T)"""
+        query = heads_first(self.q_proj(first) * self.scale, self.heads)
+        weights = torch.softmax(torch.bmm(query, heads_first(keys, self.heads).permute(0, 2, 1)), dim=-1)
+        return torch.bmm(self.each_head, weights.permute(1, 0, 2)).reshape(1, -1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, T, D) -> output (1, T, D), keys (1, T, D) with the heads side by side"""
@@ -83,6 +91,10 @@ class TowerLayer(nn.Module):
         self.self_attn = TowerAttention(width=width, heads=heads)
         self.layer_norm2 = LayerNorm(width, norm_eps)
         self.mlp = TowerMlp(width=width, inner=inner, activation=activation)
+
+    def attention_of_first(self, x: Tensor, keys: Tensor) -> Tensor:
+        """What the first token gives to each: the layer's input and keys (1, T, D) -> (1, T)"""
+        return self.self_attn.of_first(self.layer_norm1(x[:, :1]), keys)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, T, D) -> hidden (1, T, D), keys (1, T, D)"""

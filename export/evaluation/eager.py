@@ -28,7 +28,8 @@ class Reading:
     """A photo with all questions about it, in front of each decoder layer that may be pruned at.
 
     Attributes:
-        features: what a method may look at, by cut.
+        features: what a method may look at, by cut; behind the projector attention is the class token's, in the
+            decoder that of the first question's last token.
         image: (1, P + N, D) prefix and image in front of the layer, by cut.
         text: (1, T, D) questions and answers, one behind the other, in front of the layer, by cut.
         places: (1, T) absolute positions of the text.
@@ -74,16 +75,20 @@ class EagerModel:
         text = self._embeddings[ids][None]
         prefix = len(self._frame.prefix_ids)
         positions = torch.tensor(self._frame.positions)
-        keys = seen.keys
+        keys, attention = seen.keys, seen.attention
+        asked = len(self._tokenizer.question_ids(lines[0].question))
+        question = text[:, :asked]
         reading = Reading({}, {}, {}, places, block, goals)
         for index in range(max(cuts) + 1):
             if index in cuts:
-                reading.features[index] = Features(image[:, prefix:], keys, getattr(seen, "attention", None))
+                reading.features[index] = Features(image[:, prefix:], keys, attention, question)
                 reading.image[index], reading.text[index] = image, text
             if index == max(cuts):
                 break
-            image, text, key = self._run(index, image, positions, text, places, block)
-            keys = key[0, :, prefix : prefix + seen.features.shape[1]].transpose(0, 1).flatten(1)[None]
+            image, text, key, looks = self._run(index, image, positions, text, places, block)
+            slots = slice(prefix, prefix + seen.features.shape[1])
+            keys = key[0, :, slots].transpose(0, 1).flatten(1)[None]
+            attention = looks[:, :, slots.stop + asked - 1, slots].mean(1)
         return reading
 
     @torch.no_grad()
@@ -95,7 +100,7 @@ class EagerModel:
         positions = torch.cat([every[:, :prefix], every[:, prefix:].gather(1, indices.expand(len(every), -1))], 1)
         text = reading.text[cut]
         for index in range(cut, len(self._layers)):
-            image, text, _ = self._run(index, image, positions, text, reading.places, reading.block)
+            image, text, _, _ = self._run(index, image, positions, text, reading.places, reading.block)
         said = reading.goals >= 0
         likely = torch.nn.functional.linear(self._norm(text[0, said]), self._head).argmax(-1)
         wrong = torch.zeros(int(reading.block.max()) + 1)
@@ -119,8 +124,11 @@ class EagerModel:
 
     def _run(
         self, index: int, image: Tensor, positions: Tensor, text: Tensor, places: Tensor, block: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer over image and texts: causal, and no text sees another. Returns the layer's keys, too."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One layer over image and texts: causal, and no text sees another.
+
+        Returns both, and the layer's keys (1, Hkv, T, d) and attention (1, H, T, T).
+        """
         seen, tokens = image.shape[1], text.shape[1]
         hidden = torch.cat([image, text], 1)
         at = torch.arange(seen + tokens)
@@ -132,12 +140,19 @@ class EagerModel:
             where = where[:, None]
         cache = LayerCache(None)
         layer: nn.Module = self._layers[index]
-        out: Tensor = layer(
-            hidden,
-            attention_mask=mask,
-            position_ids=where,
-            past_key_values=cache,
-            position_embeddings=self._desktop.rotary(hidden, where),
+        looks: list[Tensor] = []
+        watch = layer.get_submodule("self_attn").register_forward_hook(
+            lambda _module, _inputs, out: looks.append(out[1])
         )
+        try:
+            out: Tensor = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=where,
+                past_key_values=cache,
+                position_embeddings=self._desktop.rotary(hidden, where),
+            )
+        finally:
+            watch.remove()
         assert cache.entries is not None
-        return out[:, :seen], out[:, seen:], cache.entries[0]
+        return out[:, :seen], out[:, seen:], cache.entries[0], looks[0]

@@ -201,7 +201,7 @@ class _Chooser:
         # The form that graphs hold; one that looks at the question has none, since no graph may.
         self.module = (
             None
-            if self.method is None or self.spec is None or "question" in self.method.needs
+            if self.method is None or self.spec is None or "float32" not in self.method.arithmetics
             else self.method.module(self.spec, "float32")
         )
 

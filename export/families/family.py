@@ -65,10 +65,15 @@ class TensorEntry:
 
 
 class Seen(NamedTuple):
-    """What a tower makes of an image, in the decoder's width, and the keys of its last layer, heads side by side."""
+    """What a tower makes of an image, in the decoder's width, and the keys of its last layer, heads side by side.
+
+    Where the family has a class token and it is asked for, `attention` is what this gives to each image token in that
+    layer, averaged over heads.
+    """
 
     features: Tensor  # (1, N, D)
     keys: Tensor  # (1, N, Dk)
+    attention: Tensor | None = None  # (1, N)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,10 @@ class Family(Protocol[G]):
     @property
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
+
+    @property
+    def class_token(self) -> bool:
+        """Whether its tower has a class token and, called with `attention=True`, gives the attention of it."""
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Completes a config.json by what other files of the folder say for it."""

@@ -39,8 +39,9 @@ class VisionEncoder(Graph):
     At cut 0 no decoder layer has run, so its keys do not exist yet; in their place stand the keys of the tower's last
     layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far from each other. Keys of
     the layer that made the features answer it in the same terms as in the decoder, they are there already, and they are
-    4 to 5 times narrower than the projected features. The paper does not treat this cut; how well it keeps answers is
-    not measured here. Without `framed`, the prompt is left to whoever runs the graph, which is possible at cut 0 alone.
+    4 to 5 times narrower than the projected features. A method that asks for attention gets the class token's in the
+    tower's last layer. The paper does not treat this cut; how well it keeps answers is not measured here. Without
+    `framed`, the prompt is left to whoever runs the graph, which is possible at cut 0 alone.
     Outputs then: `image_features` (1, keep, D) float32 and `kept_indices` (1, keep) int64.
 
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
@@ -91,10 +92,13 @@ class VisionEncoder(Graph):
         self.tower = family.tower(geometry)
         self.decoder_layers = nn.ModuleList(family.layer(geometry) for _ in range(cut))
         self.pruner: nn.Module | None = None
+        self.attends = False
         if spec is not None and self.keep < self.image_tokens:
             from pruning import method_named
 
-            self.pruner = method_named(spec.method).module(spec, arithmetic)
+            method = method_named(spec.method)
+            self.pruner = method.module(spec, arithmetic)
+            self.attends = "attention" in method.needs
         everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
         first, last = self.prefix_length, self.prefix_length + self.image_tokens
@@ -176,15 +180,16 @@ class VisionEncoder(Graph):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(1, C, H, W) float32 -> the outputs that `output_infos` lists."""
-        seen = self.tower(pixel_values.to(self.dtype))
-        return self.from_features(seen.features, seen.keys)
+        pixel_values = pixel_values.to(self.dtype)
+        seen = self.tower(pixel_values, attention=True) if self.attends else self.tower(pixel_values)
+        return self.from_features(seen.features, seen.keys, seen.attention)
 
-    def from_features(self, hidden: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-        """Image features (1, N, D) and, for cut 0, the tower's keys (1, N, Dk) -> outputs"""
+    def from_features(self, hidden: Tensor, keys: Tensor, attention: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Image features (1, N, D) and, for cut 0, the tower's keys (1, N, Dk) and attention (1, N) -> outputs"""
         if not self.framed:
             if self.pruner is None:
                 return hidden.float(), self.all_positions
-            tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
+            tokens, indices, filled = self._pruned(self.pruner, keys, hidden, attention)
             return tokens, indices.to(self.index_dtype), filled
         caches: list[Tensor] = []
         hidden = hidden.to(self.layers_dtype)
@@ -192,19 +197,23 @@ class VisionEncoder(Graph):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
             keys = key.permute(1, 0, 2).reshape(1, self.image_tokens, -1)
+            attention = None  # it was the tower's
             caches += [part.reshape(1, *part.shape).to(self.cache_dtype) for part in (all_keys, all_values)]
         if self.pruner is None:
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
-        tokens, indices, filled = self._pruned(self.pruner, keys, hidden)
+        tokens, indices, filled = self._pruned(self.pruner, keys, hidden, attention)
         positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
         return torch.cat([self.prefix_hidden, tokens], dim=1), positions.to(self.index_dtype), *caches, filled
 
     @staticmethod
-    def _pruned(pruner: nn.Module, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, N, Dk), (1, N, D) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1)"""
+    def _pruned(
+        pruner: nn.Module, keys: Tensor, hidden: Tensor, attention: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, N, Dk), (1, N, D), (1, N) -> tokens (1, keep, D), indices (1, keep) whole numbers, filled (1, 1)"""
         from pruning import Features
 
-        tokens, indices, filled = pruner(Features(hidden=hidden.float(), keys=keys.float()))
+        looked_at = None if attention is None else attention.float()
+        tokens, indices, filled = pruner(Features(hidden=hidden.float(), keys=keys.float(), attention=looked_at))
         # Those of many tokens come as int32, because engines that compute in float16 would round them.
         return tokens, indices if indices.dtype == torch.int32 else indices.float(), filled
 

@@ -181,9 +181,10 @@ class ComparingPruner(nn.Module):
         longer = _difference(size, size[:, :1])
         each = torch.cat(longer, 2)
         share = each * 0.0 + 0.5 ** math.ceil(math.log2(width))
-        newest = self._first_largest(self._dots(each, share, fine=FINE).transposed())
+        norm = self._dots(each, share, fine=FINE).transposed()
+        newest = self._first_largest(norm)
         selected, nearest, bring = newest, None, None
-        for _ in range(1, self.settings.first_pivots(self.spec.keep)):
+        for number in range(1, self.settings.first_pivots(self.spec.keep)):
             away = _difference(keys, torch.bmm(newest, keys))
             if bring is None:
                 bring = self._scale(away.near.abs().amax((1, 2), keepdim=True))[1].clamp(max=32.0)
@@ -193,8 +194,9 @@ class ComparingPruner(nn.Module):
             near, rest = away.near * bring, away.rest * (bring * 2.0)
             distance = self._dots(torch.cat([near, near], 2), torch.cat([near, rest], 2), fine=FINE).transposed()
             nearest = distance if nearest is None else nearest.beside(distance, 1).least(1)
+            score = norm if number < self.settings.norm_pivots else nearest
             # Selected tokens are out of reach, so that identical keys still give distinct pivots.
-            newest = self._first_largest(_Pair(nearest.near - selected * (2.0 * BEYOND), nearest.rest))
+            newest = self._first_largest(_Pair(score.near - selected * (2.0 * BEYOND), score.rest))
             selected = selected + newest
         return selected
 
@@ -353,6 +355,8 @@ class ComparingPruner(nn.Module):
 
     def _recovery(self, apart: _Pair, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
+        if not self.settings.recovery:
+            return pick
         to_kept = _Pair(torch.bmm(pick, apart.near), torch.bmm(pick, apart.rest))
         slot = torch.where(to_kept.exceeds(to_kept.least(1)), BEYOND, self._slots()).amin(1, keepdim=True)
         similarity = ((UNIT - to_kept.near) - to_kept.rest) * (1.0 / UNIT)

@@ -59,14 +59,17 @@ def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, .
 
 
 def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
-    """First the largest L1 norm, then always the token farthest from the pivots so far (section 3.2)."""
+    """First the largest L1 norm, then always the token farthest from the pivots so far (section 3.2).
+
+    More than one by the norm is no part of the paper.
+    """
     settings = Settings.of(spec)
     score = K.abs().sum(-1)
     free = torch.ones_like(score, dtype=torch.bool)
     nearest = torch.full_like(score, torch.inf)
     order: list[int] = []
     margin: list[float] = []
-    for _ in range(settings.first_pivots(spec.keep)):
+    for number in range(settings.first_pivots(spec.keep)):
         ranked = score.masked_fill(~free, -1.0)
         best = int(ranked.argmax())  # the first one on ties
         runner_up = ranked.masked_fill(torch.arange(len(ranked), device=K.device) == best, -1.0).max()
@@ -74,7 +77,8 @@ def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
         order.append(best)
         free[best] = False
         nearest = torch.minimum(nearest, (K - K[best]).square().sum(-1))
-        score = nearest
+        if number + 1 >= settings.norm_pivots:
+            score = nearest
     return order, margin
 
 

@@ -18,6 +18,7 @@ class Settings:
 
     Attributes:
         pivots: number of pivot tokens that start the selection (fewer when fewer tokens stay).
+        norm_pivots: how many of them are those of the largest keys; each further one is farthest from those so far.
         threshold: the first pass accepts tokens whose adjusted similarity is below it.
         threshold_step: how much each further pass raises the threshold.
         token_batch: candidates that are judged together, without seeing each other.
@@ -31,6 +32,7 @@ class Settings:
     """
 
     pivots: int = 4
+    norm_pivots: int = 1
     threshold: float = 0.8
     threshold_step: float = 0.1
     token_batch: int = 16
@@ -40,7 +42,7 @@ class Settings:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pivots", "token_batch", "channels"):
+        for name in ("pivots", "norm_pivots", "token_batch", "channels"):
             if not is_count(getattr(self, name)):
                 raise SpecError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
             object.__setattr__(self, name, int(getattr(self, name)))

@@ -1,10 +1,4 @@
-"""VLM-Pruner with static shapes and a fixed number of steps, in the few operators that mobile delegates keep whole.
-
-Only bmm, softmax, max_pool2d, minimum, add, sub, mul, div, abs, sqrt, clamp, pad, cat, slice, view, reshape and
-permute appear: no comparison, gather, scatter, sort or reduction, which the delegates refuse or split the graph at. A
-comparison of two numbers is `clamp(difference * HUGE, 0, 1)`, exactly 0 or 1; a gather is a product with a one-hot
-matrix; the place in an order is a count of smaller ones.
-"""
+"""VLM-Pruner with static shapes and a fixed number of steps, in the operators of `pruning.arithmetic`."""
 
 from __future__ import annotations
 
@@ -15,23 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pruning.arithmetic import APART, GRAIN, HUGE, above, equal, first_largest, outer_difference, product
 from pruning.method import Features, check_features, check_shapes
 from pruning.spec import PruneSpec, SpecError
 from pruning.vlm_pruner.reference import CANCELLATION
 from pruning.vlm_pruner.settings import RANK_EVERY, Settings
 
-HUGE = 2.0**60  # turns any difference of two unequal float32 numbers above 1e-10 into at least 1
 UNIT = HUGE  # adjusted similarities, thresholds and scores are kept times this: clamping a difference then compares
 FAR = 2.0**66  # ranks are kept times this for the same reason, and exceed every threshold
-GRAIN = 2.0**24  # more than all positions times APART
-APART = 128.0  # softmax of inputs this far apart is exactly one-hot in float32 (exp(-104) is already 0)
 TAKEN = 2.0**64  # beyond any adjusted similarity, threshold or score, in units of 1 / UNIT
 WIDEST = 128 * 128  # the most tokens or channels that the constants cover
 LARGEST_DISTANCE = 2.0**67  # squared, between two keys: times HUGE it must stay a float32 number
 PARTS = 32  # thresholds that a round of the channel search tries at once
 OUT_OF_REACH = 4.0 * WIDEST  # a place that no order has
 GROUP = 16  # neighbouring channels that are sorted into slots together
-PART = 64  # channels whose products are added up at once
 
 
 @dataclass(frozen=True)
@@ -173,14 +164,16 @@ class TokenPruner(nn.Module):
         """One-hot rows of the pivots: (B, N, Dk) -> (B, pivots, N)."""
         batch, count, width = keys.shape
         add_up = self._add_up(keys, width)
-        chosen = [_first_largest(torch.bmm(keys.abs(), add_up).view(batch, 1, count), self._places(count))]
+        norm = torch.bmm(keys.abs(), add_up).view(batch, 1, count)
+        chosen = [first_largest(norm, self._places(count))]
         selected, nearest = chosen[0], None
-        for _ in range(1, self.settings.first_pivots(self.spec.keep)):
+        for number in range(1, self.settings.first_pivots(self.spec.keep)):
             away = keys - torch.bmm(chosen[-1], keys)
             distance = torch.bmm(away * away, add_up).view(batch, 1, count)
             nearest = distance if nearest is None else torch.minimum(nearest, distance)
+            score = norm if number < self.settings.norm_pivots else nearest
             # Selected tokens get -1, below every distance, so that identical keys still give distinct pivots.
-            chosen.append(_first_largest(nearest * (1.0 - selected) - selected, self._places(count)))
+            chosen.append(first_largest(score * (1.0 - selected) - selected, self._places(count)))
             selected = selected + chosen[-1]
         return torch.cat(chosen, 1) if len(chosen) > 1 else chosen[0]
 
@@ -188,9 +181,9 @@ class TokenPruner(nn.Module):
         """Cosine similarity on the channels of largest variance: (B, N, D) -> (B, N, N)."""
         if hidden.shape[2] > self.settings.channels:
             hidden = self._compact(hidden, self._channel_places(hidden))
-        norm = _product(hidden * hidden, self._add_up(hidden, hidden.shape[2])).sqrt()
+        norm = product(hidden * hidden, self._add_up(hidden, hidden.shape[2])).sqrt()
         unit = hidden / norm.clamp(min=1e-12)
-        return _product(unit, unit.transpose(1, 2))
+        return product(unit, unit.transpose(1, 2))
 
     def _channel_places(self, hidden: Tensor) -> Tensor:
         """Places of the `channels` channels of largest variance among them, the others out of reach: (B, 1, D)."""
@@ -205,16 +198,16 @@ class TokenPruner(nn.Module):
         below = variance[:, :, :1] * 0.0
         span = 2.0 ** math.ceil(math.log2(2 * width))
         while span > 2.0**-36:
-            exceeding = torch.bmm(_above(variance, below + self.parts * span), add_up)  # (B, PARTS - 1, 1)
+            exceeding = torch.bmm(above(variance, below + self.parts * span), add_up)  # (B, PARTS - 1, 1)
             too_many = (exceeding - float(self.settings.channels)).clamp(0.0, 1.0)
             span /= PARTS
             below = below + torch.bmm(count_parts, too_many) * span
-        exceeding = _above(variance, below)
+        exceeding = above(variance, below)
         least = torch.bmm(
-            _first_largest((exceeding - 1.0) * GRAIN - variance, self._places(width)),
+            first_largest((exceeding - 1.0) * GRAIN - variance, self._places(width)),
             variance.view(batch, width, 1),
         )
-        certain = _above(variance, least)
+        certain = above(variance, least)
         tied = exceeding - certain  # equal variance: the first ones fill up
         room = float(self.settings.channels) - torch.bmm(certain, add_up)
         take = certain + tied * (room - self._count_before(tied)).clamp(0.0, 1.0)
@@ -237,8 +230,8 @@ class TokenPruner(nn.Module):
         if blocks > 1:
             block = torch.bmm((slot - self.block_end).clamp(0.0, 1.0), self._add_up(hidden, blocks - 1))
             slot = slot - block * float(GROUP)
-        to_slot = _equal(slot, self._places(GROUP)).view(batch * groups, GROUP, GROUP)
-        in_block = _equal(block, self._places(blocks)).view(batch * groups, GROUP, blocks)
+        to_slot = equal(slot, self._places(GROUP)).view(batch * groups, GROUP, GROUP)
+        in_block = equal(block, self._places(blocks)).view(batch * groups, GROUP, blocks)
         to_block = torch.bmm(to_slot.transpose(1, 2), in_block)  # (B * groups, slots, blocks)
         to_block = to_block.view(batch, groups, GROUP, blocks).transpose(1, 2).reshape(batch * GROUP, groups, blocks)
         grouped = hidden.view(batch, count, groups, GROUP).transpose(1, 2).reshape(batch * groups, count, GROUP)
@@ -296,8 +289,8 @@ class TokenPruner(nn.Module):
             when = when * (self.steps + 1.0) + torch.bmm(taken, self._many(self.rewind, taken))
             then = (UNIT - torch.cat(similar, 1)).transpose(1, 2) - score
             score = score + torch.bmm(then * taken, self._add_up(taken, self.steps))
-        before = (_outer_difference(score) + self.tie).clamp(0.0, 1.0)
-        order = (_outer_difference(when * -2.0) + before).clamp(0.0, 1.0)
+        before = (outer_difference(score) + self.tie).clamp(0.0, 1.0)
+        order = (outer_difference(when * -2.0) + before).clamp(0.0, 1.0)
         filled = (keep - torch.bmm(ones.view(batch, 1, count), selected)).clamp(0.0, keep)
         return (keep - torch.bmm(order, ones)).clamp(0.0, 1.0), filled
 
@@ -312,13 +305,13 @@ class TokenPruner(nn.Module):
         # Levels that accept nothing are skipped: the first useful one is as far as the number of useless ones.
         useful = torch.bmm((self.threshold - left).clamp(0.0, 1.0), ones).clamp(0.0, 1.0)
         level = float(levels) - torch.bmm(self._add_up(useful, levels).view(batch, 1, levels), useful)
-        rank = torch.bmm((_outer_difference(UNIT - left) + self.tie).clamp(0.0, 1.0), ones)
+        rank = torch.bmm((outer_difference(UNIT - left) + self.tie).clamp(0.0, 1.0), ones)
         if running is not None:
             going_on = torch.bmm((limit - adjusted).clamp(0.0, 1.0), ones).clamp(0.0, 1.0)
             begin = 1.0 - going_on
             level = running.level + begin * ((level - running.level - 1.0).clamp(0.0, float(levels)) + 1.0)
             rank = running.rank + begin * (rank - running.rank)
-        number = _equal(self.level, level)
+        number = equal(self.level, level)
         below = torch.bmm(number.view(batch, 1, levels), self._many(self.threshold, number)) - taken
         if running is not None:
             below = below * begin + limit * going_on
@@ -355,17 +348,19 @@ class TokenPruner(nn.Module):
         """One-hot rows of the kept tokens in ascending position: (B, N, 1) -> (B, keep, N)."""
         batch, count, _ = chosen.shape
         place = torch.bmm(self._many(self.tie, chosen), chosen) + (1.0 - chosen) * (4.0 * count)
-        return _equal(place.view(batch, 1, count), self.place_kept)
+        return equal(place.view(batch, 1, count), self.place_kept)
 
     def _recovery(self, similarity: Tensor, chosen: Tensor, pick: Tensor) -> Tensor:
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
+        if not self.settings.recovery:
+            return pick
         _, keep, count = pick.shape
         to_kept = torch.bmm(similarity, pick.transpose(1, 2))  # (B, N, keep)
-        stands_for = _first_largest(to_kept, self._places(keep))
+        stands_for = first_largest(to_kept, self._places(keep))
         weight = (stands_for * to_kept * (1.0 - chosen)).transpose(1, 2)  # (B, keep, N)
         ones = self._add_up(weight, count)
         total = torch.bmm(weight, ones)
-        mixed = _above(total, torch.bmm(weight.abs(), ones) * CANCELLATION) * self.settings.recovery
+        mixed = above(total, torch.bmm(weight.abs(), ones) * CANCELLATION) * self.settings.recovery
         return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=1e-8))
 
     def _count_before(self, mask: Tensor) -> Tensor:
@@ -393,39 +388,3 @@ class TokenPruner(nn.Module):
     def _many(constant: Tensor, like: Tensor) -> Tensor:
         """The constant once per image of the batch; no operator at all for a batch of one."""
         return constant if like.shape[0] == 1 else constant.expand(like.shape[0], -1, -1)
-
-
-def _above(high: Tensor, low: Tensor) -> Tensor:
-    """1 where high > low, else 0."""
-    return ((high - low) * HUGE).clamp(0.0, 1.0)
-
-
-def _equal(place: Tensor, other: Tensor) -> Tensor:
-    """1 where two whole numbers are equal, else 0."""
-    return (1.0 - (place - other).abs()).clamp(0.0, 1.0)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product whose sums are rounded half as much: (B, M, K), (B, K, N) -> (B, M, N).
-
-    Engines add one term after another, and each addition rounds as coarsely as the sum so far is large. Similarities
-    decide by their last bits which token stands for another, so sums over few terms are added pairwise instead.
-    """
-    if left.shape[2] <= PART:
-        return torch.bmm(left, right)
-    sums = [torch.bmm(left[:, :, at : at + PART], right[:, at : at + PART]) for at in range(0, left.shape[2], PART)]
-    while len(sums) > 1:
-        pairs = [one + other for one, other in zip(sums[::2], sums[1::2], strict=False)]
-        sums = pairs + sums[2 * len(pairs) :]
-    return sums[0]
-
-
-def _outer_difference(values: Tensor) -> Tensor:
-    """Element [i, j] = value j - value i: (B, 1, N) or (B, N, 1) -> (B, N, N)."""
-    return values.view(len(values), 1, -1) - values.view(len(values), -1, 1)
-
-
-def _first_largest(score: Tensor, position: Tensor) -> Tensor:
-    """One-hot of the first largest element along the last axis: (B, R, N), (1, 1, N) -> (B, R, N)."""
-    tied = (torch.softmax(score * HUGE, -1) * (2.0 * score.shape[2])).clamp(0.0, 1.0)
-    return torch.softmax(tied * GRAIN - position * APART, -1)

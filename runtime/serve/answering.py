@@ -10,11 +10,10 @@ import queue
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
 
 import msgspec
 
@@ -22,30 +21,24 @@ from runtime.ask import OpenBundle, Took, open_bundle
 from runtime.bundle import Bundle, read_bundle
 from runtime.errors import PruneportError
 from runtime.generation import kept_tokens
-from runtime.serve.messages import Event, Job, Numbers, line
+from runtime.serve.messages import Event, Numbers, PhotoJob, line
 from runtime.session import Session, open_session
 from runtime.text_graphs import VISION_ENCODER
 
 Say = Callable[[Event], None]
 
 
-class _Asked(Protocol):
-    """An open bundle."""
+class _Asked(ExitStack):
+    """An open bundle; `emulated` where its times say nothing."""
 
     emulated: bool
 
-    def work(self, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+    @abstractmethod
+    def work(self, job: PhotoJob, say: Say, stopped: Callable[[], bool]) -> None:
         """Does one job, and says what happens in it."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
-class _Answering(ExitStack):
+class _Answering(_Asked):
     """A bundle that sees photos and answers."""
 
     def __init__(self, opened: OpenBundle) -> None:
@@ -53,7 +46,7 @@ class _Answering(ExitStack):
         self._opened = self.enter_context(opened)
         self.emulated = opened.emulated
 
-    def work(self, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+    def work(self, job: PhotoJob, say: Say, stopped: Callable[[], bool]) -> None:
         photo = self._opened.see_pixels(job.pixel_values, keep=job.keep)
         say(Event(job=job.number, kept=photo.kept, image_ready_ms=photo.image_ready_ms))
         if job.question is None:
@@ -66,7 +59,7 @@ class _Answering(ExitStack):
         say(Event(job=job.number, numbers=_numbers(answer.took)))
 
 
-class _Seeing(ExitStack):
+class _Seeing(_Asked):
     """A bundle without text graphs, which shows the tokens that it keeps."""
 
     def __init__(self, bundle: Bundle) -> None:
@@ -80,7 +73,7 @@ class _Seeing(ExitStack):
             self._sessions[keep] = self.enter_context(open_session(self._bundle.at(keep), VISION_ENCODER))
         return self._sessions[keep]
 
-    def work(self, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+    def work(self, job: PhotoJob, say: Say, stopped: Callable[[], bool]) -> None:
         session = self._session(job.keep)
         start = time.perf_counter()
         seen = session.run({"pixel_values": job.pixel_values})
@@ -133,14 +126,14 @@ def main(argv: Sequence[str]) -> None:
                 told = waiting.get()
                 if not told.strip():
                     continue  # the job that it was to end had ended
-                job = msgspec.json.decode(told, type=Job)
+                job = msgspec.json.decode(told, type=PhotoJob)
                 number = job.number
                 _work(asked, job, say, lambda: not waiting.empty())
     except PruneportError as err:
         say(_error(number, err))
 
 
-def _work(asked: _Asked, job: Job, say: Say, stopped: Callable[[], bool]) -> None:
+def _work(asked: _Asked, job: PhotoJob, say: Say, stopped: Callable[[], bool]) -> None:
     try:
         asked.work(job, say, stopped)
     except PruneportError as err:

@@ -51,14 +51,14 @@ class _TooLargeError(Exception):
 
 
 class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Asks which tokens a photo is left with."""
+    """The question which tokens a photo is left with."""
 
     photo: str
     keep: int
 
 
 class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Asks a question about a photo, and with `twin` the unpruned twin, too."""
+    """A question about a photo, with `twin` for the unpruned twin, too."""
 
     photo: str
     keep: int

@@ -11,8 +11,8 @@ STOP = b"\n"
 """The line that ends the job that is running."""
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """Sees a photo at one keep and, with a question, answers it. Any further line ends the answer."""
+class PhotoJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A photo to see at one keep and, with a question, to be asked about. Any further line ends the answer."""
 
     number: int
     keep: int
@@ -21,7 +21,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     question: str | None = None
 
     @classmethod
-    def of(cls, number: int, keep: int, pixels: np.ndarray, question: str | None) -> Job:
+    def of(cls, number: int, keep: int, pixels: np.ndarray, question: str | None) -> PhotoJob:
         """The job for pixel_values (1, 3, H, W) float32."""
         return cls(number=number, keep=keep, shape=pixels.shape, pixels=pixels.tobytes(), question=question)
 

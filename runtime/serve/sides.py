@@ -14,7 +14,7 @@ import numpy as np
 
 import runtime.errors
 from runtime.errors import EngineError, PruneportError
-from runtime.serve.messages import STOP, Event, Job, line
+from runtime.serve.messages import STOP, Event, PhotoJob, line
 
 _CHILD = Path(__file__).with_name("child.py")
 _LONGEST_LINE = 2**24
@@ -74,7 +74,7 @@ class Side:
         self._number += 1
         number, ended = self._number, False
         try:
-            process.stdin.write(line(Job.of(number, keep, pixels, question)))
+            process.stdin.write(line(PhotoJob.of(number, keep, pixels, question)))
             await process.stdin.drain()
             while not ended:
                 event = await self._next(process)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from export.checkpoints import open_checkpoint
@@ -196,4 +197,37 @@ def test_an_interrupted_run_goes_on(questions: Path, tmp_path: Path, monkeypatch
 def test_cells_that_cannot_be() -> None:
     with pytest.raises(RequestError, match="not known; allowed: all, vlm-pruner"):
         wanted_cells(["best"], [64], None)
-    assert [cell.cut for cell in wanted_cells(list(METHODS), [64], None)]
+    cuts = {cell.method: cell.cut for cell in wanted_cells(list(METHODS), [64], None)}
+    assert set(cuts) == set(METHODS)
+    assert (cuts["vlm-pruner"], cuts["dart"], cuts["visionzip"]) == (2, 2, 0)
+    with pytest.raises(RequestError, match="--cut 2: visionzip may prune at"):
+        wanted_cells(["vlm-pruner", "visionzip"], [64], 2)
+
+
+def test_a_method_that_looks_at_the_question_sees_the_first_one(questions: Path) -> None:
+    """FastV's attention is that of the first question's last token, as transformers computes it for that one alone."""
+    from transformers import LlavaForConditionalGeneration
+
+    checkpoint = open_checkpoint("pocket")
+    model = EagerModel(checkpoint, POCKET)
+    photo = load_photo(questions.parent / "a.png")
+    lines = [Line("a.png", text, "3") for text in ("How many are there?", "What is it?")]
+    reading = model.read(photo, lines, [0, 2])
+    whole = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    asked = model._tokenizer.question_ids("How many are there?")
+    ids = torch.tensor([[*model._frame.ids, *asked]])
+    with torch.no_grad():
+        out = whole(input_ids=ids, pixel_values=torch.from_numpy(np.array(model._desktop.pixels(photo))),
+                    output_attentions=True)  # fmt: skip
+    prefix = len(model._frame.prefix_ids)
+    expected = out.attentions[1][:, :, -1, prefix : prefix + 576].mean(1)
+    found = reading.features[2].attention
+    assert found is not None
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert reading.features[0].attention is not None  # the class token's
+    assert not torch.allclose(reading.features[0].attention, expected, atol=1e-3)
+    tokens, indices = run._Chooser(model, run.Wanted("fastv", 16, 2)).choose(reading.features[2])
+    assert set(indices[0].tolist()) == set(expected[0].topk(16).indices.tolist())
+    assert tokens.shape == (1, 16, reading.image[2].shape[2])

@@ -13,7 +13,7 @@ from torch import nn
 
 from export import cli, outcome
 from export.request import Request, describe, nearest, plan
-from pruning import METHODS, Arithmetic, Features, PruneSpec, Trace
+from pruning import ARITHMETICS, METHODS, Arithmetic, Features, PruneSpec, Trace
 from pruning.method import Cuts, Need
 from runtime.errors import NotYetError, OutputError, PruneportError, RequestError
 
@@ -143,7 +143,7 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ({"seed": "abc"}, "seed='abc' is not a whole number; it must lie in 0..4294967295"),
         ({"seed": "-1"}, "seed=-1 must lie in 0..4294967295"),
         ({"keep": "all", "twin": True}, "keep=all makes the unpruned twin itself; leave --twin out"),
-        ({"method": "unifrom"}, "unknown method 'unifrom', did you mean 'uniform'?; allowed: vlm-pruner, uniform"),
+        ({"method": "unifrom"}, "unknown method 'unifrom', did you mean 'uniform'?; allowed: vlm-pruner, "),
         ({"method": "uniform", "keep": "all"}, "method=uniform has nothing to choose: all image tokens are kept"),
         ({"weights": "/no/such/folder"}, "weights='/no/such/folder' does not exist; give a checkpoint folder"),
         ({"weights": ""}, "weights='' does not exist; give a checkpoint folder"),
@@ -203,6 +203,7 @@ class OwnMethod:
 
     needs: frozenset[Need] = frozenset()
     cuts: Cuts = field(default_factory=Cuts)
+    arithmetics: tuple[Arithmetic, ...] = ARITHMETICS
     name: str = "own"
     settings: type[object] = object
 
@@ -220,12 +221,12 @@ class OwnMethod:
             OwnMethod(needs=frozenset({"keys", "question"})),
             RequestError,
             "method=own chooses by the question, but a photo is pruned and prefilled before anybody asks about it; "
-            "take one that chooses by the image alone: vlm-pruner, uniform",
+            "take one that chooses by the image alone: vlm-pruner, ",
         ),
         (
-            OwnMethod(needs=frozenset({"attention"})),
-            NotYetError,
-            "method=own chooses by attention, which the vision graph does not hand to it yet; take one of: vlm-pruner",
+            OwnMethod(needs=frozenset({"attention"}), cuts=Cuts(most=0)),
+            RequestError,
+            "method=own cannot prune at cut=2; it can at 0..0: take --cut 0, or leave --method out",
         ),
         (
             OwnMethod(cuts=Cuts(most=0)),
@@ -233,6 +234,12 @@ class OwnMethod:
             "method=own cannot prune at cut=2; it can at 0..0",
         ),
         (OwnMethod(cuts=Cuts(least=3)), RequestError, "method=own cannot prune at cut=2; it can at 3 or more"),
+        (
+            OwnMethod(arithmetics=("float16",)),
+            RequestError,
+            "method=own has no form for engines that compute in float32, as xnnpack does: its choices take more bits; "
+            "take another --backend, or one of: vlm-pruner, ",
+        ),
     ],
 )
 def test_methods_that_no_export_can_hold(

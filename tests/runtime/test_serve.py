@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 import pruneport
@@ -32,7 +33,7 @@ from runtime.image import load_photo, preprocess
 from runtime.serve.sides import Side
 from tests.browser import Page, open_page
 from tests.conftest import ROOT, needs_chromium
-from tests.sample_bundle import Sample, edit_manifest, make_bundle, noise_photo
+from tests.sample_bundle import Sample, edit_manifest, make_bundle, noise_photo, rehash
 
 QUESTION = "What is in this picture?"
 KEEPS = (5, 2)
@@ -144,7 +145,7 @@ def test_the_page_may_load_its_own_files_and_nothing_else(shown: Served) -> None
         assert b"http://" not in body
         assert b"https://" not in body
         assert b"style=" not in body
-    assert b"<script src=" in shown.ask("GET", "/")[2]
+    assert b"<script src=" in shown.ask("GET", "/", Host=f"localhost:{shown.port}")[2]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,14 @@ def test_a_bundle_for_an_iphone(refused: Callable[..., str], tmp_path: Path) -> 
     assert "is made for Core ML, which runs on a Mac or an iPhone and not here" in refused(bundle)
 
 
+def test_a_bundle_that_does_not_say_what_it_keeps(refused: Callable[..., str], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "sample", Sample(cut=0))
+    (graph,) = json.loads((bundle / "manifest.json").read_bytes())["graphs"]
+    graph["outputs"] = [info for info in graph["outputs"] if info["name"] != "kept_indices"]
+    edit_manifest(bundle, layout="multimodal-runner", graphs=[graph])
+    assert "is made for multimodal-runner, and its vision graph does not say which tokens it keeps" in refused(bundle)
+
+
 def test_a_port_that_cannot_be_had(refused: Callable[..., str], tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "sample", Sample())
     with socket.socket() as taken:
@@ -368,7 +377,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             twin=True,
         ).path
     (twin,) = path.parent.glob("tiny-keepall-*")
+    for bundle in (path, twin):
+        give_words(bundle)
     return Made(path, twin, folder / "photo.png")
+
+
+def give_words(bundle: Path) -> None:
+    """Gives a bundle of the tiny model, which has no tokenizer, one with a word for each token."""
+    words = {f"w{number}": number for number in range(64)}
+    words["<image>"] = words.pop("w5")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<image>"])
+    (bundle / "tokenizer.json").write_text(tokenizer.to_str())
+    rehash(bundle, "tokenizer.json")
+    prompt = json.loads((bundle / "manifest.json").read_bytes())["prompt"]
+    edit_manifest(bundle, prompt={**prompt, "suffix_text": " {question} w9"})
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +414,7 @@ def test_answers_are_those_of_ask(answering: Served, made: Made) -> None:
         events = answering.events(photo=name, keep=keep, question=QUESTION, twin=True)
         assert text(events, "bundle") == made.said(keep)
         assert text(events, "twin") == made.said()
+        assert len([event for event in events if "piece" in event]) > 2, "it does not come at once"
         numbers = {event["side"]: event["numbers"] for event in events if "numbers" in event}
         assert set(numbers) == {"bundle", "twin"}
         assert numbers["bundle"]["kv_cache_bytes"] < numbers["twin"]["kv_cache_bytes"]
@@ -546,3 +571,21 @@ def test_a_bundle_that_cannot_answer_in_chromium(shown: Served, page: Page) -> N
     page.wait("document.getElementById('kept').getAttribute('d')?.length > 0")
     assert page.value("document.getElementById('form').hidden")
     assert page.value("document.documentElement.scrollWidth") <= 390
+    # Another way to bring a photo, and one more.
+    seen = "document.getElementById('seen').getAttribute('href')"
+    for kind, carried in (("ClipboardEvent('paste'", "clipboardData"), ("DragEvent('drop'", "dataTransfer")):
+        before = page.value(seen)
+        colour = "red" if kind.startswith("Drag") else "blue"
+        page.value(f"""(async () => {{
+            const canvas = Object.assign(document.createElement('canvas'), {{width: 60, height: 40}});
+            const context = canvas.getContext('2d');
+            context.fillStyle = '{colour}';
+            context.fillRect(0, 0, 60, 40);
+            const photo = await new Promise((done) => canvas.toBlob(done, 'image/png'));
+            const data = new DataTransfer();
+            data.items.add(new File([photo], 'photo.png', {{type: 'image/png'}}));
+            document.dispatchEvent(new {kind}, {{{carried}: data, bubbles: true, cancelable: true}}));
+        }})()""")
+        page.wait(f"{seen} !== {json.dumps(before)}")
+    page.value("document.dispatchEvent(new DragEvent('drop', {dataTransfer: new DataTransfer()}))")
+    assert page.value("document.getElementById('trouble').textContent") == ""

@@ -40,22 +40,28 @@ class LlavaDesktop:
         return np.asarray(prepared["pixel_values"], dtype=np.float32)
 
     def see(self, pixel_values: Tensor) -> Seen:
-        """(1, 3, H, W) -> features (1, N, D), keys (1, N, Dv) of the last layer run; both without the class token."""
+        """(1, 3, H, W) -> features (1, N, D), keys (1, N, Dv) and attention (1, N) of the last layer run.
+
+        All are without the class token, whose attention it is.
+        """
         config = self._config.vision_config
         embeddings = self._filled(CLIPVisionEmbeddings(config), "tower.embeddings")
         norm = torch.nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, device="meta")
         hidden = self._filled(norm, "tower.pre_layrnorm")(embeddings(pixel_values))
         keys: list[Tensor] = []
+        weights: list[Tensor] = []
         for index in range(self._geometry.tower_layers):
             with torch.device("meta"):
                 layer = CLIPEncoderLayer(config)
             self._filled(layer, f"tower.layers.{index}")
             layer.self_attn.k_proj.register_forward_hook(lambda _module, _inputs, output: keys.append(output))
+            layer.self_attn.register_forward_hook(lambda _module, _inputs, output: weights.append(output[1]))
             hidden = layer(hidden, None)
-            del keys[:-1]
+            del keys[:-1], weights[:-1]
         with torch.device("meta"):
             projector = LlavaMultiModalProjector(self._config)
-        return Seen(self._filled(projector, "tower.projector")(hidden[:, 1:]), keys[0][:, 1:])
+        features = self._filled(projector, "tower.projector")(hidden[:, 1:])
+        return Seen(features, keys[0][:, 1:], weights[0].mean(1)[:, 0, 1:])
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for hidden (1, T, D) at positions (1, T)."""

@@ -24,6 +24,7 @@ class Llava:
     """LLaVA-1.5 (arXiv 2310.03744): each prompt is a prefix, one square image of single patches, and the question."""
 
     name = "llava"
+    class_token = True
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:

@@ -58,10 +58,19 @@ class ClipTower(nn.Module):
             bias=geometry.projector_bias,
         )
 
-    def forward(self, pixel_values: Tensor) -> Seen:
-        """(1, 3, H, W) -> features (1, N, D) and keys (1, N, Dv) of the last layer run, both without the class token"""
+    def forward(self, pixel_values: Tensor, *, attention: bool = False) -> Seen:
+        """(1, 3, H, W) -> features (1, N, D) and keys (1, N, Dv) of the last layer run, both without the class token.
+
+        With `attention` also what the class token gives to each in that layer.
+        """
         hidden = self.pre_layrnorm(self.embeddings(pixel_values))
-        keys = hidden
+        entered, keys = hidden, hidden
         for layer in self.layers:
-            hidden, keys = layer(hidden)
-        return Seen(self.projector(hidden[:, 1:]), keys[:, 1:])
+            entered = hidden
+            hidden, keys = layer(entered)
+        given = None
+        if attention:
+            last = self.layers[-1]
+            assert isinstance(last, TowerLayer)
+            given = last.attention_of_first(entered, keys)[:, 1:]
+        return Seen(self.projector(hidden[:, 1:]), keys[:, 1:], given)

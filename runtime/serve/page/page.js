@@ -21,8 +21,11 @@ function say(words) {
 }
 
 async function told(response) {
-  const answer = await response.json().catch(() => ({error: "the server's answer cannot be read; reload the page"}));
-  if (!response.ok) throw new Error(answer.error);
+  const answer = await response.json().catch((error) => {
+    if (error.name === "AbortError") throw error; // something newer was begun meanwhile
+    return {error: "the server's answer cannot be read; reload the page"};
+  });
+  if (!response.ok || answer.error) throw new Error(answer.error);
   return answer;
 }
 

@@ -1,0 +1,70 @@
+"""What the loops of several methods share: cosines, the best of what is free, and the trace of a choice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pruning.arithmetic import COARSE, LEAST_NORM
+from pruning.method import Recovery, Trace
+
+
+class Choice(NamedTuple):
+    """The tokens of one image in the order of selection, by how much each led, and those that a picture marks."""
+
+    order: list[int]
+    margin: list[float]
+    marks: list[int]
+
+
+def precise(x: Tensor) -> Tensor:
+    """The tensor in what oracles compute in: float64 stays, all else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def units(rows: Tensor) -> Tensor:
+    """Rows brought to length 1, those of no direction left near 0: (N, D) -> (N, D)."""
+    return rows / rows.square().sum(-1, keepdim=True).sqrt().clamp(min=LEAST_NORM)
+
+
+def apart(left: Tensor, right: Tensor) -> Tensor:
+    """1 - cosine of units: (M, D), (N, D) -> (M, N), in multiples of 2^-20 as the static forms have them."""
+    return (COARSE + 1.0) - (left @ right.T + COARSE)
+
+
+def shares(attention: Tensor) -> Tensor:
+    """Attention in shares of what one of N tokens has on average: (B, N) -> (B, N).
+
+    Where the average is 1 these are multiples of 2^-20, as the static forms have them.
+    """
+    return attention * float(attention.shape[1]) + COARSE
+
+
+def best_free(score: Tensor, free: Tensor) -> tuple[int, float]:
+    """The first largest score among free tokens (N,), and its lead over the runner-up; infinite where there is none."""
+    ranked = score.masked_fill(~free, -torch.inf)
+    best = int(ranked.argmax())
+    others = free.clone()
+    others[best] = False
+    lead = float(ranked[best] - score[others].max()) if bool(others.any()) else torch.inf
+    return best, lead
+
+
+def trace_of(hidden: Tensor, choices: list[Choice], similarity: list[Tensor]) -> Trace:
+    """The trace of tokens that stay as they are: hidden (B, N, D), similarity (N, N) of each image.
+
+    Nothing is mixed, but with the similarity the rows of any other choice are told too.
+    """
+    order = torch.tensor([choice.order for choice in choices])
+    indices = order.sort().values
+    width = hidden.shape[2]
+    return Trace(
+        tokens=hidden.cpu().gather(1, indices[..., None].expand(-1, -1, width)).to(hidden.device),
+        indices=indices,
+        order=order,
+        margin=torch.tensor([choice.margin for choice in choices], dtype=torch.float32),
+        marks=torch.tensor([choice.marks for choice in choices], dtype=torch.int64).view(len(choices), -1),
+        recovery=Recovery(similarity=torch.stack(similarity), share=0.0, least_share=1.0),
+    )
