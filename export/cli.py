@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 from export.device_cli import add_device, add_report, run_device, run_report
 from export.eval_cli import add_eval, run_eval
@@ -20,9 +20,6 @@ from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
 from runtime.names import readable, stored_name
-
-if TYPE_CHECKING:
-    pass
 
 EXIT_CODES = """\
 exit codes: 0 checked and equal, 1 the engine's outputs differ from the desktop's, 2 the request or a file cannot be
@@ -315,7 +312,7 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         return _ask(args, output)
     if args.verb == "serve":
         with _ended_by_any_signal():
-            return _serve(args)
+            _serve(args)
     if args.verb == "clean":
         return _clean(args)
     if args.verb == "sweep":
@@ -455,7 +452,7 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
     return PASSED
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace) -> NoReturn:
     from export.progress import library_noise
     from export.request import whole_number
     from runtime.serve.server import serve
@@ -471,7 +468,6 @@ def _serve(args: argparse.Namespace) -> int:
     port = whole_number("port", args.port, 0, 65535)
     with library_noise(shown=args.verbose):
         serve(Path(args.bundle), port=port, say=say, tell=tell, verbose=args.verbose)
-    return PASSED
 
 
 def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:

@@ -45,8 +45,8 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["exprot"],
-            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, explain, sweep, clean, "
-            "device, report",
+            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, serve, explain, sweep, "
+            "eval, clean, device, report",
         ),
         (
             ["export", "--modle", "x"],
