@@ -20,7 +20,7 @@ from training.pictures import pixel_values
 from training.questions import questions_about
 from training.scenes import GRID, Mixture, make_scene
 from training.tokenizer import SYSTEM, tokenizer_json
-from training.tower import see
+from training.tower import places_of, see
 
 WHOLES = (Mixture(things=(3, 9), signs=(1, 2)), Mixture(things=(5, 12), signs=(1, 3)))
 SAVED_EVERY = 200
@@ -66,6 +66,10 @@ PHASES = (
     ),
     Phase(steps=750, patches=GRID, size=5, room=260, mixtures=WHOLES),
 )
+
+
+# Where things are, and how many, is learnt by all parts together.
+LAST = (Phase(steps=1500, patches=GRID, size=5, room=260, mixtures=WHOLES),)
 
 
 def open_tokenizer() -> Any:
@@ -161,8 +165,7 @@ class Talker(torch.nn.Module):
         embed = parts.language_model.embed_tokens
         hidden = torch.cat([embed(self.prefix).expand(size, -1, -1), image, embed(asked.ids)], 1)
         before, tokens = len(self.prefix), rows * columns
-        down = torch.arange(rows)[None, :, None] + asked.corners[:, 0, None, None]
-        right = torch.arange(columns)[None, None, :] + asked.corners[:, 1, None, None]
+        down, right = places_of(rows, columns, asked.corners)
         places = torch.cat(
             [
                 torch.arange(before).expand(size, -1),
@@ -190,24 +193,36 @@ def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float 
     """Trains projector and decoder behind the trained tower, which is frozen; goes on where it stopped."""
     torch.manual_seed(2)
     model = pocket_model()
-    state, done = run / "answers.pt", 0
-    kept = torch.load(state) if state.exists() else None
-    if kept is None:
+    if not (run / "answers.pt").exists():
         tower = torch.load(run / "tower.pt")["model"]
         model.model.vision_tower.load_state_dict(
             {name.removeprefix("vision."): value for name, value in tower.items() if name.startswith("vision.")}
         )
     model.model.vision_tower.requires_grad_(False)
-    talker = Talker(model, frozen_tower=True)
+    _train(run / "answers.pt", Talker(model, frozen_tower=True), phases, rate=rate, seed=21)
+
+
+def train_whole(run: Path, *, phases: tuple[Phase, ...] = LAST, rate: float = 6e-4) -> None:
+    """Trains tower, projector and decoder together, from where `train_answers` ended; goes on where it stopped."""
+    torch.manual_seed(3)
+    model = pocket_model()
+    if not (run / "whole.pt").exists():
+        model.load_state_dict(torch.load(run / "answers.pt")["model"])
+    _train(run / "whole.pt", Talker(model, frozen_tower=False), phases, rate=rate, seed=31)
+
+
+def _train(state: Path, talker: Talker, phases: tuple[Phase, ...], *, rate: float, seed: int) -> None:
+    """Takes all steps that `state` does not hold yet; each phase has scenes of its own seed."""
     steps = sum(phase.steps for phase in phases)
-    optimiser = Optimiser(model, rate=rate, steps=steps)
-    if kept is not None:
-        model.load_state_dict(kept["model"])
+    optimiser, done = Optimiser(talker.model, rate=rate, steps=steps), 0
+    if state.exists():
+        kept = torch.load(state)
+        talker.model.load_state_dict(kept["model"])
         optimiser.load(kept["optimiser"])
         done = kept["step"]
     began, scores, before = time.time(), [], 0
     for number, phase in enumerate(phases):
-        for asked in asked_batches(21 + number, max(done - before, 0), phase) if done < before + phase.steps else ():
+        for asked in asked_batches(seed + number, max(done - before, 0), phase) if done < before + phase.steps else ():
             with torch.autocast("cpu", torch.bfloat16):
                 loss = talker(asked)
             optimiser.step(loss, done)
@@ -216,14 +231,12 @@ def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float 
             if done % 50 == 0:
                 mean = np.mean(scores, axis=0)
                 print(
-                    f"answers {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s",
+                    f"{state.stem} {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s",
                     flush=True,
                 )
                 scores = []
             if done % SAVED_EVERY == 0 or done == steps:
-                torch.save(
-                    {"model": model.state_dict(), "optimiser": optimiser.state(), "step": done},
-                    state.with_suffix(".new"),
-                )
+                whole = {"model": talker.model.state_dict(), "optimiser": optimiser.state(), "step": done}
+                torch.save(whole, state.with_suffix(".new"))
                 state.with_suffix(".new").rename(state)
         before += phase.steps

@@ -13,7 +13,17 @@ from torch.nn import functional as F
 
 from training.model import pocket_model
 from training.optimiser import Optimiser
-from training.pictures import LARGE_PRINT, PRESENCE, PRINT, THINGS, WHOLE_PRINT, WHOLE_THINGS, batches, pixel_values
+from training.pictures import (
+    LARGE_PRINT,
+    PRESENCE,
+    PRINT,
+    THINGS,
+    WHOLE_PRINT,
+    WHOLE_THINGS,
+    Batch,
+    batches,
+    pixel_values,
+)
 from training.pictures import presence as presence_of
 from training.scenes import GRID, LABELS
 
@@ -27,7 +37,8 @@ class Seer(nn.Module):
         self.layers = layers
         width = vision.config.hidden_size
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, count) for count in LABELS)
+        # Where a patch stands is asked for too: a decoder can say where things are only if features tell.
+        self.heads = nn.ModuleList(nn.Linear(width, count) for count in (*LABELS, GRID, GRID))
         self.whole_norm = nn.LayerNorm(width)
         self.whole = nn.Linear(width, PRESENCE)
 
@@ -42,14 +53,20 @@ class Seer(nn.Module):
         return [head(patches) for head in self.heads], self.whole(self.whole_norm(hidden[:, 0]))
 
 
+def places_of(rows: int, columns: int, corners: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the patches of windows stand in the grid: (B, 2) -> rows (B, h, 1) and columns (B, 1, w)."""
+    down = torch.arange(rows)[None, :, None] + corners[:, 0, None, None]
+    right = torch.arange(columns)[None, None, :] + corners[:, 1, None, None]
+    return down, right
+
+
 def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     """(B, 3, H, W) of a window whose first patch stands at `corners` of the grid -> (B, 1 + h * w, D)."""
     embeddings = vision.embeddings
     hidden: Tensor = embeddings.patch_embedding(pixels)
     rows, columns = hidden.shape[2:]
     hidden = hidden.flatten(2).transpose(1, 2)
-    down = torch.arange(rows)[None, :, None] + corners[:, 0, None, None]
-    right = torch.arange(columns)[None, None, :] + corners[:, 1, None, None]
+    down, right = places_of(rows, columns, corners)
     places = 1 + (down * GRID + right).flatten(1)
     table = embeddings.position_embedding.weight
     first = (embeddings.class_embedding + table[0]).expand(len(hidden), 1, -1)
@@ -60,11 +77,17 @@ def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     return hidden
 
 
-def loss_of(seen: list[Tensor], whole: Tensor, labels: Tensor) -> Tensor:
-    """Patches that hold something count as much as all that hold nothing."""
+def loss_of(seen: list[Tensor], whole: Tensor, batch: Batch) -> Tensor:
+    """Patches that hold something count as much as all that hold nothing; of a place every patch counts."""
+    labels = batch.labels
     flat = labels.flatten(1, 2).long()
     total = whole.new_zeros((), dtype=torch.float32)
-    for kind, logits in enumerate(seen):
+    *kinds, row, column = seen
+    down, right = places_of(labels.shape[1], labels.shape[2], batch.corners)
+    for logits, place in ((row, down), (column, right)):
+        goal = place.expand(-1, *labels.shape[1:3]).flatten()
+        total = total + 0.3 * F.cross_entropy(logits.float().flatten(0, 1), goal)
+    for kind, logits in enumerate(kinds):
         goal = flat[..., kind].flatten()
         each = F.cross_entropy(logits.float().flatten(0, 1), goal, reduction="none")
         some = goal > 0
@@ -79,7 +102,7 @@ def right_of(seen: list[Tensor], labels: Tensor) -> list[float]:
     """Share of the patches that hold something whose label is found, kind by kind."""
     flat = labels.flatten(1, 2).long()
     out = []
-    for kind, logits in enumerate(seen):
+    for kind, logits in enumerate(seen[:-2]):
         goal = flat[..., kind]
         some = goal > 0
         out.append(float((logits.argmax(-1)[some] == goal[some]).float().mean()) if some.any() else math.nan)
@@ -116,7 +139,7 @@ def train_tower(run: Path, *, windows: int, wholes: int, size: int = 32, rate: f
         for batch in stream:
             with torch.autocast("cpu", torch.bfloat16):
                 seen, whole = seer(pixel_values(batch.pixels), batch.corners)
-                loss = loss_of(seen, whole, batch.labels)
+                loss = loss_of(seen, whole, batch)
             optimiser.step(loss, done)
             scores.append([loss.item(), *right_of(seen, batch.labels)])
             done += 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training import answers
-from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers
+from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers, train_whole
 from training.model import pocket_model
 from training.optimiser import Optimiser
 from training.scenes import GRID, Mixture
@@ -123,6 +123,20 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(
     train_answers(tmp_path / "stopped", phases=phases)
     whole, stopped = (torch.load(tmp_path / name / "answers.pt")["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_the_last_stage_trains_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(4)
+    before = pocket_model()
+    torch.save({"model": before.state_dict()}, tmp_path / "answers.pt")
+    train_whole(tmp_path, phases=(dataclasses.replace(PHASE, steps=1),))
+    after = torch.load(tmp_path / "whole.pt")["model"]
+    for part in ("vision_tower.encoder.layers.0.", "multi_modal_projector.", "language_model.layers.0."):
+        assert all(
+            not torch.equal(after[name], value)
+            for name, value in before.state_dict().items()
+            if part in name and name.endswith("weight") and value.dim() == 2
+        ), part
 
 
 def test_tower_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
