@@ -46,10 +46,9 @@ def forecast_seconds(backend: str, weights: int, *, quantised: bool, bundles: in
     if backend not in MEASURED or (weights > _FEW_WEIGHTS and not quantised):
         return None
     measured, here = MEASURED[backend], this_machine()
-    slower = Speed(measured.speed.products / here.products, measured.speed.copies / here.copies)
-    billions = weights / 1e9
-    by_products = measured.any_model_s + billions * measured.products
-    return bundles * (by_products * slower.products + billions * measured.copies * slower.copies)
+    # By products alone: what copies take varies two-fold from one look to the next on one machine.
+    slower = measured.speed.products / here.products
+    return bundles * (measured.any_model_s + weights / 1e9 * (measured.products + measured.copies)) * slower
 
 
 @cache
