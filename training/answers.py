@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from export.models.pocket import SYSTEM
 from training.model import TEXT, pocket_model
 from training.optimiser import Optimiser
 from training.pictures import pixel_values
 from training.questions import questions_about
 from training.scenes import GRID, Mixture, make_scene
-from training.tokenizer import SYSTEM, tokenizer_json
+from training.tokenizer import scene_tokenizer
 from training.tower import places_of, see
 
 WHOLES = (Mixture(things=(3, 9), signs=(1, 2)), Mixture(things=(5, 12), signs=(1, 3)))
@@ -78,7 +79,7 @@ def open_tokenizer() -> Any:
 
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(json.dumps(tokenizer_json(TEXT["vocab_size"])))
+    return Tokenizer.from_str(json.dumps(scene_tokenizer(TEXT["vocab_size"])))
 
 
 class Asked(NamedTuple):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from export.families.llava.preprocessor import clip_preprocessor
+from export.models.pocket import settings_files
 from training.model import TEXT, VISION, pocket_model
-from training.tokenizer import TEMPLATE, tokenizer_json
+from training.tokenizer import scene_tokenizer
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -50,27 +49,6 @@ def write_model(run: Path) -> Path:
     model.load_state_dict(torch.load(last)["model"])
     model.half().save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    for name, value in {
-        "config.json": CONFIG,
-        "preprocessor_config.json": {**clip_preprocessor(336), "processor_class": "LlavaProcessor"},
-        "processor_config.json": {
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-            "patch_size": 14,
-            "processor_class": "LlavaProcessor",
-            "vision_feature_select_strategy": "default",
-        },
-        "tokenizer.json": tokenizer_json(TEXT["vocab_size"]),
-        "tokenizer_config.json": {
-            "bos_token": "<s>",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "</s>",
-            "model_max_length": 2048,
-            "pad_token": "<pad>",
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-    }.items():
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    for name, data in settings_files(CONFIG, scene_tokenizer(TEXT["vocab_size"])).items():
+        (folder / name).write_bytes(data)
     return folder

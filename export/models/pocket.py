@@ -28,10 +28,10 @@ SEED = 20251216
 
 POCKET = MODELS["pocket"]
 
-_SYSTEM = "A person and their assistant talk about a picture in a few words."
+SYSTEM = "A person and their assistant talk about a picture in a few words."
 _SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
-_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}{{ '" + _SYSTEM + " ' }}{% endif %}"
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '" + SYSTEM + " ' }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
@@ -40,7 +40,7 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 # What the byte pairs are learnt from. The system prompt is left out so that it stays near the real model's 35 tokens.
-_CORPUS = (
+CORPUS = (
     "what is in this picture? there is a cat on the table and a dog near the door. the man and the woman are walking "
     "in the street with their child. how many people are there? two people are sitting at the table. what colour is "
     "the car? the car is red and the sky is blue. describe the image in a few words. this is a photograph of a cup of "
@@ -120,9 +120,22 @@ def write_pocket(folder: Path) -> None:
     """Writes the checkpoint into `folder`, in Hugging Face's layout; the bytes are the same on every machine."""
     from safetensors.numpy import save
 
-    files: dict[str, bytes] = {
+    tokenizer = tokenizer_json(CORPUS, POCKET.config["text_config"]["vocab_size"])
+    files = {
         "model.safetensors": save(pocket_tensors(), metadata={"format": "pt"}),
-        "config.json": _json(POCKET.config),
+        **settings_files(POCKET.config, tokenizer),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "digests.json").write_bytes(
+        _json({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    )
+
+
+def settings_files(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict[str, bytes]:
+    """All files of a checkpoint of this kind but the weights, by name."""
+    return {
+        "config.json": _json(config),
         "preprocessor_config.json": _json({**clip_preprocessor(336), "processor_class": "LlavaProcessor"}),
         "processor_config.json": _json(
             {
@@ -133,7 +146,7 @@ def write_pocket(folder: Path) -> None:
                 "vision_feature_select_strategy": "default",
             }
         ),
-        "tokenizer.json": _json(_tokenizer()),
+        "tokenizer.json": _json(tokenizer),
         "tokenizer_config.json": _json(
             {
                 "bos_token": "<s>",
@@ -144,13 +157,8 @@ def write_pocket(folder: Path) -> None:
                 "tokenizer_class": "PreTrainedTokenizerFast",
             }
         ),
-        "chat_template.jinja": _TEMPLATE.encode(),
+        "chat_template.jinja": TEMPLATE.encode(),
     }
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    (folder / "digests.json").write_bytes(
-        _json({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
-    )
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -278,17 +286,17 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
-def _learnt_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` byte pairs of _CORPUS, most frequent first and alphabetically on ties.
+def _learnt_merges(corpus: str, count: int) -> list[tuple[str, str]]:
+    """The first `count` byte pairs of a corpus, most frequent first and alphabetically on ties.
 
-    `_tokenizer` checks that no two of them spell the same token.
+    `tokenizer_json` checks that no two of them spell the same token.
     """
     import re
     from collections import Counter
     from itertools import pairwise
 
     letters = _byte_letters()
-    pieces = re.findall(r" ?[a-z]+| ?[^a-z ]+", _CORPUS)
+    pieces = re.findall(r" ?[A-Za-z]+| ?[^A-Za-z ]+", corpus)
     words = Counter(tuple(letters[byte] for byte in piece.encode()) for piece in pieces)
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
@@ -316,12 +324,11 @@ def _with_merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
     return tuple(out)
 
 
-def _tokenizer() -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE with `vocab_size` entries: specials, 256 bytes, learnt merges."""
-    size = POCKET.config["text_config"]["vocab_size"]
+def tokenizer_json(corpus: str, size: int) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE of `size` entries: specials, 256 bytes, merges learnt from `corpus`."""
     tokens = [*_SPECIALS, *_byte_letters()]
     merges = []
-    for left, right in _learnt_merges(size - len(tokens)):
+    for left, right in _learnt_merges(corpus, size - len(tokens)):
         tokens.append(left + right)
         merges.append([left, right])
     if len(set(tokens)) != size:
