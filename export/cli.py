@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
@@ -304,6 +301,8 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         raise RequestError(
             f"the folder that this runs in cannot be reached: {error.strerror}; go to another one with cd"
         ) from error
+    from export.progress import ended_by_any_signal
+
     if args.verb == "export":
         return _export(args, version, output)
     if args.verb == "verify":
@@ -311,14 +310,14 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
     if args.verb == "ask":
         return _ask(args, output)
     if args.verb == "serve":
-        with _ended_by_any_signal():
+        with ended_by_any_signal():
             _serve(args)
     if args.verb == "clean":
         return _clean(args)
     if args.verb == "sweep":
         return _sweep(args, version, output)
     if args.verb == "device":
-        with _ended_by_any_signal():
+        with ended_by_any_signal():
             return run_device(args)
     if args.verb == "eval":
         return run_eval(args)
@@ -365,11 +364,11 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     if args.dry_run:
         return PASSED
     from export.pipeline import export, stage_count
-    from export.progress import Progress, library_noise
+    from export.progress import Progress, ended_by_any_signal, library_noise
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     try:
-        with library_noise(shown=args.verbose), _ended_by_any_signal():
+        with library_noise(shown=args.verbose), ended_by_any_signal():
             made = export(planned, progress=progress, version=version, resume=args.resume)
     except KeyboardInterrupt:
         finished = [str(bundle.path) for bundle in planned.bundles if bundle.path.exists()]
@@ -381,21 +380,6 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     else:
         show(made.bundle, made.verdict, next_command=command("verify", str(made.bundle.path)))
     return exit_code(made.verdict)
-
-
-@contextmanager
-def _ended_by_any_signal() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end an export the way Ctrl-C does, so that they leave no partial bundle either."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread, and only there handlers can be set
-        return
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.default_int_handler) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -471,7 +455,7 @@ def _serve(args: argparse.Namespace) -> NoReturn:
 
 
 def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
-    from export.progress import library_noise
+    from export.progress import ended_by_any_signal, library_noise
     from export.request import whole_number
     from export.sweep.board import Board, terminal_table
     from export.sweep.cell import plan_cells
@@ -507,7 +491,7 @@ def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
             return PASSED
         board = Board(cells, stream=sys.stderr, quiet=args.quiet)
         try:
-            with _ended_by_any_signal(), board.live():
+            with ended_by_any_signal(), board.live():
                 result = run_cells(
                     cells,
                     folder,

@@ -20,7 +20,6 @@ from training.pictures import (
     THINGS,
     WHOLE_PRINT,
     WHOLE_THINGS,
-    Batch,
     batches,
     pixel_values,
 )
@@ -48,7 +47,10 @@ class Seer(nn.Module):
 
     def forward(self, pixels: Tensor, corners: Tensor) -> tuple[list[Tensor], Tensor]:
         """(B, 3, H, W), (B, 2) -> logits of each kind of label (B, h * w, classes), and (B, PRESENCE)"""
-        hidden = self.see(pixels, corners)
+        return self.told(self.see(pixels, corners))
+
+    def told(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The logits from what `see` gives."""
         patches = self.norm(hidden[:, 1:])
         return [head(patches) for head in self.heads], self.whole(self.whole_norm(hidden[:, 0]))
 
@@ -77,13 +79,12 @@ def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     return hidden
 
 
-def loss_of(seen: list[Tensor], whole: Tensor, batch: Batch) -> Tensor:
+def loss_of(seen: list[Tensor], whole: Tensor, labels: Tensor, corners: Tensor) -> Tensor:
     """Patches that hold something count as much as all that hold nothing; of a place every patch counts."""
-    labels = batch.labels
     flat = labels.flatten(1, 2).long()
     total = whole.new_zeros((), dtype=torch.float32)
     *kinds, row, column = seen
-    down, right = places_of(labels.shape[1], labels.shape[2], batch.corners)
+    down, right = places_of(labels.shape[1], labels.shape[2], corners)
     for logits, place in ((row, down), (column, right)):
         goal = place.expand(-1, *labels.shape[1:3]).flatten()
         total = total + 0.3 * F.cross_entropy(logits.float().flatten(0, 1), goal)
@@ -139,7 +140,7 @@ def train_tower(run: Path, *, windows: int, wholes: int, size: int = 32, rate: f
         for batch in stream:
             with torch.autocast("cpu", torch.bfloat16):
                 seen, whole = seer(pixel_values(batch.pixels), batch.corners)
-                loss = loss_of(seen, whole, batch)
+                loss = loss_of(seen, whole, batch.labels, batch.corners)
             optimiser.step(loss, done)
             scores.append([loss.item(), *right_of(seen, batch.labels)])
             done += 1
