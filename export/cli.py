@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 from export.device_cli import add_device, add_report, run_device, run_report
 from export.eval_cli import add_eval, run_eval
@@ -20,9 +17,6 @@ from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
 from runtime.names import readable, stored_name
-
-if TYPE_CHECKING:
-    pass
 
 EXIT_CODES = """\
 exit codes: 0 checked and equal, 1 the engine's outputs differ from the desktop's, 2 the request or a file cannot be
@@ -307,6 +301,8 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         raise RequestError(
             f"the folder that this runs in cannot be reached: {error.strerror}; go to another one with cd"
         ) from error
+    from export.progress import ended_by_any_signal
+
     if args.verb == "export":
         return _export(args, version, output)
     if args.verb == "verify":
@@ -314,14 +310,14 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
     if args.verb == "ask":
         return _ask(args, output)
     if args.verb == "serve":
-        with _ended_by_any_signal():
-            return _serve(args)
+        with ended_by_any_signal():
+            _serve(args)
     if args.verb == "clean":
         return _clean(args)
     if args.verb == "sweep":
         return _sweep(args, version, output)
     if args.verb == "device":
-        with _ended_by_any_signal():
+        with ended_by_any_signal():
             return run_device(args)
     if args.verb == "eval":
         return run_eval(args)
@@ -368,11 +364,11 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     if args.dry_run:
         return PASSED
     from export.pipeline import export, stage_count
-    from export.progress import Progress, library_noise
+    from export.progress import Progress, ended_by_any_signal, library_noise
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     try:
-        with library_noise(shown=args.verbose), _ended_by_any_signal():
+        with library_noise(shown=args.verbose), ended_by_any_signal():
             made = export(planned, progress=progress, version=version, resume=args.resume)
     except KeyboardInterrupt:
         finished = [str(bundle.path) for bundle in planned.bundles if bundle.path.exists()]
@@ -384,21 +380,6 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     else:
         show(made.bundle, made.verdict, next_command=command("verify", str(made.bundle.path)))
     return exit_code(made.verdict)
-
-
-@contextmanager
-def _ended_by_any_signal() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end an export the way Ctrl-C does, so that they leave no partial bundle either."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread, and only there handlers can be set
-        return
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.default_int_handler) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -455,7 +436,7 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
     return PASSED
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace) -> NoReturn:
     from export.progress import library_noise
     from export.request import whole_number
     from runtime.serve.server import serve
@@ -471,11 +452,10 @@ def _serve(args: argparse.Namespace) -> int:
     port = whole_number("port", args.port, 0, 65535)
     with library_noise(shown=args.verbose):
         serve(Path(args.bundle), port=port, say=say, tell=tell, verbose=args.verbose)
-    return PASSED
 
 
 def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
-    from export.progress import library_noise
+    from export.progress import ended_by_any_signal, library_noise
     from export.request import whole_number
     from export.sweep.board import Board, terminal_table
     from export.sweep.cell import plan_cells
@@ -511,7 +491,7 @@ def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
             return PASSED
         board = Board(cells, stream=sys.stderr, quiet=args.quiet)
         try:
-            with _ended_by_any_signal(), board.live():
+            with ended_by_any_signal(), board.live():
                 result = run_cells(
                     cells,
                     folder,

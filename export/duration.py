@@ -19,16 +19,21 @@ class Speed(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Seconds of a measured export for each billion weights, by what bounds them."""
+    """What exports took on a machine of a known speed: `any_model_s` seconds whatever the model, tracing above all,
+    and seconds for each billion weights, by what bounds them.
+    """
 
+    any_model_s: float
     products: float
     copies: float
+    speed: Speed
 
 
 # Made from benchmarks/results/export_*.json; tests/export/test_duration.py makes them again.
-REFERENCE = Speed(products=127.3, copies=37.7)
-ANY_MODEL_S = 59.0  # of `pocket`, which has next to no weights: tracing, above all
-MEASURED = {"onnx": Measured(66.74, 21.19), "xnnpack": Measured(36.66, 109.42)}
+MEASURED = {
+    "onnx": Measured(28.0, 66.74, 25.59, Speed(217.1, 32.9)),
+    "xnnpack": Measured(57.0, 36.66, 109.7, Speed(218.4, 40.0)),
+}
 # Without quantisation whole models were not measured; below so many weights only what any model takes counts.
 _FEW_WEIGHTS = 10**8
 
@@ -41,10 +46,9 @@ def forecast_seconds(backend: str, weights: int, *, quantised: bool, bundles: in
     if backend not in MEASURED or (weights > _FEW_WEIGHTS and not quantised):
         return None
     measured, here = MEASURED[backend], this_machine()
-    products = measured.products * REFERENCE.products / here.products
-    copies = measured.copies * REFERENCE.copies / here.copies
-    any_model_s = ANY_MODEL_S * REFERENCE.copies / here.copies
-    return bundles * (any_model_s + weights / 1e9 * (products + copies))
+    # By products alone: what copies take varies two-fold from one look to the next on one machine.
+    slower = measured.speed.products / here.products
+    return bundles * (measured.any_model_s + weights / 1e9 * (measured.products + measured.copies)) * slower
 
 
 @cache

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TextIO
 
 from runtime.latency import peak_rss_bytes
@@ -37,6 +40,7 @@ class Stage:
 
     def advance(self, done: float) -> None:
         """Says that so much of it is done, beside what was said before."""
+        raise_if_interrupted()
         self._done += done
         elapsed = time.perf_counter() - self._start
         if elapsed >= _FIRST_S and _FIRST_SHARE * self._total <= self._done < self._total:
@@ -65,7 +69,9 @@ class Progress:
         outcome = "stopped"
         try:
             with self._live(head) as stage.show:
+                raise_if_interrupted()
                 yield stage
+                raise_if_interrupted()
             outcome = ""
         finally:
             self._line(head, time.perf_counter() - start, outcome, stage.notes)
@@ -122,6 +128,46 @@ class Progress:
 def _far(share: float, left_s: float) -> str:
     minutes, seconds = divmod(round(left_s), 60)
     return f"{share:.0%}, about {minutes} min {seconds} s left" if minutes else f"{share:.0%}, about {seconds} s left"
+
+
+_interrupted = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raises a signal's KeyboardInterrupt once more where a library's bare `except` took the first one for its own.
+
+    Several do, around an import or an attempt: the export went on as if nobody had pressed Ctrl-C.
+    """
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_by_any_signal() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end the block the way Ctrl-C does, and none of the three be lost: see above.
+
+    What the process was started to ignore, as by nohup or by a shell's background, stays ignored.
+    """
+    global _interrupted
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread, and only there handlers can be set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+        _interrupted = False
 
 
 @contextmanager

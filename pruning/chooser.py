@@ -42,7 +42,7 @@ class Chooser(nn.Module):
     def constants(self, **values: Tensor) -> None:
         """Registers tensors that are built, not saved."""
         for name, value in values.items():
-            self.register_buffer(name, value.clone(), persistent=False)
+            self.register_buffer(name, value.clone(memory_format=torch.contiguous_format), persistent=False)
 
     def decided(self, features: Features) -> tuple[Tensor, Tensor | None]:
         """Chooses `keep` tokens: a column of that many ones, and what each token becomes, (B, N, N) times hidden.
@@ -58,7 +58,7 @@ class Chooser(nn.Module):
             if x is not None and x.dim() == 3 and x.shape[2] > WIDEST:
                 raise SpecError(f"{name} is {x.shape[2]} wide; the static pruner covers at most {WIDEST} channels")
         dtype = given.hidden.dtype
-        given = Features(*(x if x is None or x.dtype == torch.float32 else x.float() for x in given))
+        given = Features(_single(given.hidden), *(None if x is None else _single(x) for x in given[1:]))
         chosen, becomes = self.decided(given)
         images = len(chosen)
         place = torch.bmm(self.many(self.tie, images), chosen) + (1.0 - chosen) * (4.0 * self.spec.tokens)
@@ -110,6 +110,11 @@ class Chooser(nn.Module):
     def many(constant: Tensor, images: int) -> Tensor:
         """The constant once per image of the batch; no operator at all for a batch of one."""
         return constant if images == 1 else constant.expand(images, -1, -1)
+
+
+def _single(x: Tensor) -> Tensor:
+    """As float32, without an operator where it is."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def apart(left: Tensor, right: Tensor) -> Tensor:

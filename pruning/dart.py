@@ -100,7 +100,7 @@ class _LeastAlike(Chooser):
 
     def __init__(self, spec: PruneSpec, shares: list[int]) -> None:
         super().__init__(spec, NEEDS)
-        self.shares = shares
+        self.added = shares
 
     def decided(self, features: Features) -> tuple[Tensor, None]:
         assert features.keys is not None
@@ -108,13 +108,13 @@ class _LeastAlike(Chooser):
         norm = self.total(features.keys.abs()).view(images, 1, -1)
         pivots = [self.newest(norm)]
         selected = pivots[0]
-        for _ in self.shares[1:]:
+        for _ in self.added[1:]:
             pivots.append(self.newest(norm, selected))
             selected = selected + pivots[-1]
-        if max(self.shares):
+        if max(self.added):
             unit = self.unit(features.hidden)
             from_pivots = apart(torch.bmm(torch.cat(pivots, 1), unit), unit)  # (B, pivots, N)
-        for at, share in enumerate(self.shares):
+        for at, share in enumerate(self.added):
             if not share:
                 break
             score = from_pivots[:, at : at + 1] * (1.0 - selected) - selected

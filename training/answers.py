@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from training.model import TEXT, pocket_model
 from training.optimiser import Optimiser
 from training.pictures import pixel_values
-from training.questions import questions_about
+from training.questions import KINDS, questions_about
 from training.scenes import GRID, Mixture, make_scene
-from training.tokenizer import SYSTEM, tokenizer_json
-from training.tower import see
+from training.tokenizer import SYSTEM, scene_tokenizer
+from training.tower import Seer, loss_of, places_of
 
 WHOLES = (Mixture(things=(3, 9), signs=(1, 2)), Mixture(things=(5, 12), signs=(1, 3)))
 SAVED_EVERY = 200
@@ -30,7 +30,8 @@ SAVED_EVERY = 200
 class Phase:
     """A stretch of the training over pictures of one size.
 
-    `patches` is the side of a picture, `size` the pictures of a batch, `room` the tokens of questions for each.
+    `patches` is the side of a picture, `size` the pictures of a batch, `room` the tokens of questions for each; of
+    `kinds` of questions one that stands there twice is asked twice as often.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class Phase:
     size: int
     room: int
     mixtures: tuple[Mixture, ...]
+    kinds: tuple[str, ...] = KINDS
 
 
 # What is looked up is learnt in small windows, counting and reading in larger ones; whole pictures come last.
@@ -68,13 +70,30 @@ PHASES = (
 )
 
 
+# Where things are, and how many, is learnt by all parts together.
+_HARD = (*KINDS, "count", "relation", "direction", "place")
+LAST = (
+    Phase(
+        steps=1000,
+        patches=12,
+        size=10,
+        room=240,
+        mixtures=(Mixture(things=(2, 7), signs=(0, 1)), Mixture(things=(1, 5), signs=(1, 3))),
+        kinds=_HARD,
+    ),
+    Phase(steps=2400, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=_HARD),
+)
+# What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less.
+_DENSE = 0.2
+
+
 def open_tokenizer() -> Any:
     """Opens the tokenizer as its library does."""
     import json
 
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(json.dumps(tokenizer_json(TEXT["vocab_size"])))
+    return Tokenizer.from_str(json.dumps(scene_tokenizer(TEXT["vocab_size"])))
 
 
 class Asked(NamedTuple):
@@ -86,6 +105,7 @@ class Asked(NamedTuple):
     blocks   (B, T) int64, which question a token belongs to, from 1; 0 is padding
     places   (B, T) int64, how many tokens of its question stand before it
     goals    (B, T) int64, what the token is to be followed by where that is answer, else -100
+    labels   (B, h, w, 5) uint8, what is in each patch
     """
 
     pixels: Tensor
@@ -94,6 +114,7 @@ class Asked(NamedTuple):
     blocks: Tensor
     places: Tensor
     goals: Tensor
+    labels: Tensor
 
 
 class _Asked(Dataset[Asked]):
@@ -111,9 +132,9 @@ class _Asked(Dataset[Asked]):
         for i in range(phase.size):
             at = (self.seed, (self.first + step) * phase.size + i)
             scene = make_scene(at, phase.mixtures[at[1] % len(phase.mixtures)], patches=phase.patches)
-            pictures.append((scene.pixels, scene.corner))
+            pictures.append((scene.pixels, scene.corner, scene.labels))
             row: list[tuple[int, int, int, int]] = []
-            for block, question in enumerate(questions_about(scene, at), start=1):
+            for block, question in enumerate(questions_about(scene, at, kinds=phase.kinds), start=1):
                 asked = self.tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False).ids
                 said = [
                     *self.tokenizer.encode(f" {question.answer}", add_special_tokens=False).ids,
@@ -125,11 +146,15 @@ class _Asked(Dataset[Asked]):
                 goals = [-100] * (len(asked) - 1) + said
                 row += [(tokens[k], block, k, goals[k]) for k in range(len(tokens) - 1)]
             rows.append(row + [(0, 0, 0, -100)] * (phase.room - len(row)))
-        table = torch.tensor(rows)
+        ids, blocks, places, all_goals = torch.tensor(rows).unbind(-1)
         return Asked(
-            torch.from_numpy(np.stack([pixels for pixels, _ in pictures])),
-            torch.tensor([corner for _, corner in pictures]),
-            *table.unbind(-1),
+            torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])),
+            torch.tensor([corner for _, corner, _ in pictures]),
+            ids,
+            blocks,
+            places,
+            all_goals,
+            torch.from_numpy(np.stack([labels for _, _, labels in pictures])),
         )
 
 
@@ -139,7 +164,7 @@ def asked_batches(seed: int, first: int, phase: Phase) -> Iterator[Asked]:
 
 
 class Talker(torch.nn.Module):
-    """The whole model over packed questions."""
+    """The whole model over packed questions; a tower that is not frozen is asked what its patches show as well."""
 
     prefix: Tensor
 
@@ -147,22 +172,25 @@ class Talker(torch.nn.Module):
         super().__init__()
         self.model = model
         self.frozen_tower = frozen_tower
-        self.layers = model.config.vision_config.num_hidden_layers - 1
+        self.seer = Seer(model.model.vision_tower, model.config.vision_config.num_hidden_layers - 1)
+        self.seer.requires_grad_(not frozen_tower)
         prefix = open_tokenizer().encode(f"{SYSTEM} USER: ").ids
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
 
     def forward(self, asked: Asked) -> Tensor:
-        """-> the mean loss of the answers' tokens; `right` is the share of them that are the most likely ones."""
+        """-> the mean loss of the answers' tokens, and of what the tower is asked.
+
+        `right` is the share of the answers' tokens that are the most likely ones.
+        """
         parts = self.model.model
         size, (rows, columns) = len(asked.pixels), (s // 14 for s in asked.pixels.shape[1:3])
         with torch.set_grad_enabled(not self.frozen_tower and torch.is_grad_enabled()):
-            features = see(parts.vision_tower, self.layers, pixel_values(asked.pixels), asked.corners)[:, 1:]
-        image = parts.multi_modal_projector(features)
+            seen = self.seer.see(pixel_values(asked.pixels), asked.corners)
+        image = parts.multi_modal_projector(seen[:, 1:])
         embed = parts.language_model.embed_tokens
         hidden = torch.cat([embed(self.prefix).expand(size, -1, -1), image, embed(asked.ids)], 1)
         before, tokens = len(self.prefix), rows * columns
-        down = torch.arange(rows)[None, :, None] + asked.corners[:, 0, None, None]
-        right = torch.arange(columns)[None, None, :] + asked.corners[:, 1, None, None]
+        down, right = places_of(rows, columns, asked.corners)
         places = torch.cat(
             [
                 torch.arange(before).expand(size, -1),
@@ -171,43 +199,60 @@ class Talker(torch.nn.Module):
             ],
             1,
         )
-        seen = before + tokens
-        block = torch.cat([torch.zeros(size, seen, dtype=torch.long), asked.blocks], 1)
+        end = before + tokens
+        block = torch.cat([torch.zeros(size, end, dtype=torch.long), asked.blocks], 1)
         at = torch.arange(hidden.shape[1])
         causal = at[:, None] >= at[None, :]
-        mask = causal & ((block[:, None, :] == 0) & (at < seen) | (block[:, :, None] == block[:, None, :]))
+        mask = causal & ((block[:, None, :] == 0) & (at < end) | (block[:, :, None] == block[:, None, :]))
         out = parts.language_model(
             inputs_embeds=hidden, attention_mask=mask[:, None], position_ids=places, use_cache=False
-        ).last_hidden_state[:, seen:]
+        ).last_hidden_state[:, end:]
         goal = asked.goals
         logits = self.model.lm_head(out[goal >= 0])
         wanted = goal[goal >= 0]
         self.right = float((logits.argmax(-1) == wanted).float().mean())
-        return F.cross_entropy(logits.float(), wanted)
+        loss = F.cross_entropy(logits.float(), wanted)
+        if self.frozen_tower:
+            return loss
+        return loss + _DENSE * loss_of(*self.seer.told(seen), asked.labels, asked.corners)
 
 
 def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 2e-3) -> None:
     """Trains projector and decoder behind the trained tower, which is frozen; goes on where it stopped."""
     torch.manual_seed(2)
     model = pocket_model()
-    state, done = run / "answers.pt", 0
-    kept = torch.load(state) if state.exists() else None
-    if kept is None:
+    if not (run / "answers.pt").exists():
         tower = torch.load(run / "tower.pt")["model"]
         model.model.vision_tower.load_state_dict(
             {name.removeprefix("vision."): value for name, value in tower.items() if name.startswith("vision.")}
         )
-    model.model.vision_tower.requires_grad_(False)
-    talker = Talker(model, frozen_tower=True)
+    _train(run / "answers.pt", Talker(model, frozen_tower=True), phases, rate=rate, seed=21)
+
+
+def train_whole(run: Path, *, phases: tuple[Phase, ...] = LAST, rate: float = 1.2e-3) -> None:
+    """Trains tower, projector and decoder together, from where `train_answers` ended; goes on where it stopped."""
+    torch.manual_seed(3)
+    talker = Talker(pocket_model(), frozen_tower=False)
+    if not (run / "whole.pt").exists():
+        heads = torch.load(run / "tower.pt")["model"]
+        talker.seer.load_state_dict(heads)
+        talker.model.load_state_dict(torch.load(run / "answers.pt")["model"])
+    _train(run / "whole.pt", talker, phases, rate=rate, seed=31)
+
+
+def _train(state: Path, talker: Talker, phases: tuple[Phase, ...], *, rate: float, seed: int) -> None:
+    """Takes all steps that `state` does not hold yet; each phase has scenes of its own seed."""
     steps = sum(phase.steps for phase in phases)
-    optimiser = Optimiser(model, rate=rate, steps=steps)
-    if kept is not None:
-        model.load_state_dict(kept["model"])
+    optimiser, done = Optimiser(talker, rate=rate, steps=steps), 0
+    if state.exists():
+        kept = torch.load(state)
+        talker.model.load_state_dict(kept["model"])
+        talker.seer.load_state_dict(kept["seer"])
         optimiser.load(kept["optimiser"])
         done = kept["step"]
     began, scores, before = time.time(), [], 0
     for number, phase in enumerate(phases):
-        for asked in asked_batches(21 + number, max(done - before, 0), phase) if done < before + phase.steps else ():
+        for asked in asked_batches(seed + number, max(done - before, 0), phase) if done < before + phase.steps else ():
             with torch.autocast("cpu", torch.bfloat16):
                 loss = talker(asked)
             optimiser.step(loss, done)
@@ -216,14 +261,17 @@ def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float 
             if done % 50 == 0:
                 mean = np.mean(scores, axis=0)
                 print(
-                    f"answers {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s",
+                    f"{state.stem} {done}/{steps} loss {mean[0]:.3f} right {mean[1]:.3f} {time.time() - began:.0f} s",
                     flush=True,
                 )
                 scores = []
             if done % SAVED_EVERY == 0 or done == steps:
-                torch.save(
-                    {"model": model.state_dict(), "optimiser": optimiser.state(), "step": done},
-                    state.with_suffix(".new"),
-                )
+                whole = {
+                    "model": talker.model.state_dict(),
+                    "seer": talker.seer.state_dict(),
+                    "optimiser": optimiser.state(),
+                    "step": done,
+                }
+                torch.save(whole, state.with_suffix(".new"))
                 state.with_suffix(".new").rename(state)
         before += phase.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,7 +34,11 @@ TEXT: dict[str, Any] = {
 
 
 def pocket_model() -> Any:
-    """Builds the model untrained; filters of the first layer see low spatial frequencies, which saves a plateau."""
+    """Builds the model untrained; what its first layer sees, and where a patch stands, are waves from the start.
+
+    Filters of low spatial frequencies save a plateau. Places that start as noise are drowned by what patches show: the
+    tower then never learns which patches are neighbours, and no question of where is answered.
+    """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -52,7 +57,7 @@ def pocket_model() -> Any:
         if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
             nn.init.normal_(parameter, std=0.2 * parameter.shape[1] ** -0.5)
         if "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.05)
+            parameter.data.copy_(_places(*parameter.shape))
         if "embed_tokens" in name:
             nn.init.normal_(parameter, std=0.3)
         if "patch_embedding" in name:
@@ -67,3 +72,13 @@ def _filters(width: int, channels: int, side: int, _: int) -> torch.Tensor:
     waves = waves / waves.flatten(1).norm(dim=1)[:, None, None]
     mix = torch.randn(width, channels, len(waves)) * 0.25
     return torch.einsum("wck,kab->wcab", mix, waves)
+
+
+def _places(count: int, width: int, waves: int = 8) -> torch.Tensor:
+    """Cosines of up to `waves` half waves down and across, each in its own direction; the class token has 0."""
+    side = math.isqrt(count - 1)
+    at = (torch.arange(side) + 0.5) * torch.pi / side
+    wave = torch.stack([torch.cos(k * at) for k in range(1, waves + 1)], -1)
+    both = torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1).flatten(0, 1)
+    directions = nn.init.orthogonal_(torch.empty(2 * waves, width))
+    return torch.cat([torch.zeros(1, width), 4.0 * both @ directions])

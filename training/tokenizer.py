@@ -1,9 +1,13 @@
-"""The pocket model's tokenizer: byte pairs learnt from what is said about scenes, and its prompt."""
+"""What the trained model reads: its system prompt, its chat template, a tokenizer learnt from what is said to it."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
+from runtime.errors import CheckpointError
 from training.questions import corpus
 
 SYSTEM = "A person and their assistant talk about a picture in a few words."
@@ -17,8 +21,9 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# What the byte pairs are learnt from. The system prompt is left out so that it stays near the real model's 35 tokens.
-_CORPUS = (
+# What byte pairs are learnt from beside what is asked about scenes; the system prompt is left out, so that it stays near
+# the real model's 35 tokens.
+CORPUS = (
     "what is in this picture? there is a cat on the table and a dog near the door. the man and the woman are walking "
     "in the street with their child. how many people are there? two people are sitting at the table. what colour is "
     "the car? the car is red and the sky is blue. describe the image in a few words. this is a photograph of a cup of "
@@ -32,6 +37,11 @@ _CORPUS = (
 )
 
 
+def scene_tokenizer(size: int) -> dict[str, Any]:
+    """The tokenizer.json of `size` entries."""
+    return tokenizer_json(f"{CORPUS} {corpus()} {'USER: ASSISTANT: ' * 30}", size)
+
+
 def _byte_letters() -> list[str]:
     """The printable letter that stands for each byte in byte-level tokenizers: itself, or one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -42,12 +52,8 @@ def _byte_letters() -> list[str]:
 def _learnt_merges(corpus: str, count: int) -> list[tuple[str, str]]:
     """The first `count` byte pairs of a corpus, most frequent first and alphabetically on ties.
 
-    `_tokenizer` checks that no two of them spell the same token.
+    `tokenizer_json` checks that no two of them spell the same token.
     """
-    import re
-    from collections import Counter
-    from itertools import pairwise
-
     letters = _byte_letters()
     pieces = re.findall(r" ?[A-Za-z]+| ?[^A-Za-z ]+", corpus)
     words = Counter(tuple(letters[byte] for byte in piece.encode()) for piece in pieces)
@@ -77,15 +83,15 @@ def _with_merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
     return tuple(out)
 
 
-def tokenizer_json(size: int) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE with `size` entries: specials, 256 bytes, learnt merges."""
+def tokenizer_json(corpus: str, size: int) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE of `size` entries: specials, 256 bytes, merges learnt from `corpus`."""
     tokens = [*_SPECIALS, *_byte_letters()]
     merges = []
-    for left, right in _learnt_merges(f"{_CORPUS} {corpus()} {'USER: ASSISTANT: ' * 30}", size - len(tokens)):
+    for left, right in _learnt_merges(corpus, size - len(tokens)):
         tokens.append(left + right)
         merges.append([left, right])
     if len(set(tokens)) != size:
-        raise ValueError(f"the pocket tokenizer has {len(set(tokens))} distinct tokens instead of {size}")
+        raise CheckpointError(f"the tokenizer has {len(set(tokens))} distinct tokens instead of {size}")
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "type": "ByteLevel", "use_regex": True}
     return {

@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from training.model import pocket_model
 from training.optimiser import Optimiser
-from training.pictures import LARGE_PRINT, PRESENCE, PRINT, THINGS, WHOLE_PRINT, WHOLE_THINGS, batches, pixel_values
+from training.pictures import (
+    LARGE_PRINT,
+    PRESENCE,
+    PRINT,
+    THINGS,
+    WHOLE_PRINT,
+    WHOLE_THINGS,
+    batches,
+    pixel_values,
+)
 from training.pictures import presence as presence_of
 from training.scenes import GRID, LABELS
 
@@ -27,7 +36,8 @@ class Seer(nn.Module):
         self.layers = layers
         width = vision.config.hidden_size
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, count) for count in LABELS)
+        # Where a patch stands is asked for too: a decoder can say where things are only if features tell.
+        self.heads = nn.ModuleList(nn.Linear(width, count) for count in (*LABELS, GRID, GRID))
         self.whole_norm = nn.LayerNorm(width)
         self.whole = nn.Linear(width, PRESENCE)
 
@@ -37,9 +47,19 @@ class Seer(nn.Module):
 
     def forward(self, pixels: Tensor, corners: Tensor) -> tuple[list[Tensor], Tensor]:
         """(B, 3, H, W), (B, 2) -> logits of each kind of label (B, h * w, classes), and (B, PRESENCE)"""
-        hidden = self.see(pixels, corners)
+        return self.told(self.see(pixels, corners))
+
+    def told(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The logits from what `see` gives."""
         patches = self.norm(hidden[:, 1:])
         return [head(patches) for head in self.heads], self.whole(self.whole_norm(hidden[:, 0]))
+
+
+def places_of(rows: int, columns: int, corners: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the patches of windows stand in the grid: (B, 2) -> rows (B, h, 1) and columns (B, 1, w)."""
+    down = torch.arange(rows)[None, :, None] + corners[:, 0, None, None]
+    right = torch.arange(columns)[None, None, :] + corners[:, 1, None, None]
+    return down, right
 
 
 def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
@@ -48,8 +68,7 @@ def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     hidden: Tensor = embeddings.patch_embedding(pixels)
     rows, columns = hidden.shape[2:]
     hidden = hidden.flatten(2).transpose(1, 2)
-    down = torch.arange(rows)[None, :, None] + corners[:, 0, None, None]
-    right = torch.arange(columns)[None, None, :] + corners[:, 1, None, None]
+    down, right = places_of(rows, columns, corners)
     places = 1 + (down * GRID + right).flatten(1)
     table = embeddings.position_embedding.weight
     first = (embeddings.class_embedding + table[0]).expand(len(hidden), 1, -1)
@@ -60,11 +79,16 @@ def see(vision: Any, layers: int, pixels: Tensor, corners: Tensor) -> Tensor:
     return hidden
 
 
-def loss_of(seen: list[Tensor], whole: Tensor, labels: Tensor) -> Tensor:
-    """Patches that hold something count as much as all that hold nothing."""
+def loss_of(seen: list[Tensor], whole: Tensor, labels: Tensor, corners: Tensor) -> Tensor:
+    """Patches that hold something count as much as all that hold nothing; of a place every patch counts."""
     flat = labels.flatten(1, 2).long()
     total = whole.new_zeros((), dtype=torch.float32)
-    for kind, logits in enumerate(seen):
+    *kinds, row, column = seen
+    down, right = places_of(labels.shape[1], labels.shape[2], corners)
+    for logits, place in ((row, down), (column, right)):
+        goal = place.expand(-1, *labels.shape[1:3]).flatten()
+        total = total + 0.3 * F.cross_entropy(logits.float().flatten(0, 1), goal)
+    for kind, logits in enumerate(kinds):
         goal = flat[..., kind].flatten()
         each = F.cross_entropy(logits.float().flatten(0, 1), goal, reduction="none")
         some = goal > 0
@@ -79,7 +103,7 @@ def right_of(seen: list[Tensor], labels: Tensor) -> list[float]:
     """Share of the patches that hold something whose label is found, kind by kind."""
     flat = labels.flatten(1, 2).long()
     out = []
-    for kind, logits in enumerate(seen):
+    for kind, logits in enumerate(seen[:-2]):
         goal = flat[..., kind]
         some = goal > 0
         out.append(float((logits.argmax(-1)[some] == goal[some]).float().mean()) if some.any() else math.nan)
@@ -116,7 +140,7 @@ def train_tower(run: Path, *, windows: int, wholes: int, size: int = 32, rate: f
         for batch in stream:
             with torch.autocast("cpu", torch.bfloat16):
                 seen, whole = seer(pixel_values(batch.pixels), batch.corners)
-                loss = loss_of(seen, whole, batch.labels)
+                loss = loss_of(seen, whole, batch.labels, batch.corners)
             optimiser.step(loss, done)
             scores.append([loss.item(), *right_of(seen, batch.labels)])
             done += 1

@@ -42,6 +42,8 @@ _CHUNK_BYTES = 4 * 2**20
 _SPARE_BYTES = 64 * 2**20
 _QUICK_S = 60.0
 _POLL_S = 1.0
+_NO_SPACE = "o space left"
+_ROOM = "stat -c %s {0}\ndf -k {0} | tail -n 1 | awk '{{print $4}}'"
 _LOOK_S = 15.0
 # Machines by their number in the header of an executable, and the ABIs of Android that run them.
 _ABIS = {62: ("x86_64",), 183: ("arm64-v8a", "aarch64"), 40: ("armeabi-v7a", "armv7l"), 3: ("x86", "i686")}
@@ -193,8 +195,15 @@ class Shell:
                     process.stdin.close()
             out.seek(0)
             errors.seek(0)
-            code, text = self._ended(out.read(), errors.read())
-            if code or "o space left" in text:
+            try:
+                code, text = self._ended(out.read(), errors.read())
+            except _Lost:
+                # adb may end before it has read why the device takes no more.
+                there, free_kib = map(int, self.do(_ROOM.format(shlex.quote(remote))).split())
+                if there + 1024 * free_kib >= source.stat().st_size:
+                    raise
+                code, text = 1, _NO_SPACE
+            if code or _NO_SPACE in text:
                 raise DeviceError(f"{source.name} cannot be written to {self.serial}: {_full(text)}")
 
     def read(self, remote: str, target: Path) -> None:
@@ -224,7 +233,7 @@ class Shell:
 
 
 def _full(text: str) -> str:
-    if "o space left" in text:
+    if _NO_SPACE in text:
         return "no space is left on it; delete something, or run `pruneport device clean`"
     return text.strip().splitlines()[-1] if text.strip() else "it gave no reason"
 

@@ -9,7 +9,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from runtime.errors import RequestError
 
@@ -21,7 +21,7 @@ HOST = "127.0.0.1"
 
 def serve(
     path: Path, *, port: int, say: Callable[[str], None], tell: Callable[[str], None], verbose: bool = False
-) -> None:
+) -> NoReturn:
     """Serves a bundle until Ctrl-C, which is a KeyboardInterrupt; port 0 takes a free one.
 
     `say` gets the address once the graphs are open, `tell` what happens before. What lies on the disk meanwhile is in a
@@ -41,6 +41,8 @@ def serve(
         desk = Desk(path, Path(folder), verbose=verbose)
         with _bound(port) as bound:
             asyncio.run(_run(desk, bound, say=say, tell=tell, verbose=verbose))
+    # Only a signal ends it. Where its parent ignores SIGINT, as a shell's background does, the server alone is told.
+    raise KeyboardInterrupt
 
 
 def _bound(port: int) -> socket.socket:

@@ -147,7 +147,12 @@ def test_what_it_writes_runs_in_its_engine(backend: Backend, tmp_path: Path) -> 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    "backend", [made for made in BACKENDS.values() if made.one_by_one], ids=lambda backend: backend.name
+    "backend",
+    [
+        pytest.param(made, id=made.name, marks=[pytest.mark.slow] if made.name == "vulkan" else [])
+        for made in BACKENDS.values()
+        if made.one_by_one
+    ],
 )
 def test_it_reads_weights_when_it_comes_to_them(backend: Backend, tmp_path: Path) -> None:
     """The graphs of a part are built once, and those of the part before are gone by then."""

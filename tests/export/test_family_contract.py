@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import export.families
 import export.golden
 from export import pipeline
+from export.backends.xnnpack import XNNPACK
 from export.checkpoints import RandomCheckpoint
 from export.families import FAMILIES
 from export.families.family import Family, Frame, ModelEntry
@@ -26,9 +27,10 @@ from export.graphs.open_decoder import open_text_parts
 from export.graphs.vision import build_vision_encoder
 from export.models.prompt import SampleText, read_prompt
 from export.progress import Progress
-from export.request import Request, plan
+from export.request import Request, _method, plan
 from pruning import PruneSpec
 from runtime.bundle import OWN_LAYOUT, GraphInfo
+from runtime.errors import RequestError
 from runtime.golden import graph_inputs, output_key, steps
 from runtime.image import preprocess
 from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
@@ -39,6 +41,13 @@ ATOL = 1e-4
 TEXT = SampleText(ids=(7, 11, 13, 19, 23, 8), question=(9, 4, 31))
 # Greedy tokens that transformers is asked for.
 ANSWER = 4
+
+
+def test_attention_of_a_class_token_is_asked_only_of_towers_that_have_one() -> None:
+    assert TINY_WIDE.family.class_token is False
+    with pytest.raises(RequestError, match=f"class token, and the tower of {TINY_WIDE.name} has none; take one of: "):
+        _method("visionzip", 0, TINY_WIDE, XNNPACK, pruned=True)
+    assert _method("divprune", 0, TINY_WIDE, XNNPACK, pruned=True) == "divprune"
 
 
 def _smallest(family: Family[Any]) -> ModelEntry:

@@ -25,8 +25,12 @@ WIDTHS = {"hidden": 40, "keys": 20}
 SMALL = ((5, 5), 7)
 methods = pytest.mark.parametrize(
     "method",
-    [method for name, method in METHODS.items() if "float32" in method.arithmetics and name != "vlm-pruner"],
-    ids=lambda method: method.name,
+    [
+        # The whole of VLM-Pruner has tests of its own; its parts are graphs as long, which take as long to lower.
+        pytest.param(method, id=name, marks=[pytest.mark.slow] if name.startswith("vlm-pruner-") else [])
+        for name, method in METHODS.items()
+        if "float32" in method.arithmetics and name != "vlm-pruner"
+    ],
 )
 
 

@@ -259,6 +259,7 @@ def greedy(bundle: Bundle) -> list[int]:
         ]
 
 
+@pytest.mark.slow
 def test_it_passes_its_check_and_says_who_made_what(mixed: pipeline.Made) -> None:
     steps = {step.name: step.status for step in mixed.verdict.steps}
     assert set(steps.values()) == {"passed"}, steps
@@ -279,6 +280,7 @@ def test_it_passes_its_check_and_says_who_made_what(mixed: pipeline.Made) -> Non
     assert (delegates[VISION_ENCODER], delegates[DECODER_BACK]) == (set(), {"XnnpackBackend"})
 
 
+@pytest.mark.slow
 def test_it_answers(mixed: pipeline.Made) -> None:
     assert mixed.verdict.answer is not None
     got = greedy(mixed.bundle)
@@ -286,6 +288,7 @@ def test_it_answers(mixed: pipeline.Made) -> None:
     assert verify(mixed.bundle.path).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("graph", "kind", "name", "changes", "message"),
     [
@@ -325,6 +328,7 @@ def test_graphs_that_do_not_belong_together_are_refused(
     assert str(caught.value).endswith("its graphs are of different exports: export again")
 
 
+@pytest.mark.slow
 def test_a_check_refuses_such_a_bundle_too(mixed: pipeline.Made, tmp_path: Path) -> None:
     broken = shutil.copytree(mixed.bundle.path, tmp_path / mixed.bundle.path.name)
     graphs = msgspec.to_builtins(mixed.bundle.manifest.graphs)

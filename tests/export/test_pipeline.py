@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -458,6 +459,51 @@ def test_exit_code_tells_what_the_check_found(
     made = pipeline.export(planned, progress=Progress(stages=7, stream=stream), version="0")
     assert made.verdict.outcome == word
     assert f"parity {word}: because; do this" in stream.getvalue()
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_a_library_takes_for_its_own_still_ends_the_export(
+    sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = export.golden.make_golden
+
+    def swallows(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), sent)
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(export.golden, "make_golden", swallows)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = cli.main(["export", *WORDS, "--output-dir", str(tmp_path / "out")], version="0")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert code == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "pruneport: interrupted, nothing was written"
+    assert [line for line in said if "desktop outputs" in line][-1].endswith("stopped")
+    assert not [line for line in said if "[3/7]" in line]
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.usefixtures("light")
+def test_signal_that_the_process_was_started_to_ignore_stays_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = export.golden.make_golden
+
+    def hangs_up(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(export.golden, "make_golden", hangs_up)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["export", *WORDS, "-q", "--output-dir", str(tmp_path / "out")], version="0") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 @pytest.fixture

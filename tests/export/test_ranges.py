@@ -293,6 +293,7 @@ def test_text_graphs_that_overflow_have_an_island(
     assert manifest.ranges.islands == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_text_graphs_without_hazards(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = _text_weights(tmp_path / "weights")

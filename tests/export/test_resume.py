@@ -252,15 +252,20 @@ EVERYTHING = ["golden", "lower", "manifest", "manifest"]
     ("file", "damage", "again"),
     [
         ("golden.safetensors", flip, EVERYTHING),
-        ("golden.safetensors", Path.unlink, EVERYTHING),
-        ("golden.safetensors", link, EVERYTHING),
+        pytest.param("golden.safetensors", Path.unlink, EVERYTHING, marks=pytest.mark.slow),
+        pytest.param("golden.safetensors", link, EVERYTHING, marks=pytest.mark.slow),
         ("model.pte", flip, ["lower", "manifest", "manifest"]),
-        ("model.pte", lambda path: path.write_bytes(b"prog"), ["lower", "manifest", "manifest"]),
+        pytest.param(
+            "model.pte",
+            lambda path: path.write_bytes(b"prog"),
+            ["lower", "manifest", "manifest"],
+            marks=pytest.mark.slow,
+        ),
         (MANIFEST, flip, ["manifest", "manifest"]),
         (STAGES, lambda path: path.write_bytes(path.read_bytes()[:-9]), EVERYTHING),
-        (STAGES, lambda path: path.write_bytes(b"[" * 100_000), EVERYTHING),
-        (STAGES, lambda path: path.write_bytes(b"\xff\xfe"), EVERYTHING),
-        (STAGES, Path.unlink, EVERYTHING),
+        pytest.param(STAGES, lambda path: path.write_bytes(b"[" * 100_000), EVERYTHING, marks=pytest.mark.slow),
+        pytest.param(STAGES, lambda path: path.write_bytes(b"\xff\xfe"), EVERYTHING, marks=pytest.mark.slow),
+        pytest.param(STAGES, Path.unlink, EVERYTHING, marks=pytest.mark.slow),
     ],
 )
 def test_what_was_damaged_is_made_again(

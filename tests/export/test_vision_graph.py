@@ -22,7 +22,7 @@ from export.golden import make_golden
 from export.graphs.vision import VisionEncoder, build_vision_encoder
 from export.models.pocket import POCKET, pocket_folder
 from export.weights import fill
-from pruning import Features, PruneSpec
+from pruning import METHODS, Features, Method, PruneSpec
 from pruning.vlm_pruner.settings import Settings
 from runtime.check.parity import BOUNDS, SUMS_IN_16_BITS, compare
 from runtime.engines.executorch import accumulator_bits
@@ -89,6 +89,38 @@ def test_pruning_after_any_layer(cut: int) -> None:
     assert len(encoder.output_names) == 2 + 2 * cut + 1
     assert encoder.output_names[-1] == "filled"
     assert max(_differences(encoder, golden, pixels).values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "cut"),
+    [
+        pytest.param(method, cut, id=f"{name}-{cut}")
+        for name, method in METHODS.items()
+        for cut in (0, 1)
+        if method.arithmetics and method.cuts.allow(cut)
+    ],
+)
+def test_every_method_is_handed_what_it_looks_at(method: Method, cut: int) -> None:
+    """Keys and attention of the graph's own modules, against those that transformers' modules give the loop."""
+    checkpoint = RandomCheckpoint(TINY, seed=3)
+    spec = PruneSpec(grid=(4, 4), keep=7, method=method.name)
+    encoder = build_vision_encoder(checkpoint, TINY, spec, cut=cut)
+    pixels = _photo(58)
+    golden = make_golden(checkpoint, TINY, spec, cut=cut, pixel_values=pixels.numpy())
+    differences = _differences(encoder, golden, pixels)
+    assert max(differences.values()) < 1e-4, differences
+    assert differences["positions"] == differences["filled"] == 0.0
+
+
+def test_attention_is_that_of_transformers_class_token(pocket: Checkpoint) -> None:
+    pixels = _photo(336)
+    graph = build_vision_encoder(pocket, POCKET, PruneSpec(method="visionzip"), cut=0).tower(pixels, attention=True)
+    desktop = POCKET.family.desktop(pocket, "cpu").see(pixels)
+    assert desktop.attention is not None
+    assert graph.attention.shape == desktop.attention.shape == (1, 576)
+    torch.testing.assert_close(graph.attention, desktop.attention, rtol=1e-4, atol=1e-7)
+    assert 0.5 < float(graph.attention.sum()) < 1.0, "the class token looks at itself, too"
+    assert float(graph.attention.max() / graph.attention.min()) > 1.01
 
 
 def test_keeping_everything_is_the_twin(pocket: Checkpoint) -> None:

@@ -325,6 +325,7 @@ def test_what_onnx_cannot_read_late_is_said_as_ever(tmp_path: Path) -> None:
         onnx.lower({"one": graphs["one"]}, tmp_path)
 
 
+@pytest.mark.slow
 def test_no_stand_in_is_left_in_onnx_graphs(tmp_path: Path) -> None:
     """All text graphs, with the embedding in 8 bits: as with weights that were there, and the rows are no zeros."""
     import onnxruntime

@@ -45,8 +45,8 @@ def test_no_verb_prints_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["exprot"],
-            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, explain, sweep, clean, "
-            "device, report",
+            "unknown verb 'exprot', did you mean 'export'?; verbs are: export, verify, ask, serve, explain, sweep, "
+            "eval, clean, device, report",
         ),
         (
             ["export", "--modle", "x"],
@@ -144,6 +144,15 @@ def test_launcher_is_the_export_verb(root: Path) -> None:
         ({"seed": "-1"}, "seed=-1 must lie in 0..4294967295"),
         ({"keep": "all", "twin": True}, "keep=all makes the unpruned twin itself; leave --twin out"),
         ({"method": "unifrom"}, "unknown method 'unifrom', did you mean 'uniform'?; allowed: vlm-pruner, "),
+        (
+            {"method": "fastv"},
+            "method=fastv chooses by the question, but a photo is pruned and prefilled before anybody",
+        ),
+        (
+            {"method": "holov"},
+            "method=holov cannot prune at cut=2; it can at 0..0: take --cut 0, or leave --method out",
+        ),
+        ({"method": "dart", "cut": "0"}, "method=dart cannot prune at cut=0; it can at 1 or more: take --cut 1"),
         ({"method": "uniform", "keep": "all"}, "method=uniform has nothing to choose: all image tokens are kept"),
         ({"weights": "/no/such/folder"}, "weights='/no/such/folder' does not exist; give a checkpoint folder"),
         ({"weights": ""}, "weights='' does not exist; give a checkpoint folder"),

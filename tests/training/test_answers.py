@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training import answers
-from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers
+from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers, train_whole
 from training.model import pocket_model
 from training.optimiser import Optimiser
 from training.scenes import GRID, Mixture
@@ -17,6 +17,9 @@ from training.tokenizer import SYSTEM
 from training.tower import Seer, see, train_tower
 
 PHASE = Phase(steps=4, patches=5, size=2, room=60, mixtures=(Mixture(things=(1, 3), signs=(0, 0), radius=(8, 14)),))
+
+
+PACKED = ("ids", "blocks", "places", "goals")
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +41,8 @@ def test_packed_questions_are_answered_as_single_ones() -> None:
         for row in range(len(asked.ids)):
             for block in range(1, int(asked.blocks[row].max()) + 1):
                 mine = asked.blocks[row] == block
-                single = Asked(asked.pixels[row : row + 1], asked.corners[row : row + 1],
-                               *(x[row : row + 1, mine] for x in asked[2:]))  # fmt: skip
+                single = Asked(*(x[row : row + 1] for x in asked))
+                single = single._replace(**{name: getattr(single, name)[:, mine] for name in PACKED})
                 alone.append(float(talker(single)))
                 weights.append(int((single.goals >= 0).sum()))
     assert len(alone) > 2
@@ -57,7 +60,7 @@ def test_a_packed_question_is_read_as_transformers_reads_the_whole_prompt() -> N
     whole = torch.cat([talker.prefix, torch.full((GRID * GRID,), 3), ids])
     from training.pictures import pixel_values
 
-    single = Asked(asked.pixels, asked.corners, *(x[:, mine] for x in asked[2:]))
+    single = asked._replace(**{name: getattr(asked, name)[:, mine] for name in PACKED})
     with torch.no_grad():
         logits = talker.model(input_ids=whole[None], pixel_values=pixel_values(asked.pixels)).logits[0, -len(ids) :]
         expected = torch.nn.functional.cross_entropy(logits[goals >= 0], goals[goals >= 0])
@@ -123,6 +126,24 @@ def test_stopped_training_goes_on_as_if_it_had_not_stopped(
     train_answers(tmp_path / "stopped", phases=phases)
     whole, stopped = (torch.load(tmp_path / name / "answers.pt")["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_the_last_stage_trains_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(4)
+    before = pocket_model()
+    torch.save({"model": before.state_dict()}, tmp_path / "answers.pt")
+    seer = Talker(before, frozen_tower=False).seer
+    torch.save({"model": seer.state_dict()}, tmp_path / "tower.pt")
+    train_whole(tmp_path, phases=(dataclasses.replace(PHASE, steps=1),))
+    kept = torch.load(tmp_path / "whole.pt")
+    after, heads = kept["model"], kept["seer"]
+    assert all(not torch.equal(heads[name], value) for name, value in seer.state_dict().items() if "heads" in name)
+    for part in ("vision_tower.encoder.layers.0.", "multi_modal_projector.", "language_model.layers.0."):
+        assert all(
+            not torch.equal(after[name], value)
+            for name, value in before.state_dict().items()
+            if part in name and name.endswith("weight") and value.dim() == 2
+        ), part
 
 
 def test_tower_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
