@@ -75,7 +75,7 @@ def _filters(width: int, channels: int, side: int, _: int) -> torch.Tensor:
 
 
 def _places(count: int, width: int, waves: int = 8) -> torch.Tensor:
-    """Cosines of up to `waves` half waves down and across the grid, each in its own direction; 0 for the class token."""
+    """Cosines of up to `waves` half waves down and across, each in its own direction; the class token has 0."""
     side = math.isqrt(count - 1)
     at = (torch.arange(side) + 0.5) * torch.pi / side
     wave = torch.stack([torch.cos(k * at) for k in range(1, waves + 1)], -1)
