@@ -13,10 +13,11 @@ DEMO_DIR := bundles/demo
 # Float32 sums in another order, as another processor makes them: PyTorch's products on CPUs are MKL's, which takes these.
 ARITHMETIC := MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help venv demo test test-slow test-golden test-arithmetic lint docs clean
+.PHONY: help venv demo eval test test-slow test-golden test-arithmetic lint docs clean
 
 help:
 	@echo "make demo         export the pocket model, pruned and unpruned, check both, print the table"
+	@echo "make eval         what pruning costs pocket in answers, method by method"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests marked slow"
 	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN, in every engine"
@@ -36,6 +37,10 @@ $(STAMP):
 demo: $(STAMP)
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --output-dir $(DEMO_DIR)
+
+# Goes on where it was stopped; EVAL="--method vlm-pruner --photos 40" is shorter.
+eval: $(STAMP)
+	@$(BIN)/python -m pruneport eval --model pocket --keep 192,128,64,32,16 --method all $(EVAL)
 
 # Tests and converters keep one core busy each: they run side by side. Files stay whole, because their tests share exports.
 test: $(STAMP)

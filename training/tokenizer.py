@@ -21,8 +21,8 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# What byte pairs are learnt from beside what is asked about scenes; the system prompt is left out, so that it stays near
-# the real model's 35 tokens.
+# What byte pairs are learnt from beside what is asked about scenes; the system prompt is left out, so that it stays
+# near the real model's 35 tokens.
 CORPUS = (
     "what is in this picture? there is a cat on the table and a dog near the door. the man and the woman are walking "
     "in the street with their child. how many people are there? two people are sitting at the table. what colour is "
