@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,11 +17,22 @@ MOST = 5  # nobody is asked to count further
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer, in lower case, as the model is to say it."""
+    """A question and its answer, in lower case, as the model is to say it.
+
+    Attributes:
+        things: what the text names that is one thing of the picture: the name as it stands there, and the thing.
+    """
 
     category: str
     text: str
     answer: str
+    things: tuple[tuple[str, Thing], ...] = ()
+
+
+class _Made(NamedTuple):
+    parts: tuple[str, ...]
+    answer: str
+    things: tuple[tuple[str, Thing], ...] = ()
 
 
 # The last two of each list are held out: evaluation uses these alone.
@@ -143,22 +155,22 @@ class _Asker:
             return thing.shape
         return f"{thing.colour} {thing.shape}" if self.pairs[thing.colour, thing.shape] == 1 else None
 
-    def colour(self) -> tuple[tuple[str, ...], str] | None:
+    def colour(self) -> _Made | None:
         thing = self._one([t for t in self.scene.things if self.shapes[t.shape] == 1])
-        return ((thing.shape,), thing.colour) if thing else None
+        return _Made((thing.shape,), thing.colour, ((thing.shape, thing),)) if thing else None
 
-    def shape(self) -> tuple[tuple[str, ...], str] | None:
+    def shape(self) -> _Made | None:
         thing = self._one([t for t in self.scene.things if self.colours[t.colour] == 1])
-        return ((thing.colour,), thing.shape) if thing else None
+        return _Made((thing.colour,), thing.shape, ((thing.colour, thing),)) if thing else None
 
-    def pattern(self) -> tuple[tuple[str, ...], str] | None:
+    def pattern(self) -> _Made | None:
         fits = [t for t in self.scene.things if t.radius >= 14]
         fill = ("plain", "striped", "dotted")[int(self.rng.integers(3))]
         thing = self._one([t for t in fits if t.fill == fill] or fits)
         name = thing and self._name(thing)
-        return ((name,), thing.fill) if thing and name else None
+        return _Made((name,), thing.fill, ((name, thing),)) if thing and name else None
 
-    def count(self) -> tuple[tuple[str, ...], str] | None:
+    def count(self) -> _Made | None:
         asked = {_plural(shape): self.shapes[shape] for shape in SHAPES}
         asked |= {f"{colour} things": self.colours[colour] for colour in COLOURS}
         by_number: dict[int, list[str]] = {}
@@ -170,7 +182,7 @@ class _Asker:
             return None
         number = numbers[int(self.rng.integers(len(numbers)))]
         names = by_number[number]
-        return (names[int(self.rng.integers(len(names)))],), str(number)
+        return _Made((names[int(self.rng.integers(len(names)))],), str(number))
 
     def _two(self) -> tuple[Thing, str, Thing, str] | None:
         if len(self.scene.things) < 2:
@@ -179,7 +191,7 @@ class _Asker:
         one, two = self._name(first), self._name(second)
         return (first, one, second, two) if one and two else None
 
-    def relation(self) -> tuple[tuple[str, ...], str] | None:
+    def relation(self) -> _Made | None:
         found = self._two()
         if not found:
             return None
@@ -190,9 +202,9 @@ class _Asker:
         if not relations:
             return None
         words, there = relations[int(self.rng.integers(len(relations)))]
-        return (one, two, words), "yes" if there else "no"
+        return _Made((one, two, words), "yes" if there else "no", ((one, first), (two, second)))
 
-    def direction(self) -> tuple[tuple[str, ...], str] | None:
+    def direction(self) -> _Made | None:
         found = self._two()
         if not found:
             return None
@@ -201,20 +213,21 @@ class _Asker:
         if max(abs(dx), abs(dy)) < 24 or max(abs(dx), abs(dy)) < 1.6 * min(abs(dx), abs(dy)):
             return None
         answer = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-        return (one, two), answer
+        return _Made((one, two), answer, ((one, first), (two, second)))
 
-    def place(self) -> tuple[tuple[str, ...], str] | None:
+    def place(self) -> _Made | None:
         middle = SIDE / 2
         thing = self._one([t for t in self.scene.things if min(abs(t.x - middle), abs(t.y - middle)) > 20])
         name = thing and self._name(thing)
         if not thing or not name:
             return None
-        return (name,), f"{'top' if thing.y < middle else 'bottom'} {'left' if thing.x < middle else 'right'}"
+        answer = f"{'top' if thing.y < middle else 'bottom'} {'left' if thing.x < middle else 'right'}"
+        return _Made((name,), answer, ((name, thing),))
 
-    def presence(self) -> tuple[tuple[str, ...], str] | None:
+    def presence(self) -> _Made | None:
         if self.rng.random() < 0.5:
             thing = self._one(list(self.scene.things))
-            return ((_with_article(f"{thing.colour} {thing.shape}"),), "yes") if thing else None
+            return _Made((_with_article(f"{thing.colour} {thing.shape}"),), "yes") if thing else None
         # Mostly a shape and a colour that are both there, but not in one thing.
         colours = sorted(self.colours) if self.rng.random() < 0.75 and self.colours else list(COLOURS)
         shapes = sorted(self.shapes) if self.rng.random() < 0.75 and self.shapes else list(SHAPES)
@@ -224,15 +237,15 @@ class _Asker:
         if not absent:
             return None
         colour, shape = absent[int(self.rng.integers(len(absent)))]
-        return (_with_article(f"{colour} {shape}"),), "no"
+        return _Made((_with_article(f"{colour} {shape}"),), "no")
 
-    def word(self) -> tuple[tuple[str, ...], str] | None:
+    def word(self) -> _Made | None:
         words = [sign.text.lower() for sign in self.scene.signs if not sign.is_number]
-        return ((), words[0]) if len(words) == 1 else None
+        return _Made((), words[0]) if len(words) == 1 else None
 
-    def number(self) -> tuple[tuple[str, ...], str] | None:
+    def number(self) -> _Made | None:
         numbers = [sign.text for sign in self.scene.signs if sign.is_number]
-        return ((), numbers[0]) if len(numbers) == 1 else None
+        return _Made((), numbers[0]) if len(numbers) == 1 else None
 
 
 KINDS = tuple(PHRASINGS)
@@ -250,16 +263,16 @@ def questions_about(
     while idle < 3 * len(kinds):
         for kind in rng.permutation(len(kinds)):
             name = kinds[kind]
-            ask: Callable[[], tuple[tuple[str, ...], str] | None] = getattr(asker, name)
+            ask: Callable[[], _Made | None] = getattr(asker, name)
             made = ask()
-            if not made or (name, made[0]) in said:
+            if not made or (name, made.parts) in said:
                 idle += 1
                 continue
             idle = 0
-            said.add((name, made[0]))
+            said.add((name, made.parts))
             texts = PHRASINGS[name][-HELD_OUT:] if held_out else PHRASINGS[name][:-HELD_OUT]
-            text = texts[int(rng.integers(len(texts)))].format(*made[0])
-            yield Question(_CATEGORY.get(name, name), text[0].upper() + text[1:], made[1])
+            text = texts[int(rng.integers(len(texts)))].format(*made.parts)
+            yield Question(_CATEGORY.get(name, name), text[0].upper() + text[1:], made.answer, made.things)
 
 
 def corpus() -> str:

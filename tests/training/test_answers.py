@@ -12,14 +12,14 @@ from training import answers
 from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers, train_whole
 from training.model import pocket_model
 from training.optimiser import Optimiser
-from training.scenes import GRID, Mixture
+from training.scenes import COLOURS, GRID, SHAPES, Mixture
 from training.tokenizer import SYSTEM
 from training.tower import Seer, see, train_tower
 
 PHASE = Phase(steps=4, patches=5, size=2, room=60, mixtures=(Mixture(things=(1, 3), signs=(0, 0), radius=(8, 14)),))
 
 
-PACKED = ("ids", "blocks", "places", "goals")
+PACKED = ("ids", "blocks", "places", "goals", "named", "weights")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_packed_questions_are_answered_as_single_ones() -> None:
                 single = Asked(*(x[row : row + 1] for x in asked))
                 single = single._replace(**{name: getattr(single, name)[:, mine] for name in PACKED})
                 alone.append(float(talker(single)))
-                weights.append(int((single.goals >= 0).sum()))
+                weights.append(float(single.weights[single.goals >= 0].sum()))
     assert len(alone) > 2
     mean = sum(a * w for a, w in zip(alone, weights, strict=True)) / sum(weights)
     assert float(packed) == pytest.approx(mean, rel=1e-5)
@@ -136,8 +136,10 @@ def test_the_last_stage_trains_all_parts(tmp_path: Path, capsys: pytest.CaptureF
     torch.save({"model": seer.state_dict()}, tmp_path / "tower.pt")
     train_whole(tmp_path, phases=(dataclasses.replace(PHASE, steps=1),))
     kept = torch.load(tmp_path / "whole.pt")
-    after, heads = kept["model"], kept["seer"]
-    assert all(not torch.equal(heads[name], value) for name, value in seer.state_dict().items() if "heads" in name)
+    after, heads = kept["model"], kept["talker"]
+    assert all(
+        not torch.equal(heads[f"seer.{name}"], value) for name, value in seer.state_dict().items() if "heads" in name
+    )
     for part in ("vision_tower.encoder.layers.0.", "multi_modal_projector.", "language_model.layers.0."):
         assert all(
             not torch.equal(after[name], value)
@@ -151,3 +153,21 @@ def test_tower_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     train_tower(tmp_path, windows=10, wholes=0, size=4)
     assert torch.load(tmp_path / "tower.pt")["step"] == 10
     train_tower(tmp_path, windows=10, wholes=0, size=4)  # nothing is left to do
+
+
+def test_a_name_is_told_where_its_thing_stands() -> None:
+    """The token that ends a name, and the patch in the middle of what it means."""
+    tokenizer = open_tokenizer()
+    told = 0
+    for asked in asked_batches(8, 0, PHASE):
+        for row in range(len(asked.ids)):
+            for at in (asked.named[row, :, 0] >= 0).nonzero().flatten().tolist():
+                said = tokenizer.decode(asked.ids[row, : at + 1].tolist())
+                assert said.endswith((*SHAPES, *COLOURS)), said
+                down, right = (asked.named[row, at] - asked.corners[row]).tolist()
+                shape, colour, _, _, centre = asked.labels[row, down, right].tolist()
+                assert centre == 1
+                last = said.split()[-1]
+                assert last in (SHAPES[shape - 1], COLOURS[colour - 1])
+                told += 1
+    assert told > 5
