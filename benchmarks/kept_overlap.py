@@ -2,8 +2,8 @@
 
     python benchmarks/kept_overlap.py [--photos 160]
 
-Takes the tokens that VLM-Pruner keeps of pocket's held-out pictures, puts dropped ones drawn at random in the place of some
-of them, and asks the desktop model all questions. So an overlap, which parity bounds, gets a meaning in answers:
+Takes the tokens that VLM-Pruner keeps of pocket's held-out pictures, puts dropped ones, drawn at random, in the place
+of some, and asks the desktop model all questions. So an overlap, which parity bounds, gets a meaning in answers:
 
     keep       image tokens that stay
     overlap    share of them that VLM-Pruner keeps too

@@ -194,7 +194,7 @@ def test_answer_streams(bundle: Bundle, photo: Path, golden: Golden) -> None:
     """Piece by piece, as it is made; what it took comes when it is whole."""
     heard: list[tuple[str, str]] = []
     inquiry = runtime.ask.Inquiry(photo=photo, questions=(golden.question,), max_new_tokens=12)
-    (took,) = runtime.ask.ask(
+    (said,) = runtime.ask.ask(
         bundle.path,
         inquiry,
         compare=False,
@@ -203,8 +203,9 @@ def test_answer_streams(bundle: Bundle, photo: Path, golden: Golden) -> None:
     )
     assert [kind for kind, _ in heard] == ["say"] * (len(heard) - 1) + ["tell"]
     assert len(heard) > 10
-    assert len(took.token_ms) == 11
-    assert heard[-1][1] == str(took)
+    assert "".join(word for kind, word in heard if kind == "say") == f"{said.answer}\n"
+    assert len(said.took.token_ms) == 11
+    assert heard[-1][1] == str(said.took)
 
 
 def test_questions_share_the_photo(ask: Ask, bundle: Bundle, photo: Path, golden: Golden, runs: list[str]) -> None:
@@ -593,6 +594,10 @@ def test_compare_asks_both(ask: Ask, pair: tuple[Path, Path], photo: Path, golde
     told = said.err.splitlines()
     assert [told[0], told[3]] == [bundle.manifest.name, "the-twin"]
     assert len(said.stats) == 4
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told if "│" in line]
+    assert table[0] == [golden.question, lines[0].strip(), lines[2].strip()]
+    assert table[1] == [OTHER, lines[1].strip(), lines[3].strip()]
+    assert [row[0] for row in table[2:]] == ["image ready", "TTFT, middle", "KV cache", "peak RSS"]
     message = f"{twin} is unpruned itself; leave --compare out"
     assert ask(twin, photo, OTHER, "--compare").err == f"pruneport: error: {message}\n"
 
