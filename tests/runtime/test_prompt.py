@@ -159,7 +159,7 @@ def test_random_weights_get_a_seeded_stand_in(model: str) -> None:
     checkpoint = open_checkpoint(model, weights="random")
     prompt = read_prompt(checkpoint.folder, checkpoint.geometry, MODELS[model])
     assert prompt == read_prompt(checkpoint.folder, checkpoint.geometry, MODELS[model])
-    assert len(prompt.prefix_ids) == 31
+    assert len(prompt.prefix_ids) == 35
     assert prompt.prefix_ids[0] == 1
     assert (prompt.prefix_text, prompt.suffix_text) == (None, None)
     assert checkpoint.geometry.image_token_id not in prompt.prefix_ids
@@ -318,7 +318,7 @@ def ends(folder: Path, generation: object = None, *, outer: object = None, text:
         (None, 7, 2, (7,)),
         (None, None, [2, 5, 2], (2, 5)),
         ({"eos_token_id": 9}, 7, 2, (9,)),
-        ({"eos_token_id": [511]}, None, 2, (511,)),
+        ({"eos_token_id": [639]}, None, 2, (639,)),
         ({"eos_token_id": None}, 7, 2, ()),
         ({"bos_token_id": 1}, 7, 2, ()),
     ],
@@ -334,9 +334,9 @@ def test_answers_end_where_generate_ends(
     assert right == tuple(dict.fromkeys(named if isinstance(named, list) else [] if named is None else [named]))
 
 
-@pytest.mark.parametrize("named", [512, -1, "2", 2.0, True, [], [2, None], [[2]], {"id": 2}])
+@pytest.mark.parametrize("named", [640, -1, "2", 2.0, True, [], [2, None], [[2]], {"id": 2}])
 def test_end_that_is_no_id(folder: Path, named: object) -> None:
-    with pytest.raises(CheckpointError, match=r"generation_config\.json says eos_token_id=.* in 0\.\.511"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json says eos_token_id=.* in 0\.\.639"):
         ends(folder, {"eos_token_id": named})
     (folder / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json says eos_token_id="):
@@ -359,6 +359,5 @@ def test_runner_gets_the_own_tokenizer_without_its_state(
     made = tmp_path_factory.mktemp("runner")
     plain = json.loads((folder / "tokenizer.json").read_text())
     change(folder / "tokenizer.json", padding={**PADDING, "pad_token": "<pad>"}, truncation=TRUNCATION)
-    (folder / "digests.json").unlink()
     _copy_tokenizer(FolderCheckpoint(folder, POCKET), made)
     assert json.loads((made / "tokenizer.json").read_text()) == plain
