@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,14 +76,14 @@ PHASES = (
 _HARD = (*KINDS, "count", "relation", "direction", "place")
 LAST = (
     Phase(
-        steps=1000,
+        steps=700,
         patches=12,
         size=10,
         room=240,
         mixtures=(Mixture(things=(2, 7), signs=(0, 1)), Mixture(things=(1, 5), signs=(1, 3))),
         kinds=_HARD,
     ),
-    Phase(steps=1000, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=_HARD),
+    Phase(steps=500, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=_HARD),
 )
 # What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less. So does that
 # of where a thing stands that a question names, read off in the middle of the decoder: layers above can then compare.
@@ -204,14 +205,18 @@ class Talker(torch.nn.Module):
         self.seer = Seer(model.model.vision_tower, model.config.vision_config.num_hidden_layers - 1)
         self.seer.requires_grad_(not frozen_tower)
         width = model.config.text_config.hidden_size
-        self.where_norm = torch.nn.LayerNorm(width)
+        self.where_norm, self.lies_norm = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
         self.where = torch.nn.ModuleList(torch.nn.Linear(width, GRID) for _ in range(2))
-        model.model.language_model.layers[_NAMED_LAYER].register_forward_hook(self._keep)
+        self.lies = torch.nn.ModuleList(torch.nn.Linear(width, 2) for _ in range(2))
+        self.hidden: dict[int, Tensor] = {}
+        for index in (_NAMED_LAYER, _NAMED_LAYER + 1):
+            layer = model.model.language_model.layers[index]
+            layer.register_forward_hook(partial(self._keep, index))
         prefix = open_tokenizer().encode(f"{SYSTEM} USER: ").ids
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
 
-    def _keep(self, layer: Any, inputs: Any, out: Any) -> None:
-        self.middle = out[0] if isinstance(out, tuple) else out
+    def _keep(self, index: int, layer: Any, inputs: Any, out: Any) -> None:
+        self.hidden[index] = out[0] if isinstance(out, tuple) else out
 
     def forward(self, asked: Asked) -> Tensor:
         """-> the mean loss of the answers' tokens, and of what the tower is asked.
@@ -251,12 +256,27 @@ class Talker(torch.nn.Module):
         loss = (F.cross_entropy(logits.float(), wanted, reduction="none") * heavy).sum() / heavy.sum()
         if self.frozen_tower:
             return loss
-        named = asked.named[..., 0] >= 0
-        spots, names = asked.named[named], self.where_norm(self.middle[:, end:][named])
-        for axis, head in enumerate(self.where):
-            missed = F.cross_entropy(head(names).float(), spots[:, axis], reduction="sum")
-            loss = loss + _NAMED * missed / max(len(spots), 1)
+        loss = loss + _NAMED * self._of_names(asked, end)
         return loss + _DENSE * loss_of(*self.seer.told(seen), asked.labels, asked.corners)
+
+
+    def _of_names(self, asked: Asked, end: int) -> Tensor:
+        """-> the loss of where named things stand, and of how one lies to the one that its question names before it."""
+        named = asked.named[..., 0] >= 0
+        spots, blocks = asked.named[named], asked.blocks[named]
+        picture = torch.arange(len(named))[:, None].expand_as(named)[named]
+        after = torch.zeros(len(spots), dtype=torch.bool)
+        after[1:] = (blocks[1:] == blocks[:-1]) & (picture[1:] == picture[:-1])
+        far = spots - spots.roll(1, 0)
+        names = self.where_norm(self.hidden[_NAMED_LAYER][:, end:][named])
+        pairs = self.lies_norm(self.hidden[_NAMED_LAYER + 1][:, end:][named])
+        loss: Tensor = names.new_zeros((), dtype=torch.float32)
+        for axis, (where, lies) in enumerate(zip(self.where, self.lies, strict=True)):
+            missed = F.cross_entropy(where(names).float(), spots[:, axis], reduction="sum")
+            told = after & (far[:, axis].abs() > 1)
+            turned = F.cross_entropy(lies(pairs[told]).float(), (far[told, axis] > 0).long(), reduction="sum")
+            loss = loss + missed / max(len(spots), 1) + 2 * turned / max(int(told.sum()), 1)
+        return loss
 
 
 def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 2e-3) -> None:
