@@ -51,9 +51,7 @@ def settings_numbers(spec: PruneSpec) -> dict[str, int | float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def selector(
-    spec: PruneSpec, device: torch.device | str = "cpu"
-) -> Callable[[Features], tuple[Tensor, Tensor]]:
+def selector(spec: PruneSpec, device: torch.device | str = "cpu") -> Callable[[Features], tuple[Tensor, Tensor]]:
     """Gives the choice of a spec's method as a function: Features -> tokens (B, keep, D), indices (B, keep) int64.
 
     It is the form that graphs hold, on `device`. A method that has none, because it looks at the question, is computed
@@ -71,7 +69,8 @@ def selector(
         return static
 
     def told(features: Features) -> tuple[Tensor, Tensor]:
-        trace = method.choose(Features(*(None if x is None else x.cpu() for x in features)), spec)
+        here = Features(features.hidden.cpu(), *(None if x is None else x.cpu() for x in features[1:]))
+        trace = method.choose(here, spec)
         where = features.hidden.device
         return trace.tokens.to(where), trace.indices.to(where)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from export.evaluation.views import Inputs
 
 
-
 class PrunedModel:
     """generate() of transformers' LLaVA-1.5, LLaVA-NeXT or Qwen2-VL, with fewer image tokens from layer `cut` on.
 
@@ -56,7 +55,7 @@ class PrunedModel:
                 f"cut={cut}: {method} may prune at {cuts}, and the model has the layers "
                 f"0..{text.num_hidden_layers - 1}; leave cut out, or give one that both allow"
             )
-        if type(keep) not in (int, float) or keep <= 0 or (type(keep) is float and keep >= 1):
+        if type(keep) not in (int, float) or not keep > 0 or (type(keep) is float and keep >= 1):
             raise RequestError(
                 f"keep={keep!r} must be a whole number of image tokens of at least 1, or a share above 0 and below 1"
             )
@@ -67,9 +66,7 @@ class PrunedModel:
                 f"cut=0: {method} looks at {' and '.join(sorted(needs))} of the tower's last layer, which are told for "
                 f"LLaVA-1.5 alone, and this is {config.model_type}; prune at 1 or later, or by a method that needs none"
             )
-        if "attention" in needs and any(
-            part._attn_implementation != "eager" for part in (text, config.vision_config)
-        ):
+        if "attention" in needs and any(part._attn_implementation != "eager" for part in (text, config.vision_config)):
             raise RequestError(
                 f"method={method} looks at attention, which only transformers' eager attention tells; "
                 "load the model with attn_implementation=eager"
@@ -87,8 +84,8 @@ class PrunedModel:
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Answers one prompt, input_ids (1, T) and what else the processor made of it: the new ids (1, M).
 
-        `settings` are those of transformers' generate(). Raises RequestError as `image_views` does, for padding, and for
-        several beams.
+        `settings` are those of transformers' generate(). Raises RequestError as `image_views` does, for padding, and
+        for several beams.
         """
         if "attention_mask" in inputs and not bool(inputs["attention_mask"].all()):
             raise RequestError("the prompt is padded; give it alone, as it is")

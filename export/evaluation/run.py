@@ -199,9 +199,7 @@ class _Chooser:
         from pruning import PruneSpec, selector
 
         self.pruned = want.method != UNPRUNED
-        self._select = (
-            selector(PruneSpec(grid=model.grid, keep=want.keep, method=want.method)) if self.pruned else None
-        )
+        self._select = selector(PruneSpec(grid=model.grid, keep=want.keep, method=want.method)) if self.pruned else None
 
     def choose(self, features: Features) -> tuple[Tensor, Tensor]:
         """(1, N, D) -> tokens (1, keep, D) and their indices (1, keep)"""

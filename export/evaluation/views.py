@@ -61,7 +61,8 @@ def image_views(config: Any, inputs: Inputs) -> list[list[View]]:
             f"the prompt has {len(places)} image tokens where {config.model_type} with these pictures should have "
             f"{told}; take processor and weights from the same checkpoint"
         )
-    found, begin = [], 0
+    found: list[list[View]] = []
+    begin = 0
     for views in images:
         found.append([])
         for rows, columns, ends in views:
@@ -103,14 +104,15 @@ def _llava(config: Any, inputs: Inputs) -> list[list[_Layout]]:
 def _llava_next(config: Any, inputs: Inputs) -> list[list[_Layout]]:
     """The whole image in the tower's size, and the image in tiles without their padding, whose rows are ended."""
     import torch
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+    from transformers.models.llava_next import modeling_llava_next
 
+    theirs: Any = modeling_llava_next
     size, side = config.vision_config.image_size, square(config)
     found = []
     for image_size in inputs["image_sizes"].tolist():
-        tiles = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, size)
+        tiles = theirs.get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, size)
         padded = torch.empty(1, tiles[0] * side, tiles[1] * side, device="meta")
-        rows, columns = unpad_image(padded, image_size).shape[1:]
+        rows, columns = theirs.unpad_image(padded, image_size).shape[1:]
         found.append([_Layout(side, side), _Layout(rows, columns, line_ends=True)])
     return found
 

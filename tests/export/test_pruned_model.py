@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -25,13 +24,12 @@ from export.evaluation.eager import EagerModel
 from export.evaluation.pruned_model import PrunedModel
 from export.evaluation.questions import Line
 from export.evaluation.views import View, image_views, shares
-from export.models.pocket import POCKET, pocket_folder
-from pruning import METHODS
+from export.models.pocket import POCKET
 from runtime.errors import RequestError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEXT: Mapping[str, Any] = {
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -42,7 +40,7 @@ TEXT: Mapping[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-TOWER: Mapping[str, Any] = {
+TOWER: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -83,7 +81,7 @@ def llava_next() -> tuple[Any, Inputs]:
         image_token_index=IMAGE,
         image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
     )
-    # 60 x 100 pixels go into 112 x 112: 4 tiles, of which 6 of 8 rows are no padding; and the whole in 4 x 4.
+    # 65 x 100 pixels go into 112 x 112: four tiles, of whose 8 rows 6 are no padding; and the whole in 4 x 4.
     ids = [1, 7, 8, *[IMAGE] * (16 + 6 * (8 + 1)), 9, 10, 11]
     return seeded(LlavaNextForConditionalGeneration, config), {
         "input_ids": torch.tensor([ids]),
@@ -93,9 +91,10 @@ def llava_next() -> tuple[Any, Inputs]:
 
 
 def qwen2_vl() -> tuple[Any, Inputs]:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     config = Qwen2VLConfig(
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
-        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+        text_config={**TEXT, "rope_parameters": rope},
         image_token_id=IMAGE,
         video_token_id=61,
         vision_start_token_id=62,
@@ -111,7 +110,7 @@ def qwen2_vl() -> tuple[Any, Inputs]:
     }
 
 
-FAMILIES = {"llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl}
+FAMILIES: dict[str, Callable[[], tuple[Any, Inputs]]] = {"llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl}
 
 
 @torch.no_grad()
@@ -140,8 +139,7 @@ def masked(model: Any, inputs: Inputs, dropped: list[int], cut: int, tokens: int
     return said
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("cut", [0, 2])
+@pytest.mark.parametrize(("cut", "attention"), [(0, "eager"), (2, "sdpa")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropped_tokens_are_as_if_masked(family: str, cut: int, attention: str) -> None:
     model, inputs = FAMILIES[family]()
@@ -162,3 +160,121 @@ def test_dropped_tokens_are_as_if_masked(family: str, cut: int, attention: str) 
     whole = masked(model, inputs, [], cut, 6)
     assert whole != expected, "the case cannot tell pruned from whole"
     assert model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, -6:].tolist() == whole
+
+
+def test_answers_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is generated is what `pruneport eval` takes for right, from the same kept tokens, method by method."""
+    checkpoint = open_checkpoint("pocket")
+    model = EagerModel(checkpoint, POCKET)
+    photo = np.random.default_rng(0).integers(0, 255, (340, 360, 3), dtype=np.uint8)
+    question = model._tokenizer.question_ids("How many are there?")
+    whole = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    inputs = {
+        "input_ids": torch.tensor([[*model._frame.ids, *question]]),
+        "pixel_values": torch.from_numpy(np.array(model._desktop.pixels(photo))),
+    }
+    cells = [
+        run.Wanted("vlm-pruner", 64, 2),
+        run.Wanted("vlm-pruner", 16, 0),
+        run.Wanted("visionzip", 16, 0),
+        run.Wanted("fastv", 16, 2),
+    ]
+    answers, kept = [], []
+    for cell in cells:
+        pruned = PrunedModel(whole, method=cell.method, keep=cell.keep, cut=cell.cut)
+        ids = pruned.generate(inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        answers.append(ids[0].tolist())
+        kept.append(pruned.kept)
+    assert len({tuple(answer) for answer in answers}) > 1
+    said = {str(number): answer[:-1] for number, answer in enumerate(answers)}
+    monkeypatch.setattr(model._tokenizer, "answer_ids", lambda answer: said[answer])
+    reading = model.read(photo, [Line("x", "How many are there?", number) for number in said], [0, 2])
+    ends = (reading.block.diff(append=torch.tensor([-1])) != 0).nonzero()[:, 0]
+    for number, cell in enumerate(cells):
+        tokens, indices = run._Chooser(model, cell).choose(reading.features[cell.cut])
+        assert kept[number] == [[indices[0].tolist()]]
+        for last, right in ((answers[number][-1], True), ((answers[number][-1] + 1) % 300, False)):
+            reading.goals[ends] = last
+            assert model.right(reading, cell.cut, tokens, indices)[number] is right, cell
+
+
+def test_views_are_laid_out_family_by_family() -> None:
+    model, inputs = llava_next()
+    ((whole, tiles),) = image_views(model.config, inputs)
+    assert whole == View(slots=tuple(range(3, 19)), grid=(4, 4))
+    assert tiles.grid == (6, 8)
+    assert tiles.line_ends == tuple(range(27, 27 + 6 * 9, 9))
+    assert tiles.slots == tuple(place for place in range(19, 19 + 6 * 9) if place not in tiles.line_ends)
+    model, inputs = qwen2_vl()
+    views = image_views(model.config, inputs)
+    assert [[(view.grid, view.slots[0], view.slots[-1]) for view in image] for image in views] == [
+        [((4, 6), 3, 26)],
+        [((2, 3), 30, 35)],
+    ]
+    with pytest.raises(RequestError, match="30 image tokens where qwen2_vl with these pictures should have 24"):
+        image_views(model.config, {**inputs, "image_grid_thw": inputs["image_grid_thw"][:1]})
+    with pytest.raises(RequestError, match="2 prompts at once"):
+        image_views(model.config, {**inputs, "input_ids": inputs["input_ids"].expand(2, -1)})
+    with pytest.raises(RequestError, match="video"):
+        image_views(model.config, {**inputs, "pixel_values_videos": inputs["pixel_values"]})
+    assert image_views(model.config, {"input_ids": torch.tensor([[1, 2]])}) == []
+
+
+@pytest.mark.parametrize(
+    ("keep", "sizes", "expected"),
+    [
+        (64, [576], [64]),
+        (900, [576], [576]),
+        (0.111, [576], [63]),
+        (0.001, [576], [1]),
+        (160, [576, 2304], [32, 128]),
+        (10, [16, 48], [3, 7]),  # 2.5 and 7.5: the first of two equal remainders
+        (1, [16, 48], [0, 1]),
+        (0.5, [3, 3], [2, 1]),
+    ],
+)
+def test_views_share_what_is_kept(keep: int | float, sizes: list[int], expected: list[int]) -> None:
+    assert shares(keep, sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "words"),
+    [
+        ("llava", {"method": "best", "keep": 4}, "method=best is not known; allowed: vlm-pruner"),
+        ("llava", {"method": "uniform", "keep": 0}, "keep=0 must be"),
+        ("llava", {"method": "uniform", "keep": 1.5}, r"keep=1\.5 must be"),
+        ("llava", {"method": "uniform", "keep": float("nan")}, "keep=nan must be"),
+        ("llava", {"method": "uniform", "keep": True}, "keep=True must be"),
+        ("llava", {"method": "uniform", "keep": 17}, "keep=17: an image has 16 tokens"),
+        ("llava", {"method": "uniform", "keep": 4, "cut": 4}, r"cut=4: uniform may prune at .* layers 0\.\.3"),
+        ("llava", {"method": "visionzip", "keep": 4, "cut": 1}, "cut=1: visionzip may prune at 0"),
+        ("qwen2_vl", {"method": "visionzip", "keep": 4}, "looks at attention and keys of the tower's last layer"),
+        ("llava_next", {"method": "vlm-pruner", "keep": 4, "cut": 0}, "and this is llava_next; prune at 1 or later"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused(family: str, arguments: dict[str, Any], words: str) -> None:
+    model, _ = FAMILIES[family]()
+    with pytest.raises(RequestError, match=words):
+        PrunedModel(model, **arguments)
+
+
+def test_a_model_that_cannot_be_pruned_is_refused() -> None:
+    model, inputs = llava()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RequestError, match="load the model with attn_implementation=eager"):
+        PrunedModel(model, method="fastv", keep=4)
+    whole = model.generate(**inputs, max_new_tokens=4).tolist()
+    pruned = PrunedModel(model, method="uniform", keep=4)
+    with pytest.raises(RequestError, match="padded"):
+        pruned.generate({**inputs, "attention_mask": (inputs["input_ids"] != 1).long()})
+    with pytest.raises(RequestError, match="num_beams=1"):
+        pruned.generate(inputs, num_beams=2, max_new_tokens=2)
+    assert model.generate(**inputs, max_new_tokens=4).tolist() == whole, "something still hangs in the model"
+    model.config.get_text_config().layer_types = ["sliding_attention"] * 4
+    with pytest.raises(RequestError, match="sliding window"):
+        PrunedModel(model, method="uniform", keep=4)
+    model.config.model_type = "paligemma"
+    with pytest.raises(RequestError, match="'paligemma' cannot be pruned here; allowed: llava, llava_next, qwen2_vl"):
+        PrunedModel(model, method="uniform", keep=4)
