@@ -71,7 +71,9 @@ class PrunedModel:
                 f"method={method} looks at attention, which only transformers' eager attention tells; "
                 "load the model with attn_implementation=eager"
             )
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        kinds = getattr(text, "layer_types", None)
+        window = getattr(text, "sliding_window", None)
+        if "sliding_attention" in kinds if kinds else window is not None:
             raise RequestError(
                 "the decoder has layers with a sliding window, which would move as tokens are dropped; "
                 "give a checkpoint whose layers all see everything"

@@ -272,9 +272,10 @@ def test_a_model_that_cannot_be_pruned_is_refused() -> None:
     with pytest.raises(RequestError, match="num_beams=1"):
         pruned.generate(inputs, num_beams=2, max_new_tokens=2)
     assert model.generate(**inputs, max_new_tokens=4).tolist() == whole, "something still hangs in the model"
-    model.config.get_text_config().layer_types = ["sliding_attention"] * 4
-    with pytest.raises(RequestError, match="sliding window"):
-        PrunedModel(model, method="uniform", keep=4)
+    for name, value in (("sliding_window", 8), ("layer_types", ["full_attention", "sliding_attention"])):
+        setattr(model.config.get_text_config(), name, value)
+        with pytest.raises(RequestError, match="sliding window"):
+            PrunedModel(model, method="uniform", keep=4)
     model.config.model_type = "paligemma"
     with pytest.raises(RequestError, match="'paligemma' cannot be pruned here; allowed: llava, llava_next, qwen2_vl"):
         PrunedModel(model, method="uniform", keep=4)
