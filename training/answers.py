@@ -89,7 +89,7 @@ LAST = (
 # of where a thing stands that a question names, read off in the middle of the decoder: layers above can then compare.
 _DENSE = 0.2
 _NAMED = 0.1
-_NAMED_LAYER = 3
+_NAMED_LAYER = 2
 # An answer of a kind that comes up once a picture counts more.
 _HEAVY = {"reading": 3.0}
 
