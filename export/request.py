@@ -282,7 +282,7 @@ def plan(request: Request) -> Plan:
     backends = _backends(request, target, PARTS if request.only is None else (request.only,))
     backend, text_backend = backends["vision"], backends.get("text", backends["vision"])
     mixed = text_backend is not backend
-    layout = _layout(request.layout, backends, target)
+    layout = _layout(request.layout, backends, target, entry)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
@@ -634,7 +634,7 @@ def _quantisation(
     return known_word(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
-def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layout | None:
+def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: ModelEntry) -> Layout | None:
     """The layout of another runtime that `word` names; None for our own."""
     from export.targets import LAYOUTS
 
@@ -649,6 +649,12 @@ def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layou
         )
     if "text" not in backends:
         raise RequestError(f"layout={word} has nothing to lay out: no text graphs are made here; leave --only out")
+    axes = len(entry.geometry.text.rope.sections)
+    if axes:
+        raise RequestError(
+            f"layout={word} does not go with {entry.name}: the runtime that takes it counts positions on one axis, the "
+            f"image tokens of this model have positions on {axes}; leave --layout out"
+        )
     return made[word]
 
 

@@ -82,7 +82,8 @@ class Frame:
 
     `ids` has the image token's id at each of `slots` (ascending indices into it). `positions` are absolute, one row
     for each axis of the rotary embedding; `places` are (t, y, x) of each image token, which distances are measured
-    between; the text behind the frame begins at position `first_text`.
+    between; the text behind the frame begins at position `first_text`, on every axis. Between graphs no such position
+    is handed on, but the number of a token in the unpruned prompt, by which each graph looks up its turn (`rotary`).
     """
 
     ids: tuple[int, ...]
@@ -114,6 +115,11 @@ class Frame:
             places=tuple((0, y, x) for y in range(rows) for x in range(columns)),
             first_text=after,
         )
+
+    def rotary(self, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Positions of the first `tokens` tokens of the unpruned prompt, frame and text, a row for each axis."""
+        behind = range(self.first_text, self.first_text + max(0, tokens - len(self.ids)))
+        return tuple((*row, *behind)[:tokens] for row in self.positions)
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
