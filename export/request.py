@@ -282,6 +282,7 @@ def plan(request: Request) -> Plan:
     backends = _backends(request, target, PARTS if request.only is None else (request.only,))
     backend, text_backend = backends["vision"], backends.get("text", backends["vision"])
     mixed = text_backend is not backend
+    _check_tried(entry, backends.values(), target)
     layout = _layout(request.layout, backends, target, entry)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
@@ -632,6 +633,20 @@ def _quantisation(
             f"leave --{flag} out, or take a backend that has it: {', '.join(others) or 'none yet'}"
         )
     return known_word(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
+
+
+def _check_tried(entry: ModelEntry, backends: Iterable[Backend], target: Target) -> None:
+    """Refuses a backend that nobody has seen take the graphs of a model's family."""
+    tried = entry.family.backends
+    untried = [backend.name for backend in backends if tried is not None and backend.name not in tried]
+    if tried is None or not untried:
+        return
+    here = [backend.name for backend in target.backends if backend.name in tried]
+    way_out = f"take --backend {' or '.join(here)}" if here else "take --target android"
+    raise NotYetError(
+        f"{entry.name} on backend {untried[0]}: not yet, because no bundle of the family {entry.family.name} was made "
+        f"and checked with it; {way_out}"
+    )
 
 
 def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: ModelEntry) -> Layout | None:

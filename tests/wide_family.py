@@ -235,6 +235,7 @@ class Wide:
 
     name = "wide"
     class_token = False
+    backends = None
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:

@@ -209,6 +209,10 @@ class Family(Protocol[G]):
     def class_token(self) -> bool:
         """Whether its tower has a class token and, called with `attention=True`, gives the attention of it."""
 
+    @property
+    def backends(self) -> frozenset[str] | None:
+        """Names of the backends that its graphs were exported and checked with; others are refused. None for any."""
+
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Completes a config.json by what other files of the folder say for it."""
 

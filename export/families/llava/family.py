@@ -25,6 +25,7 @@ class Llava:
 
     name = "llava"
     class_token = True
+    backends = None
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:

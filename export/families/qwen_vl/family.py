@@ -43,6 +43,11 @@ class QwenVl:
         return False
 
     @property
+    def backends(self) -> frozenset[str]:
+        """Those that bundles of it were made with and passed their check."""
+        return frozenset({"onnx", "xnnpack"})
+
+    @property
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
         return tuple(entry for entry in _MODELS if entry.family == self)
