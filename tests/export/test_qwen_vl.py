@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,12 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 import export.families
+import export.golden
 from export import pipeline
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint
+from export.evaluation.eager import EagerModel
+from export.evaluation.questions import Line
+from export.evaluation.run import wanted_cells
 from export.families import MODELS
 from export.families.family import ModelEntry
 from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL
-from export.models.prompt import end_ids, read_prompt
+from export.golden import make_golden
+from export.models.prompt import SampleText, end_ids, read_prompt
 from export.progress import Progress
 from export.request import Request, plan
 from runtime.ask import open_bundle
@@ -188,6 +193,18 @@ def test_published_models_have_the_grid_of_the_paper() -> None:
         assert round(count / 1e9, 1) == billions
 
 
+@pytest.mark.parametrize("name", [entry.name for family in (QWEN2_VL, QWEN2_5_VL) for entry in family.models])
+def test_tensors_of_published_models_are_those_of_transformers(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    entry, make = MODELS[name], cast(Any, AutoModelForImageTextToText.from_config)
+    with torch.device("meta"):
+        model = make(AutoConfig.for_model(**dict(entry.config)))
+    spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
+    theirs = {spelled[name]: tuple(value.shape) for name, value in model.named_parameters()}
+    assert theirs == {name: tensor.shape for name, tensor in entry.tensors.items() if tensor.instead is None}
+
+
 def test_runtimes_that_count_positions_on_one_axis_are_refused(tmp_path: Path) -> None:
     for layout, backend in (("multimodal-runner", "xnnpack"), ("transformers.js", "onnx")):
         request = Request(
@@ -215,6 +232,30 @@ def test_backends_that_were_not_tried_are_refused(target: str, backend: str, way
     )
     with pytest.raises(NotYetError, match=f"qwen2-vl-2b on backend {backend}: not yet, .*; {way_out}"):
         plan(request)
+
+
+def test_methods_that_look_at_a_class_token_are_no_cells_of_an_evaluation() -> None:
+    with pytest.raises(RequestError, match="--method visionzip chooses by the attention of the tower's class token"):
+        wanted_cells(["visionzip"], [64], None, class_token=False)
+    assert [cell.method for cell in wanted_cells(["divprune"], [64], None, class_token=False)] == ["divprune"]
+
+
+@torch.no_grad()
+def test_evaluation_reads_as_the_desktop_does(
+    folders: Mapping[str, tuple[Path, Any]], photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.golden, "ANSWER_TOKENS", 1)
+    (entry, *_) = TIED.values()
+    checkpoint = FolderCheckpoint(folders[entry.family.name][0], entry)
+    model = EagerModel(checkpoint, entry)
+    reading = model.read(photo, [Line(image="", question=QUESTION, answer="7")], [0, 2])
+    asked = model._tokenizer.question_ids(QUESTION)
+    text = SampleText(ids=(*asked, *model._tokenizer.answer_ids("7"), 0), question=tuple(asked))
+    pixels = entry.family.desktop(checkpoint, "cpu").pixels(photo)
+    golden = make_golden(checkpoint, entry, None, cut=2, pixel_values=pixels, text=text)
+    np.testing.assert_allclose(reading.image[2], golden["vision_encoder.out.hidden"], atol=1e-5)
+    np.testing.assert_allclose(reading.text[2], golden["text_prefill.out.hidden"], atol=1e-5)
+    assert reading.features[0].attention is None
 
 
 @pytest.mark.slow
