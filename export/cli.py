@@ -64,7 +64,12 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
         allow_abbrev=False,
     )
     what = verb.add_argument_group("what to export")
-    what.add_argument("--model", required=True, metavar="M", help="model to export, e.g. llava-1.5-7b or pocket")
+    what.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="model to export, e.g. llava-1.5-7b or pocket; auto: that of --weights DIR",
+    )
     what.add_argument(
         "--keep",
         required=True,

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Word = TypeVar("Word", bound=str)
 NONE = "none"
+# The model that `--weights` describes.
+AUTO = "auto"
 # What a layout is called that no runtime of other people takes.
 OWN = "pruneport"
 # The paper prunes in front of decoder layer K = 2 (section 3): layers 0 and 1 see every image token.
@@ -274,7 +276,7 @@ def plan(request: Request) -> Plan:
     from export.targets import TARGETS
     from runtime.bundle import VISION_ENCODER, of_keep
 
-    entry = MODELS[known_word("model", request.model, MODELS)]
+    entry = model_entry(request.model, request.weights, MODELS)
     target = TARGETS[known_word("target", request.target, TARGETS)]
     if request.only is not None:
         known_word("part", request.only, ALONE)
@@ -532,6 +534,18 @@ def check_memory(planned: Plan) -> None:
         f"the system would stop it half-way; {ways_out}close other programs, take a larger machine, or try it all the "
         "same with --force"
     )
+
+
+def model_entry(word: str, weights: str | None, models: Mapping[str, ModelEntry]) -> ModelEntry:
+    """The model that `word` names: of `models`, or by `auto` the one that the folder `weights` describes."""
+    if word != AUTO:
+        return models[known_word("model", word, (*models, AUTO))]
+    from export.checkpoints import RANDOM, entry_of_folder
+
+    if weights is None or weights == RANDOM:
+        raise RequestError(f"model={AUTO} is what the config.json of a folder describes; give it with --weights DIR")
+    _check_weights(weights)
+    return entry_of_folder(Path(weights))
 
 
 def known_word(what: str, word: str, known: Iterable[Word]) -> Word:

@@ -50,7 +50,7 @@ def _config(version: Version) -> Mapping[str, Any]:
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
             "vocab_size": 96,
             "bos_token_id": 1,

@@ -234,6 +234,7 @@ class Wide:
     """The family."""
 
     name = "wide"
+    model_type = "llava"
     class_token = False
     backends = None
 

@@ -202,6 +202,10 @@ class Family(Protocol[G]):
         """What a manifest calls it."""
 
     @property
+    def model_type(self) -> str:
+        """What a config.json of it calls itself."""
+
+    @property
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
 

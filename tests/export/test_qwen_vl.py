@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import export.families
 import export.golden
 from export import pipeline
-from export.checkpoints import FolderCheckpoint, RandomCheckpoint
+from export.checkpoints import FolderCheckpoint, RandomCheckpoint, entry_of_folder
 from export.evaluation.eager import EagerModel
 from export.evaluation.questions import Line
 from export.evaluation.run import wanted_cells
@@ -26,7 +26,7 @@ from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL
 from export.golden import make_golden
 from export.models.prompt import SampleText, end_ids, read_prompt
 from export.progress import Progress
-from export.request import Request, plan
+from export.request import Request, model_entry, plan
 from runtime.ask import open_bundle
 from runtime.errors import CheckpointError, ExportError, NotYetError, RequestError
 from runtime.prompt import open_tokenizer
@@ -87,6 +87,22 @@ def test_folder_is_read_in_both_spellings(
             name = next((name for name in tensor.stored if name in theirs), "model.language_model.embed_tokens.weight")
             canonical = next(key for key, value in entry.tensors.items() if value is tensor)
             assert torch.equal(checkpoint.tensor(canonical), theirs[name])
+
+
+def test_model_may_be_what_a_folder_describes(folders: Mapping[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    for name, (folder, _) in folders.items():
+        entry = entry_of_folder(folder)
+        assert entry.family.name == name
+        assert entry.geometry.text == TIED[name].geometry.text
+        assert entry.geometry.grid == (24, 24)  # the size of image is no part of a checkpoint
+        assert FolderCheckpoint(folder, entry).geometry == entry.geometry
+    (tmp_path / "config.json").write_text(json.dumps(as_published(MODELS["qwen2-vl-7b"].config)))
+    assert entry_of_folder(tmp_path) is MODELS["qwen2-vl-7b"]
+    (tmp_path / "config.json").write_text('{"model_type": "gemma4"}')
+    with pytest.raises(CheckpointError, match="is no family that can be exported; supported: llava, qwen2_vl, "):
+        entry_of_folder(tmp_path)
+    with pytest.raises(RequestError, match="model=auto is what the config"):
+        model_entry("auto", "random", MODELS)
 
 
 def test_prompt_ends_in_front_of_the_image_and_goes_on_behind_its_end(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Llava:
     """LLaVA-1.5 (arXiv 2310.03744): each prompt is a prefix, one square image of single patches, and the question."""
 
-    name = "llava"
+    name = model_type = "llava"
     class_token = True
     backends = None
 

@@ -38,6 +38,11 @@ class QwenVl:
     image_size: tuple[int, int] = IMAGE_SIZE
 
     @property
+    def model_type(self) -> str:
+        """What a config.json of it calls itself."""
+        return self.version
+
+    @property
     def class_token(self) -> bool:
         """False: the tower has none."""
         return False
