@@ -303,6 +303,8 @@ def plan(request: Request) -> Plan:
     default_quant_vision = None
     if quant_text and not mixed and layout is None and asked["vision"] is None:
         default_quant_vision = backend.quant_vision_with_text
+        if default_quant_vision and _odd_layers(entry, default_quant_vision):
+            default_quant_vision = None
     scheme = request.quant_vision or default_quant_vision
     if layout and scheme in backend.quant_vision and scheme not in layout.quant_vision:
         raise RequestError(
@@ -310,6 +312,12 @@ def plan(request: Request) -> Plan:
             f"{', '.join((*layout.quant_vision, NONE))}; leave --quant-vision out"
         )
     quant_vision = _quantisation("quant_vision", scheme, backend.quant_vision, backend, target)
+    if quant_vision and (odd := _odd_layers(entry, quant_vision)):
+        raise RequestError(
+            f"quant_vision={quant_vision} has one scale for each group of a layer's inputs, and {odd[0]} of "
+            f"{entry.name} does not divide into such groups; leave --quant-vision out, or take --backend xnnpack "
+            "--quant-vision 8da8w, which has a scale for each output"
+        )
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
     default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)
     precision = known_word(f"{backend.name} precision", asked["vision"] or default_precision, backend.precisions)
@@ -661,6 +669,22 @@ def _check_tried(entry: ModelEntry, backends: Iterable[Backend], target: Target)
         f"{entry.name} on backend {untried[0]}: not yet, because no bundle of the family {entry.family.name} was made "
         f"and checked with it; {way_out}"
     )
+
+
+def _odd_layers(entry: ModelEntry, scheme: str) -> list[str]:
+    """Layers of the tower, by name, whose inputs are no multiple of the group that a scheme has a scale for."""
+    from export.families.family import TOWER
+    from export.quantize import SCHEMES
+
+    group = SCHEMES[scheme].group if scheme in SCHEMES else None  # others are backends' own
+    if group is None:
+        return []
+    matrices = [
+        (name.removesuffix(".weight"), tensor.shape)
+        for name, tensor in entry.tensors.items()
+        if name.startswith(TOWER) and tensor.needed and len(tensor.shape) == 2 and "embedding" not in name
+    ]
+    return [f"{name} ({shape[1]} inputs)" for name, shape in matrices if shape[1] % group]
 
 
 def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: ModelEntry) -> Layout | None:

@@ -221,6 +221,18 @@ def test_tensors_of_published_models_are_those_of_transformers(name: str) -> Non
     assert theirs == {name: tensor.shape for name, tensor in entry.tensors.items() if tensor.instead is None}
 
 
+def test_tower_stays_unquantised_where_groups_do_not_divide_its_layers(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"keep": "64", "target": "android", "weights": "random", "output_dir": str(tmp_path)}
+    made = {
+        model: plan(Request(model=model, backend="onnx", force=True, **words)).vision.scheme
+        for model in ("qwen2-vl-2b", "qwen2.5-vl-3b")
+    }
+    assert made == {"qwen2-vl-2b": "int8", "qwen2.5-vl-3b": None}
+    assert plan(Request(model="qwen2.5-vl-3b", backend="xnnpack", force=True, **words)).vision.scheme == "8da8w"
+    with pytest.raises(RequestError, match=r"tower\.layers\.0\.mlp\.down_proj \(3420 inputs\)"):
+        plan(Request(model="qwen2.5-vl-3b", backend="onnx", force=True, quant_vision="int8", **words))
+
+
 def test_runtimes_that_count_positions_on_one_axis_are_refused(tmp_path: Path) -> None:
     for layout, backend in (("multimodal-runner", "xnnpack"), ("transformers.js", "onnx")):
         request = Request(
