@@ -31,6 +31,8 @@ Word = TypeVar("Word", bound=str)
 NONE = "none"
 # The model that `--weights` describes.
 AUTO = "auto"
+# Of an image's edge, in the manifest.
+MOST_PIXELS = 8192
 # What a layout is called that no runtime of other people takes.
 OWN = "pruneport"
 # The paper prunes in front of decoder layer K = 2 (section 3): layers 0 and 1 see every image token.
@@ -84,6 +86,7 @@ class Request:
     precision: str | None = None
     quant_vision: str | None = None
     quant_text: str | None = None
+    image_size: str | None = None
     text_tokens: str = str(DEFAULT_TEXT_TOKENS)
     cut: str | None = None
     layout: str = OWN
@@ -276,7 +279,7 @@ def plan(request: Request) -> Plan:
     from export.targets import TARGETS
     from runtime.bundle import VISION_ENCODER, of_keep
 
-    entry = model_entry(request.model, request.weights, MODELS)
+    entry = _at_size(model_entry(request.model, request.weights, MODELS), request.image_size)
     target = TARGETS[known_word("target", request.target, TARGETS)]
     if request.only is not None:
         known_word("part", request.only, ALONE)
@@ -357,6 +360,7 @@ def plan(request: Request) -> Plan:
         "" if quant_vision == default_quant_vision else quant_vision or f"vision-{NONE}",
         f"text-{text_precision}" if text_precision != default_text_precision else "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
+        "" if request.image_size is None else "image{}x{}".format(*entry.geometry.pixel_values[2:]),
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
         f"cut{cut}" if cut != PAPER_CUT and layout is None else "",
         layout.runtime if layout else "",
@@ -554,6 +558,19 @@ def model_entry(word: str, weights: str | None, models: Mapping[str, ModelEntry]
         raise RequestError(f"model={AUTO} is what the config.json of a folder describes; give it with --weights DIR")
     _check_weights(weights)
     return entry_of_folder(Path(weights))
+
+
+def _at_size(entry: ModelEntry, words: str | None) -> ModelEntry:
+    """The model for images of another size: `N`, or `HxW`, in pixels. RequestError where it takes one size alone."""
+    if words is None:
+        return entry
+    edges = words.lower().split("x")
+    if len(edges) > 2:
+        raise RequestError(f"image_size={words[:20]!r} is no size; write N, or HxW, such as 448x672")
+    height, width = (whole_number("image_size", edge, 1, MOST_PIXELS) for edge in (edges[0], edges[-1]))
+    resized = replace(entry, family=entry.family.resized((height, width)))
+    _ = resized.geometry  # refuses what does not divide
+    return resized
 
 
 def known_word(what: str, word: str, known: Iterable[Word]) -> Word:

@@ -21,7 +21,7 @@ from export.blocks.projector import Projector
 from export.families.desktop import filled
 from export.families.family import Checkpoint, Frame, ModelEntry, Seen, TensorEntry, decoder_tensors, linear
 from runtime.bundle import ImageInfo
-from runtime.errors import ExportError
+from runtime.errors import ExportError, RequestError
 
 CONFIG: Mapping[str, Any] = {
     "model_type": "llava",
@@ -241,6 +241,9 @@ class Wide:
     @property
     def models(self) -> tuple[ModelEntry, ...]:
         return (TINY_WIDE,)
+
+    def resized(self, size: tuple[int, int]) -> Wide:
+        raise RequestError("the wide family has one size")
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config

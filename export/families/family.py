@@ -217,6 +217,9 @@ class Family(Protocol[G]):
     def backends(self) -> frozenset[str] | None:
         """Names of the backends that its graphs were exported and checked with; others are refused. None for any."""
 
+    def resized(self, size: tuple[int, int]) -> Family[G]:
+        """The same for images of (height, width) pixels; RequestError where its models take one size alone."""
+
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Completes a config.json by what other files of the folder say for it."""
 

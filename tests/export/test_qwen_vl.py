@@ -198,6 +198,26 @@ def test_image_size_must_divide_into_tokens_and_windows() -> None:
         replace(QWEN2_5_VL, image_size=(672, 700)).geometry(MODELS["qwen2.5-vl-3b"].config)
 
 
+def test_image_size_is_chosen_when_a_graph_is_made(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"keep": "64", "target": "android", "weights": "random", "output_dir": str(tmp_path)}
+    words["force"] = True
+    wide = plan(Request(model="qwen2-vl-2b", image_size="448x672", **words))
+    assert wide.entry.geometry.pixel_values == (1, 3, 448, 672)
+    assert wide.entry.geometry.grid == (16, 24)
+    assert "image448x672" in wide.bundle.name
+    square = plan(Request(model="qwen2.5-vl-3b", image_size="448", **words))
+    assert square.entry.geometry.grid == (16, 16)
+    for model, size, complaint in (
+        ("qwen2-vl-2b", "450", "height and width must be multiples of 28"),
+        ("qwen2.5-vl-3b", "448x700", "height and width must be multiples of 112"),
+        ("qwen2-vl-2b", "1x2x3", "is no size; write N, or HxW"),
+        ("qwen2-vl-2b", "wide", "is not a whole number"),
+        ("pocket", "448", "leave --image-size out"),
+    ):
+        with pytest.raises(RequestError, match=complaint):
+            plan(Request(model=model, image_size=size, **words))
+
+
 def test_published_models_have_the_grid_of_the_paper() -> None:
     sizes = {"qwen2-vl-2b": 2.2, "qwen2-vl-7b": 8.3, "qwen2.5-vl-3b": 3.8, "qwen2.5-vl-7b": 8.3}
     for name, billions in sizes.items():

@@ -11,6 +11,7 @@ from export.families.llava.config import VISION_WHEN_ABSENT, LlavaGeometry, with
 from export.families.llava.hub_files import hub_files
 from export.families.llava.preprocessor import image_info
 from export.families.llava.tensors import other_layout, stray, tensors
+from runtime.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,13 @@ class Llava:
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
         return LLAVA_7B, LLAVA_13B, POCKET
+
+    def resized(self, size: tuple[int, int]) -> Llava:
+        """Raises RequestError: the size is the checkpoint's."""
+        raise RequestError(
+            "image_size is for models that take photos of any size; the tower of LLaVA-1.5 has one, which its "
+            "config.json says: leave --image-size out"
+        )
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Completes a config.json by the image token's id, which some leave to the tokenizer."""

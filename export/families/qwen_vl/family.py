@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,10 @@ class QwenVl:
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
         return tuple(entry for entry in _MODELS if entry.family == self)
+
+    def resized(self, size: tuple[int, int]) -> QwenVl:
+        """The same for images of (height, width) pixels."""
+        return replace(self, image_size=size)
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The config.json as it is: no other file completes it."""
@@ -179,7 +183,7 @@ _MODELS: tuple[ModelEntry, ...] = (
     ModelEntry(
         family=QWEN2_VL,
         name="qwen2-vl-2b",
-        summary="Qwen2-VL 2B at 672 x 672 pixels: 576 image tokens, 28 layers of width 1536",
+        summary="Qwen2-VL 2B: an image token for each 28 x 28 pixels, 28 layers of width 1536",
         hub_id="Qwen/Qwen2-VL-2B-Instruct",
         config=_config("qwen2_vl", hidden=1536, mlp=8960, layers=28, heads=12, kv_heads=2, vocab=151936, tied=True),
         prefix_tokens=_PREFIX_TOKENS,
@@ -187,7 +191,7 @@ _MODELS: tuple[ModelEntry, ...] = (
     ModelEntry(
         family=QWEN2_VL,
         name="qwen2-vl-7b",
-        summary="Qwen2-VL 7B at 672 x 672 pixels: 576 image tokens, 28 layers of width 3584",
+        summary="Qwen2-VL 7B: an image token for each 28 x 28 pixels, 28 layers of width 3584",
         hub_id="Qwen/Qwen2-VL-7B-Instruct",
         config=_config("qwen2_vl", hidden=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
         prefix_tokens=_PREFIX_TOKENS,
@@ -195,7 +199,7 @@ _MODELS: tuple[ModelEntry, ...] = (
     ModelEntry(
         family=QWEN2_5_VL,
         name="qwen2.5-vl-3b",
-        summary="Qwen2.5-VL 3B at 672 x 672 pixels: 576 image tokens, 36 layers of width 2048",
+        summary="Qwen2.5-VL 3B: an image token for each 28 x 28 pixels, 36 layers of width 2048",
         hub_id="Qwen/Qwen2.5-VL-3B-Instruct",
         config=_config("qwen2_5_vl", hidden=2048, mlp=11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True),
         prefix_tokens=_PREFIX_TOKENS,
@@ -203,7 +207,7 @@ _MODELS: tuple[ModelEntry, ...] = (
     ModelEntry(
         family=QWEN2_5_VL,
         name="qwen2.5-vl-7b",
-        summary="Qwen2.5-VL 7B at 672 x 672 pixels: 576 image tokens, 28 layers of width 3584",
+        summary="Qwen2.5-VL 7B: an image token for each 28 x 28 pixels, 28 layers of width 3584",
         hub_id="Qwen/Qwen2.5-VL-7B-Instruct",
         config=_config("qwen2_5_vl", hidden=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
         prefix_tokens=_PREFIX_TOKENS,
