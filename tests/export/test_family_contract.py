@@ -162,6 +162,11 @@ def test_families_need_no_torch(root: Path) -> None:
 
 
 @every_family
+def test_config_calls_itself_what_the_family_says(entry: ModelEntry) -> None:
+    assert entry.config["model_type"] == entry.family.model_type
+
+
+@every_family
 def test_frame_is_consistent(entry: ModelEntry) -> None:
     geometry = entry.geometry
     frame = entry.family.frame((1, 7, 9), geometry)
