@@ -64,7 +64,12 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
         allow_abbrev=False,
     )
     what = verb.add_argument_group("what to export")
-    what.add_argument("--model", required=True, metavar="M", help="model to export, e.g. llava-1.5-7b or pocket")
+    what.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="model to export, e.g. llava-1.5-7b or pocket; auto: that of --weights DIR",
+    )
     what.add_argument(
         "--keep",
         required=True,
@@ -86,6 +91,9 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
         "--quant-text",
         metavar="Q",
         help="text graphs: 8da4w[-g64|-g32] or 8da8w; onnx: int4[-g64|-g128], int8; coreml: int4, int8, pal4",
+    )
+    what.add_argument(
+        "--image-size", metavar="N|HxW", help="pixels of the image, where the model takes any (default 672)"
     )
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
@@ -344,6 +352,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
         precision=args.precision,
         quant_vision=args.quant_vision,
         quant_text=args.quant_text,
+        image_size=args.image_size,
         text_tokens=args.text_tokens,
         cut=args.cut,
         layout=args.layout,

@@ -111,10 +111,17 @@ def scores(record: Record) -> list[Score]:
     ]
 
 
-def wanted_cells(methods: Sequence[str], keeps: Sequence[int], cut: int | None) -> list[Wanted]:
+def looks_at_class_token(method: Method) -> bool:
+    """Whether a method needs the attention of the tower's class token: what asks for a question has the decoder's."""
+    return "attention" in method.needs and "question" not in method.needs
+
+
+def wanted_cells(
+    methods: Sequence[str], keeps: Sequence[int], cut: int | None, *, class_token: bool = True
+) -> list[Wanted]:
     """Each method at each keep, at `cut`, or where that is None at the paper's if the method may prune there.
 
-    RequestError for a method that is not known, or may not prune at `cut`.
+    RequestError for a method that is not known, may not prune at `cut`, or looks at a class token where there is none.
     """
     from pruning import METHODS
 
@@ -122,6 +129,11 @@ def wanted_cells(methods: Sequence[str], keeps: Sequence[int], cut: int | None) 
     for name in methods:
         if name not in METHODS:
             raise RequestError(f"--method {name!r} is not known; allowed: all, {', '.join(METHODS)}")
+        if not class_token and looks_at_class_token(METHODS[name]):
+            raise RequestError(
+                f"--method {name} chooses by the attention of the tower's class token, and the tower of this model has "
+                "none; leave the method out"
+            )
         cuts = METHODS[name].cuts
         if cut is not None and not cuts.allow(cut):
             raise RequestError(f"--cut {cut}: {name} may prune at {cuts}; leave --cut or the method out")

@@ -7,8 +7,11 @@ from typing import Any
 
 from export.families.family import Family, ModelEntry
 from export.families.llava.family import LLAVA
+from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL
 
 FAMILIES: Mapping[str, Family[Any]] = {
     "llava": LLAVA,
+    "qwen2-vl": QWEN2_VL,
+    "qwen2.5-vl": QWEN2_5_VL,
 }
 MODELS: Mapping[str, ModelEntry] = {entry.name: entry for family in FAMILIES.values() for entry in family.models}
