@@ -259,7 +259,6 @@ class Talker(torch.nn.Module):
         loss = loss + _NAMED * self._of_names(asked, end)
         return loss + _DENSE * loss_of(*self.seer.told(seen), asked.labels, asked.corners)
 
-
     def _of_names(self, asked: Asked, end: int) -> Tensor:
         """-> the loss of where named things stand, and of how one lies to the one that its question names before it."""
         named = asked.named[..., 0] >= 0
