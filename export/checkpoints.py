@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from export.families import FAMILIES, MODELS
+from export.families import FAMILIES, MODELS, family_of, known_model
 from export.families.family import Checkpoint, Family, Geometry, ModelEntry, TensorEntry
 from export.settings import read_object, shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
@@ -107,20 +107,20 @@ def entry_of_folder(folder: Path) -> ModelEntry:
     if config is None:
         raise CheckpointError(f"{folder} has no config.json; give a folder in Hugging Face's layout")
     named = config.get("model_type")
-    family = next((family for family in FAMILIES.values() if family.model_type == named), None)
+    family = family_of(named)
     if family is None:
-        known = ", ".join(family.model_type for family in FAMILIES.values())
+        types = ", ".join(family.model_type for family in FAMILIES.values())
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type={shown(named)} is no family that can be exported; supported: {known}"
+            f"{folder / 'config.json'}: model_type={shown(named)} is no family that can be exported; supported: {types}"
         )
     config = dict(family.whole_config(folder, without_nulls(config)))
     try:
         geometry: Geometry = family.geometry(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    same = [entry for entry in family.models if entry.geometry.numbers() == geometry.numbers()]
-    if same:
-        return same[0]
+    known = known_model(family, geometry)
+    if known is not None:
+        return known
     text = geometry.text
     return ModelEntry(
         name=re.sub(r"[^a-z0-9.]+", "-", Path(os.path.realpath(folder)).name.lower()).strip("-.") or family.name,

@@ -13,6 +13,7 @@ from typing import NoReturn
 from export.device_cli import add_device, add_report, run_device, run_report
 from export.eval_cli import add_eval, run_eval
 from export.outcome import BAD_REQUEST, FAILED, INTERRUPTED, NOT_CHECKED, PASSED, Parser, command, exit_code, show
+from export.progress import ended_by_any_signal
 from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
@@ -309,8 +310,6 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         raise RequestError(
             f"the folder that this runs in cannot be reached: {error.strerror}; go to another one with cd"
         ) from error
-    from export.progress import ended_by_any_signal
-
     if args.verb == "export":
         return _export(args, version, output)
     if args.verb == "verify":
@@ -373,7 +372,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     if args.dry_run:
         return PASSED
     from export.pipeline import export, stage_count
-    from export.progress import Progress, ended_by_any_signal, library_noise
+    from export.progress import Progress, library_noise
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     try:
@@ -464,7 +463,7 @@ def _serve(args: argparse.Namespace) -> NoReturn:
 
 
 def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
-    from export.progress import ended_by_any_signal, library_noise
+    from export.progress import library_noise
     from export.request import whole_number
     from export.sweep.board import Board, terminal_table
     from export.sweep.cell import plan_cells

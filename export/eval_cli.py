@@ -53,11 +53,10 @@ def run_eval(args: argparse.Namespace) -> int:
     from export.evaluation.page import PAGES, terminal_scores, write_pages
     from export.evaluation.questions import read_questions
     from export.evaluation.run import evaluate, save, scores, wanted_cells
-    from export.families import MODELS
     from export.progress import library_noise
     from export.request import model_entry, whole_number
 
-    entry = model_entry(args.model, args.weights, MODELS)
+    entry = model_entry(args.model, args.weights)
     questions = read_questions(_questions(args.questions, entry))
     questions = questions.first(None if args.photos is None else whole_number("photos", args.photos, 1, 10**6))
     checkpoint = open_checkpoint(entry, weights=args.weights)

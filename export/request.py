@@ -275,11 +275,10 @@ def plan(request: Request) -> Plan:
         ImageError: the photo cannot be read.
         ExportError: the packages that make graphs are not installed.
     """
-    from export.families import MODELS
     from export.targets import TARGETS
     from runtime.bundle import VISION_ENCODER, of_keep
 
-    entry = _at_size(model_entry(request.model, request.weights, MODELS), request.image_size)
+    entry = _at_size(model_entry(request.model, request.weights), request.image_size)
     target = TARGETS[known_word("target", request.target, TARGETS)]
     if request.only is not None:
         known_word("part", request.only, ALONE)
@@ -548,10 +547,12 @@ def check_memory(planned: Plan) -> None:
     )
 
 
-def model_entry(word: str, weights: str | None, models: Mapping[str, ModelEntry]) -> ModelEntry:
-    """The model that `word` names: of `models`, or by `auto` the one that the folder `weights` describes."""
+def model_entry(word: str, weights: str | None) -> ModelEntry:
+    """The model that `word` names: of the table, or by `auto` the one that the folder `weights` describes."""
+    from export.families import MODELS
+
     if word != AUTO:
-        return models[known_word("model", word, (*models, AUTO))]
+        return MODELS[known_word("model", word, (*MODELS, AUTO))]
     from export.checkpoints import RANDOM, entry_of_folder
 
     if weights is None or weights == RANDOM:
@@ -677,8 +678,10 @@ def _quantisation(
 def _check_tried(entry: ModelEntry, backends: Iterable[Backend], target: Target) -> None:
     """Refuses a backend that nobody has seen take the graphs of a model's family."""
     tried = entry.family.backends
-    untried = [backend.name for backend in backends if tried is not None and backend.name not in tried]
-    if tried is None or not untried:
+    if tried is None:
+        return
+    untried = [backend.name for backend in backends if backend.name not in tried]
+    if not untried:
         return
     here = [backend.name for backend in target.backends if backend.name in tried]
     way_out = f"take --backend {' or '.join(here)}" if here else "take --target android"

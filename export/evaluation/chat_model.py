@@ -10,9 +10,9 @@ import torch
 
 from export.evaluation.pruned_model import PrunedModel
 from export.evaluation.views import LAYOUTS
-from export.families import FAMILIES, MODELS
+from export.families import family_of, known_model
 from pruning import DEFAULT_METHOD, METHODS
-from runtime.errors import CheckpointError, RequestError
+from runtime.errors import CheckpointError, PruneportError, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,14 +159,12 @@ def _method(method: str | None, keep: int | float | None) -> str | None:
 
 def known_system_prompt(config: Any) -> str | None:
     """The system prompt of the model of `--model` that has the same sizes; None where none has or it has none."""
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config.model_type)
     if family is None:
         return None
-    with suppress(CheckpointError):  # a layout that is not exported can be evaluated nevertheless
-        numbers = family.geometry(config.to_dict()).numbers()
-        for entry in MODELS.values():
-            if entry.family is family and entry.geometry.numbers() == numbers:
-                return entry.system_prompt
+    with suppress(PruneportError):  # a layout or a size that is not exported can be evaluated nevertheless
+        entry = known_model(family, family.geometry(config.to_dict()))
+        return entry.system_prompt if entry else None
     return None
 
 

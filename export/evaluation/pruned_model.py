@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from export.evaluation.run import usual_cut
-from export.evaluation.views import LAYOUTS, View, image_views, shares, square
+from export.evaluation.views import View, image_views, layout_of, shares, square
 from pruning import METHODS, Features, PruneSpec, selector
 from runtime.errors import RequestError
 
@@ -42,10 +42,7 @@ class PrunedModel:
         Raises RequestError for a model, method, keep or cut that does not go with the others.
         """
         config, text = model.config, model.config.get_text_config()
-        if config.model_type not in LAYOUTS:
-            raise RequestError(
-                f"a model of type {config.model_type!r} cannot be pruned here; allowed: {', '.join(LAYOUTS)}"
-            )
+        layout_of(config.model_type)
         if method not in METHODS:
             raise RequestError(f"method={method} is not known; allowed: {', '.join(METHODS)}")
         cuts, needs = METHODS[method].cuts, METHODS[method].needs

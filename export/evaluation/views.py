@@ -43,11 +43,7 @@ def image_views(config: Any, inputs: Inputs) -> list[list[View]]:
     Raises RequestError for a family whose layout is not known, several prompts at once, videos, and a number of image
     tokens that the layout does not explain.
     """
-    layout = LAYOUTS.get(config.model_type)
-    if layout is None:
-        raise RequestError(
-            f"a model of type {config.model_type!r} cannot be pruned here; allowed: {', '.join(LAYOUTS)}"
-        )
+    layout = layout_of(config.model_type)
     ids = inputs["input_ids"]
     if len(ids) != 1:
         raise RequestError(f"{len(ids)} prompts at once; give one: prompts of different lengths would need padding")
@@ -128,3 +124,10 @@ LAYOUTS: Mapping[str, Callable[[Any, Inputs], list[list[_Layout]]]] = {
     "llava_next": _llava_next,
     "qwen2_vl": _qwen2_vl,
 }
+
+
+def layout_of(model_type: str) -> Callable[[Any, Inputs], list[list[_Layout]]]:
+    """How prompts of a type of model lay images out; RequestError for one that is not known."""
+    if model_type not in LAYOUTS:
+        raise RequestError(f"a model of type {model_type!r} cannot be pruned here; allowed: {', '.join(LAYOUTS)}")
+    return LAYOUTS[model_type]

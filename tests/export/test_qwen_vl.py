@@ -102,7 +102,7 @@ def test_model_may_be_what_a_folder_describes(folders: Mapping[str, tuple[Path, 
     with pytest.raises(CheckpointError, match="is no family that can be exported; supported: llava, qwen2_vl, "):
         entry_of_folder(tmp_path)
     with pytest.raises(RequestError, match="model=auto is what the config"):
-        model_entry("auto", "random", MODELS)
+        model_entry("auto", "random")
 
 
 def test_prompt_ends_in_front_of_the_image_and_goes_on_behind_its_end(

@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from export.blocks.geometry import Rope, TextGeometry
-from export.settings import flag, number, one_of, positive, shown, whole, without_nulls
+from export.settings import (
+    flag,
+    number,
+    one_of,
+    positive,
+    refuse_quantised,
+    section,
+    shown,
+    whole,
+    without_nulls,
+)
 from runtime.errors import CheckpointError, RequestError
 
 Version = Literal["qwen2_vl", "qwen2_5_vl"]
@@ -66,7 +76,6 @@ _DEFAULT_SECTIONS = [16, 24, 24]
 _DEFAULT_THETA = 1e6
 _TOWER_THETA = 1e4
 _LARGEST_ID = 2**31 - 1
-_QUANTISED_KEYS = ("quantization_config", "compression_config")
 # The norms of the tower; no config.json says it.
 TOWER_NORM_EPS = 1e-6
 
@@ -206,8 +215,8 @@ class QwenGeometry:
         """
         config = without_nulls(config)
         _one_of("model_type", config.get("model_type"), (version,))
-        _refuse_quantised(config)
-        vision = {**_VISION_DEFAULTS[version], **_section(config, "vision_config")}
+        refuse_quantised(config, section(config, "vision_config"), text_section(config))
+        vision = {**_VISION_DEFAULTS[version], **section(config, "vision_config")}
         text = {**_TEXT_DEFAULTS, **text_section(config)}
         top = {**_TOP_DEFAULTS, **config}
         positive("text_config", hidden_size=text["hidden_size"], num_attention_heads=text["num_attention_heads"])
@@ -304,7 +313,7 @@ def _rope(text: Mapping[str, Any]) -> Rope:
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is said of the decoder: in a section of its own, or, in the files as published, beside everything else."""
     if "text_config" in config:
-        return _section(config, "text_config")
+        return section(config, "text_config")
     return {key: value for key, value in config.items() if key != "vision_config"}
 
 
@@ -313,7 +322,7 @@ def decisive_part(config: Mapping[str, Any], version: Version) -> dict[str, Any]
     config = without_nulls(config)
     known = (*_TEXT_DEFAULTS, *_TEXT_IDS, *_ROPE_KEYS)
     text = {key: value for key, value in text_section(config).items() if key in known}
-    vision = _section(config, "vision_config")
+    vision = section(config, "vision_config")
     return {
         **{key: config[key] for key in (*_TOP_DEFAULTS, *_TOP_KEYS) if key in config},
         "vision_config": {key: value for key, value in vision.items() if key in _VISION_DEFAULTS[version]},
@@ -321,24 +330,5 @@ def decisive_part(config: Mapping[str, Any], version: Version) -> dict[str, Any]
     }
 
 
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
-    for section in (config, _section(config, "vision_config"), text_section(config)):
-        for key in _QUANTISED_KEYS:
-            if section.get(key):
-                raise CheckpointError(
-                    f"config.json: the checkpoint is already quantised ({key}); pruneport quantises by itself, give it "
-                    "the float16, bfloat16 or float32 weights"
-                )
-
-
 def _one_of(what: str, got: object, allowed: tuple[str, ...]) -> str:
     return one_of(f"config.json: {what}", got, allowed, "give a checkpoint of this family in Hugging Face's layout")
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name, {})
-    if not isinstance(section, Mapping):
-        raise CheckpointError(
-            f"config.json: {name} must be an object, got {shown(section)}; correct it or download the file again"
-        )
-    return section

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.image_processing_backends import PilBackend
@@ -19,11 +18,10 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
-from export.families.desktop import filled
+from export.families.desktop import eager, filled
 from export.families.family import Checkpoint, Seen
 from export.families.qwen_vl.config import QwenGeometry, Version, decisive_part
 from export.families.qwen_vl.preprocessor import read_preprocessor
-from runtime.errors import CheckpointError
 
 _CONFIGS: Mapping[Version, Any] = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}
 _TOWERS: Mapping[Version, Any] = {
@@ -137,9 +135,6 @@ class QwenDesktop:
         for module, prefix in parts.values():
             module.register_forward_pre_hook(self._filling(prefix))
             module.register_forward_hook(lambda module, _inputs, _out: module.to("meta") and None)
-        # Asked for its type before its part has run.
-        dtype = torch.empty(0)
-        tower.patch_embed.register_forward_pre_hook(lambda _module, inputs: (inputs[0].to(dtype.dtype),))
         return tower.eval()
 
     def _filling(self, prefix: str) -> Any:
@@ -160,12 +155,4 @@ class QwenDesktop:
 
 def eager_config(given: Mapping[str, Any], version: Version) -> Any:
     """transformers' own reading of what counts in config.json, with the plain attention that defines the arithmetic."""
-    try:
-        config: Any = _CONFIGS[version].from_dict(decisive_part(given, version))
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"config.json: transformers does not take it ({reason}); correct it or download the file again"
-        ) from error
-    config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
-    return config
+    return eager(_CONFIGS[version], decisive_part(given, version))
