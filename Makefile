@@ -10,6 +10,9 @@ DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed-$(PINS)
 DEMO_DIR := bundles/demo
 
+# The authors' vectors of Qwen2-VL, where they lie beside the checkout: in PyTorch, because each case is a graph of its own.
+QWEN_GOLDEN ?= ../shared/golden-qwen2-vl
+
 # Float32 sums in another order, as another processor makes them: PyTorch's products on CPUs are MKL's, which takes these.
 ARITHMETIC := MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2
 
@@ -20,7 +23,7 @@ help:
 	@echo "make eval         what pruning costs pocket in answers, method by method"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests marked slow"
-	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN, in every engine"
+	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN, in every engine; Qwen2-VL's in PyTorch"
 	@echo "make test-arithmetic  the pruner and the golden vectors in PyTorch, with sums in other orders"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make docs         the pages of docs/ as a site in build/site, strictly"
@@ -51,6 +54,10 @@ test-slow: $(STAMP)
 
 test-golden: $(STAMP)
 	$(BIN)/python -m pytest -q -m "golden and not full" -n auto --dist loadgroup
+	@if [ -d "$(QWEN_GOLDEN)" ]; then echo "$(QWEN_GOLDEN)"; \
+	PRUNEPORT_GOLDEN="$(QWEN_GOLDEN)" $(BIN)/python -m pytest -q -m "golden and not slow and not full" -n auto \
+	--dist loadgroup -k "test_eager or test_reference or test_positions" \
+	tests/pruning/test_pruner_golden.py tests/export/test_decoder_golden.py; fi
 
 test-arithmetic: $(STAMP)
 	set -e; for setting in $(ARITHMETIC); do echo "$$setting"; \

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from export.families import MODELS
+from export.families import FAMILIES, MODELS, family_of, known_model
 from export.families.family import Checkpoint, Family, Geometry, ModelEntry, TensorEntry
 from export.settings import read_object, shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
@@ -96,6 +96,39 @@ def open_checkpoint(
             raise CheckpointError(f"{entry.name} has no place on the hub; give its folder with --weights DIR")
         return FolderCheckpoint(pocket_folder(), entry, label=entry.name)
     return FolderCheckpoint(_hub_folder(entry, entry.hub_id, bars=bars), entry, label=entry.hub_id)
+
+
+def entry_of_folder(folder: Path) -> ModelEntry:
+    """The model that a folder's config.json describes: one of its family's where the sizes are the same, else its own.
+
+    Raises CheckpointError for a folder without config.json, and for one of no family that is known.
+    """
+    config = read_object(folder / "config.json")
+    if config is None:
+        raise CheckpointError(f"{folder} has no config.json; give a folder in Hugging Face's layout")
+    named = config.get("model_type")
+    family = family_of(named)
+    if family is None:
+        types = ", ".join(family.model_type for family in FAMILIES.values())
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type={shown(named)} is no family that can be exported; supported: {types}"
+        )
+    config = dict(family.whole_config(folder, without_nulls(config)))
+    try:
+        geometry: Geometry = family.geometry(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    known = known_model(family, geometry)
+    if known is not None:
+        return known
+    text = geometry.text
+    return ModelEntry(
+        name=re.sub(r"[^a-z0-9.]+", "-", Path(os.path.realpath(folder)).name.lower()).strip("-.") or family.name,
+        family=family,
+        summary=f"{family.name} of {stored_name(folder)}: {text.layers} layers of width {text.hidden}",
+        hub_id=None,
+        config=config,
+    )
 
 
 def _hub_folder(entry: ModelEntry, hub_id: str, *, bars: bool) -> Path:

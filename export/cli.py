@@ -24,6 +24,7 @@ from export.outcome import (
     show,
     show_answers,
 )
+from export.progress import ended_by_any_signal
 from export.request import nearest
 from export.streams import Stream, standard_streams
 from runtime.errors import OutputError, PruneportError, RequestError
@@ -75,7 +76,12 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
         allow_abbrev=False,
     )
     what = verb.add_argument_group("what to export")
-    what.add_argument("--model", required=True, metavar="M", help="model to export, e.g. llava-1.5-7b or pocket")
+    what.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="model to export, e.g. llava-1.5-7b or pocket; auto: that of --weights DIR",
+    )
     what.add_argument(
         "--keep",
         required=True,
@@ -97,6 +103,9 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
         "--quant-text",
         metavar="Q",
         help="text graphs: 8da4w[-g64|-g32] or 8da8w; onnx: int4[-g64|-g128], int8; coreml: int4, int8, pal4",
+    )
+    what.add_argument(
+        "--image-size", metavar="N|HxW", help="pixels of the image, where the model takes any (default 672)"
     )
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
@@ -312,8 +321,6 @@ def _run(argv: Sequence[str], version: str, output: Stream, *, optimum: bool) ->
         raise RequestError(
             f"the folder that this runs in cannot be reached: {error.strerror}; go to another one with cd"
         ) from error
-    from export.progress import ended_by_any_signal
-
     if args.verb == "export":
         return _export(args, version, output)
     if args.verb == "verify":
@@ -355,6 +362,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
         precision=args.precision,
         quant_vision=args.quant_vision,
         quant_text=args.quant_text,
+        image_size=args.image_size,
         text_tokens=args.text_tokens,
         cut=args.cut,
         layout=args.layout,
@@ -375,7 +383,7 @@ def _export(args: argparse.Namespace, version: str, output: Stream) -> int:
     if args.dry_run:
         return PASSED
     from export.pipeline import export, stage_count
-    from export.progress import Progress, ended_by_any_signal, library_noise
+    from export.progress import Progress, library_noise
 
     progress = Progress(stages=stage_count(planned), quiet=args.quiet)
     try:
@@ -468,7 +476,7 @@ def _serve(args: argparse.Namespace) -> NoReturn:
 
 
 def _sweep(args: argparse.Namespace, version: str, output: Stream) -> int:
-    from export.progress import ended_by_any_signal, library_noise
+    from export.progress import library_noise
     from export.request import whole_number
     from export.sweep.board import Board, terminal_table
     from export.sweep.cell import plan_cells

@@ -53,11 +53,10 @@ def run_eval(args: argparse.Namespace) -> int:
     from export.evaluation.page import PAGES, terminal_categories, terminal_scores, write_pages
     from export.evaluation.questions import read_questions
     from export.evaluation.run import evaluate, save, scores, wanted_cells
-    from export.families import MODELS
     from export.progress import library_noise
-    from export.request import known_word, whole_number
+    from export.request import model_entry, whole_number
 
-    entry = MODELS[known_word("model", args.model, MODELS)]
+    entry = model_entry(args.model, args.weights)
     questions = read_questions(_questions(args.questions, entry))
     questions = questions.first(None if args.photos is None else whole_number("photos", args.photos, 1, 10**6))
     checkpoint = open_checkpoint(entry, weights=args.weights)
@@ -66,7 +65,8 @@ def run_eval(args: argparse.Namespace) -> int:
     tokens = checkpoint.geometry.image_tokens
     keeps = [whole_number("keep", word, 1, tokens) for word in dict.fromkeys(args.keep.split(","))]
     cut = None if args.cut is None else whole_number("cut", args.cut, 0, checkpoint.geometry.text.layers - 1)
-    cells = wanted_cells(_methods(args.method), keeps, cut)
+    class_token = entry.family.class_token
+    cells = wanted_cells(_methods(args.method, class_token=class_token), keeps, cut, class_token=class_token)
     out_dir = Path(args.output_dir or Path("evaluations") / entry.name)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -103,10 +103,13 @@ def _questions(given: str | None, entry: ModelEntry) -> Path:
     return entry.questions
 
 
-def _methods(words: str) -> list[str]:
+def _methods(words: str, *, class_token: bool) -> list[str]:
+    from export.evaluation.run import looks_at_class_token
     from pruning import METHODS
 
-    return list(METHODS) if words == "all" else list(dict.fromkeys(words.split(",")))
+    if words == "all":
+        return [name for name, method in METHODS.items() if class_token or not looks_at_class_token(method)]
+    return list(dict.fromkeys(words.split(",")))
 
 
 @contextmanager

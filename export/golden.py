@@ -180,7 +180,7 @@ class _Decoder:
         self._holds_all = False
         self._last: tuple[nn.Module, Tensor] | None = None
         self._past: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (1, Hkv, entries, d) of each layer
-        self._first_text = 0
+        self._frame: Frame | None = None
 
     def see(self, frame: Frame, seen: Seen, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Runs prefix and image together through the layers before the cut, as transformers does, then prunes.
@@ -191,8 +191,8 @@ class _Decoder:
 
         image = seen.features
         hidden = torch.cat([self._embedded(frame.prefix_ids), image], dim=1)
-        first, self._first_text = len(frame.prefix_ids), frame.first_text
-        positions = torch.tensor(frame.positions, device=self._device)
+        first, self._frame = len(frame.prefix_ids), frame
+        positions = torch.arange(len(frame.ids), device=self._device)[None]
         outputs = {}
         for index in range(self._cut):
             hidden = self._run(index, hidden, positions)
@@ -216,7 +216,8 @@ class _Decoder:
         embedded = self._embedded(text.ids)
         golden[output_key(TOKEN_EMBEDDING, "inputs_embeds")] = embedded[:, :-1]
         golden[input_key(TEXT_DECODER, "inputs_embeds")] = embedded[:, -1:]
-        positions = torch.arange(self._first_text, self._first_text + len(text.ids), device=self._device)[None]
+        first_text = self._first_text
+        positions = torch.arange(first_text, first_text + len(text.ids), device=self._device)[None]
         golden[input_key(TEXT_PREFILL, "positions")] = positions[:, :-1]
         golden[input_key(TEXT_DECODER, "positions")] = positions[:, -1:]
         self._holds_all = self._fits()
@@ -252,7 +253,7 @@ class _Decoder:
             return {}
         self._holds_all = True
         hidden = torch.cat([self._embedded(frame.prefix_ids), image], dim=1)
-        self._first_text = hidden.shape[1]
+        self._frame = type(frame).of_one_image(frame.prefix_ids, frame.ids[frame.slots[0]], (1, image.shape[1]))
         positions = torch.arange(self._first_text, device=self._device)[None]
         for index in self._layers:
             hidden = self._run(index, hidden, positions)
@@ -278,6 +279,20 @@ class _Decoder:
             ANSWER: torch.tensor(ids),
             ANSWER_MARGIN: torch.tensor(margins),
         }
+
+    @property
+    def _first_text(self) -> int:
+        """The number of the first token behind the frame in the unpruned prompt."""
+        assert self._frame is not None
+        return len(self._frame.ids)
+
+    def _turned_by(self, numbers: Tensor) -> Tensor:
+        """Rotary positions of numbers (1, T) in the unpruned prompt: (1, T), or (A, 1, T) where there are A axes."""
+        import torch
+
+        assert self._frame is not None
+        axes = torch.tensor(self._frame.rotary(int(numbers.max()) + 1), device=self._device)
+        return axes[:, numbers[0]] if len(axes) == 1 else axes[:, numbers]
 
     def _fits(self) -> bool:
         """Whether all layers may stay in memory together: in the machine's beside the graph that is lowered afterwards,
@@ -314,7 +329,10 @@ class _Decoder:
     def _run(
         self, index: int, hidden: Tensor, positions: Tensor, *, behind: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """hidden (1, T, D) through one layer, causally and behind a cache; its new cache is left in `_past`."""
+        """hidden (1, T, D) through one layer, causally and behind a cache; its new cache is left in `_past`.
+
+        `positions` (1, T) number the tokens in the unpruned prompt.
+        """
         import torch
 
         tokens, past = hidden.shape[1], 0 if behind is None else behind[0].shape[2]
@@ -326,7 +344,7 @@ class _Decoder:
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            position_embeddings=self._desktop.rotary(hidden, positions),
+            position_embeddings=self._desktop.rotary(hidden, self._turned_by(positions)),
         )
         assert cache.entries is not None
         self._past[index] = cache.entries

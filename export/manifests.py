@@ -71,7 +71,7 @@ def manifest_of(
         graphs=graphs,
         image=image,
         prompt=prompt,
-        frame=FrameInfo(before=len(frame.prefix_ids), image=len(frame.slots), first_text=frame.first_text),
+        frame=FrameInfo(before=len(frame.prefix_ids), image=len(frame.slots), first_text=len(frame.ids)),
         golden=golden,
         tools={"pruneport": version, **tool_versions()},
         text=text,

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
-from runtime.latency import peak_rss_bytes
-
 # Before so many seconds and such a share no rate is known; a plain line says something new once in so many seconds.
 _FIRST_S, _FIRST_SHARE, _EVERY_S = 10.0, 0.05, 60.0
 
@@ -113,6 +111,8 @@ class Progress:
         return show
 
     def _line(self, head: str, seconds: float, outcome: str, notes: list[str]) -> None:
+        from runtime.latency import peak_rss_bytes  # brings numpy, which most verbs start without
+
         # Kept here because measuring latency resets the process's own high-water mark.
         self._peak_bytes = max(self._peak_bytes, peak_rss_bytes())
         if self.quiet:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 Word = TypeVar("Word", bound=str)
 NONE = "none"
+# The model that `--weights` describes.
+AUTO = "auto"
+# Of an image's edge, in the manifest.
+MOST_PIXELS = 8192
 # What a layout is called that no runtime of other people takes.
 OWN = "pruneport"
 # The paper prunes in front of decoder layer K = 2 (section 3): layers 0 and 1 see every image token.
@@ -82,6 +86,7 @@ class Request:
     precision: str | None = None
     quant_vision: str | None = None
     quant_text: str | None = None
+    image_size: str | None = None
     text_tokens: str = str(DEFAULT_TEXT_TOKENS)
     cut: str | None = None
     layout: str = OWN
@@ -270,11 +275,10 @@ def plan(request: Request) -> Plan:
         ImageError: the photo cannot be read.
         ExportError: the packages that make graphs are not installed.
     """
-    from export.families import MODELS
     from export.targets import TARGETS
     from runtime.bundle import VISION_ENCODER, of_keep
 
-    entry = MODELS[known_word("model", request.model, MODELS)]
+    entry = _at_size(model_entry(request.model, request.weights), request.image_size)
     target = TARGETS[known_word("target", request.target, TARGETS)]
     if request.only is not None:
         known_word("part", request.only, ALONE)
@@ -282,7 +286,8 @@ def plan(request: Request) -> Plan:
     backends = _backends(request, target, PARTS if request.only is None else (request.only,))
     backend, text_backend = backends["vision"], backends.get("text", backends["vision"])
     mixed = text_backend is not backend
-    layout = _layout(request.layout, backends, target)
+    _check_tried(entry, backends.values(), target)
+    layout = _layout(request.layout, backends, target, entry)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
     default_quant_text = entry.quant_text or next(iter(schemes), NONE)
@@ -300,6 +305,8 @@ def plan(request: Request) -> Plan:
     default_quant_vision = None
     if quant_text and not mixed and layout is None and asked["vision"] is None:
         default_quant_vision = backend.quant_vision_with_text
+        if default_quant_vision and _odd_layers(entry, default_quant_vision):
+            default_quant_vision = None
     scheme = request.quant_vision or default_quant_vision
     if layout and scheme in backend.quant_vision and scheme not in layout.quant_vision:
         raise RequestError(
@@ -307,6 +314,12 @@ def plan(request: Request) -> Plan:
             f"{', '.join((*layout.quant_vision, NONE))}; leave --quant-vision out"
         )
     quant_vision = _quantisation("quant_vision", scheme, backend.quant_vision, backend, target)
+    if quant_vision and (odd := _odd_layers(entry, quant_vision)):
+        raise RequestError(
+            f"quant_vision={quant_vision} has one scale for each group of a layer's inputs, and {odd[0]} of "
+            f"{entry.name} does not divide into such groups; leave --quant-vision out, or take --backend xnnpack "
+            "--quant-vision 8da8w, which has a scale for each output"
+        )
     all_quantised = not backend.compresses and bool(quant_vision) and (not whole or mixed or bool(quant_text))
     default_precision = "fp32" if all_quantised else _usual_precision(entry, backend)
     precision = known_word(f"{backend.name} precision", asked["vision"] or default_precision, backend.precisions)
@@ -346,6 +359,7 @@ def plan(request: Request) -> Plan:
         "" if quant_vision == default_quant_vision else quant_vision or f"vision-{NONE}",
         f"text-{text_precision}" if text_precision != default_text_precision else "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
+        "" if request.image_size is None else "image{}x{}".format(*entry.geometry.pixel_values[2:]),
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
         f"cut{cut}" if cut != PAPER_CUT and layout is None else "",
         layout.runtime if layout else "",
@@ -533,6 +547,33 @@ def check_memory(planned: Plan) -> None:
     )
 
 
+def model_entry(word: str, weights: str | None) -> ModelEntry:
+    """The model that `word` names: of the table, or by `auto` the one that the folder `weights` describes."""
+    from export.families import MODELS
+
+    if word != AUTO:
+        return MODELS[known_word("model", word, (*MODELS, AUTO))]
+    from export.checkpoints import RANDOM, entry_of_folder
+
+    if weights is None or weights == RANDOM:
+        raise RequestError(f"model={AUTO} is what the config.json of a folder describes; give it with --weights DIR")
+    _check_weights(weights)
+    return entry_of_folder(Path(weights))
+
+
+def _at_size(entry: ModelEntry, words: str | None) -> ModelEntry:
+    """The model for images of another size: `N`, or `HxW`, in pixels. RequestError where it takes one size alone."""
+    if words is None:
+        return entry
+    edges = words.lower().split("x")
+    if len(edges) > 2:
+        raise RequestError(f"image_size={words[:20]!r} is no size; write N, or HxW, such as 448x672")
+    height, width = (whole_number("image_size", edge, 1, MOST_PIXELS) for edge in (edges[0], edges[-1]))
+    resized = replace(entry, family=entry.family.resized((height, width)))
+    _ = resized.geometry  # refuses what does not divide
+    return resized
+
+
 def known_word(what: str, word: str, known: Iterable[Word]) -> Word:
     names = list(known)
     if word not in names:
@@ -634,7 +675,39 @@ def _quantisation(
     return known_word(f"{backend.name} {what}", word, dict.fromkeys((*schemes, NONE)))
 
 
-def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layout | None:
+def _check_tried(entry: ModelEntry, backends: Iterable[Backend], target: Target) -> None:
+    """Refuses a backend that nobody has seen take the graphs of a model's family."""
+    tried = entry.family.backends
+    if tried is None:
+        return
+    untried = [backend.name for backend in backends if backend.name not in tried]
+    if not untried:
+        return
+    here = [backend.name for backend in target.backends if backend.name in tried]
+    way_out = f"take --backend {' or '.join(here)}" if here else "take --target android"
+    raise NotYetError(
+        f"{entry.name} on backend {untried[0]}: not yet, because no bundle of the family {entry.family.name} was made "
+        f"and checked with it; {way_out}"
+    )
+
+
+def _odd_layers(entry: ModelEntry, scheme: str) -> list[str]:
+    """Layers of the tower, by name, whose inputs are no multiple of the group that a scheme has a scale for."""
+    from export.families.family import TOWER
+    from export.quantize import SCHEMES
+
+    group = SCHEMES[scheme].group if scheme in SCHEMES else None  # others are backends' own
+    if group is None:
+        return []
+    matrices = [
+        (name.removesuffix(".weight"), tensor.shape)
+        for name, tensor in entry.tensors.items()
+        if name.startswith(TOWER) and tensor.needed and len(tensor.shape) == 2 and "embedding" not in name
+    ]
+    return [f"{name} ({shape[1]} inputs)" for name, shape in matrices if shape[1] % group]
+
+
+def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: ModelEntry) -> Layout | None:
     """The layout of another runtime that `word` names; None for our own."""
     from export.targets import LAYOUTS
 
@@ -649,6 +722,12 @@ def _layout(word: str, backends: Mapping[str, Backend], target: Target) -> Layou
         )
     if "text" not in backends:
         raise RequestError(f"layout={word} has nothing to lay out: no text graphs are made here; leave --only out")
+    axes = len(entry.geometry.text.rope.sections)
+    if axes:
+        raise RequestError(
+            f"layout={word} does not go with {entry.name}: the runtime that takes it counts positions on one axis, the "
+            f"image tokens of this model have positions on {axes}; leave --layout out"
+        )
     return made[word]
 
 

@@ -13,6 +13,8 @@ from runtime.errors import CheckpointError
 _LONGEST_SHOWN = 80
 # Far above every published size, far below what would exhaust memory before anything else is noticed.
 LARGEST_SIZE = 2**24
+# Where quantisers leave their mark; older compressed-tensors wrote the second.
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -42,6 +44,28 @@ def without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in settings.items()
         if value is not None
     }
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The part `name` of a config.json, empty where there is none; CheckpointError for what is no object."""
+    found = config.get(name, {})
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"config.json: {name} must be an object, got {shown(found)}; correct it or download the file again"
+        )
+    return found
+
+
+def refuse_quantised(*sections: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a part of a config.json says that its weights are quantised."""
+    for part in sections:
+        for key in _QUANTISED_KEYS:
+            if part.get(key):
+                settings = part[key] if isinstance(part[key], Mapping) else {}
+                raise CheckpointError(
+                    f"config.json: the checkpoint is already quantised ({key}, {shown(settings.get('quant_method'))}); "
+                    "pruneport quantises by itself, give it the float16, bfloat16 or float32 weights"
+                )
 
 
 def without_non_finite(value: Any) -> Any:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
     """Replaces every parameter of `module` by the tensor `prefix.<its name>`, cast to `dtype` as it is read.
 
-    At no time more than one tensor exists in two dtypes. Out of a `LateCheckpoint` every parameter with two axes or
+    What a module makes of a tensor that is stored in another form than it computes with, its `as_read` says: by a
+    parameter's name, in words for keys, and as a function of the float32 tensor. At no time more than one tensor exists
+    in two dtypes. Out of a `LateCheckpoint` every parameter with two axes or
     more, where nearly all the bytes are, is a stand-in: see `Late`. CheckpointError when a shape differs, or when a
     value does not fit `dtype`.
     """
@@ -33,20 +35,27 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dt
                 raise CheckpointError(
                     f"{full_name} has shape {list(stored)}, but its place has {list(parameter.shape)}"
                 )
+            changes: Mapping[str, tuple[str, Change]] = getattr(owner, "as_read", {})
+            change = changes.get(name)
             if isinstance(checkpoint, LateCheckpoint) and parameter.dim() > 1:
-                setattr(owner, name, _of_checkpoint(checkpoint, full_name, dtype).stand_in())
+                setattr(owner, name, _of_checkpoint(checkpoint, full_name, dtype, change).stand_in())
             else:
-                setattr(owner, name, nn.Parameter(_read(checkpoint, full_name, dtype), requires_grad=False))
+                setattr(owner, name, nn.Parameter(_read(checkpoint, full_name, dtype, change), requires_grad=False))
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _read(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, change: tuple[str, Change] | None = None
+) -> torch.Tensor:
     stored = checkpoint.tensor(name)
+    if change is not None:
+        stored = change[1](stored.float())
     cast = stored.to(dtype)
     if dtype == torch.float16 and stored.dtype != torch.float16 and not torch.isfinite(cast).all():
         raise CheckpointError(f"{name} has values beyond the range of float16; use --precision fp32")
     return cast
 
 
+Change = Callable[[torch.Tensor], torch.Tensor]
 Whole = torch.Tensor | Mapping[str, torch.Tensor]
 
 
@@ -193,9 +202,14 @@ def _untouched(like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=like.dtype, count=like.numel()).view(like.shape)
 
 
-def _of_checkpoint(checkpoint: LateCheckpoint, name: str, dtype: torch.dtype) -> Late:
+def _of_checkpoint(
+    checkpoint: LateCheckpoint, name: str, dtype: torch.dtype, change: tuple[str, Change] | None
+) -> Late:
     like = torch.empty(checkpoint.shape(name), dtype=dtype, device="meta")
-    return Late((name, str(dtype)), like, lambda: _read(checkpoint, name, dtype))
+    if change is None:
+        return Late((name, str(dtype)), like, lambda: _read(checkpoint, name, dtype))
+    words, made = change
+    return Late((name, words, str(dtype)), made(like), lambda: _read(checkpoint, name, dtype, change))
 
 
 def at_once(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,7 +1,7 @@
 """The pruners: torch only, know no model and no exporter."""
 
 from pruning.method import ARITHMETICS, Arithmetic, Features, Kept, Method, Trace
-from pruning.methods import METHODS, method_named, settings_numbers
+from pruning.methods import METHODS, method_named, selector, settings_numbers
 from pruning.spec import DEFAULT_METHOD, PruneSpec, SpecError
 from pruning.vlm_pruner import reference
 from pruning.vlm_pruner.comparing import ComparingPruner
@@ -22,5 +22,6 @@ __all__ = [
     "Trace",
     "method_named",
     "reference",
+    "selector",
     "settings_numbers",
 ]

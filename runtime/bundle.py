@@ -336,7 +336,8 @@ class PromptInfo(_Record, frozen=True):
 class FrameInfo(_Record, frozen=True):
     """The constant part of every prompt: `before` tokens, `image` tokens as many as there are before pruning.
 
-    The first token of a text stands at the position `first_text`, whatever was dropped.
+    The first token of a text stands at the position `first_text`, whatever was dropped. Positions number the tokens of
+    the unpruned prompt; what the rotary embedding makes of them is inside the graphs.
     """
 
     before: Count

@@ -21,7 +21,7 @@ from export.blocks.projector import Projector
 from export.families.desktop import filled
 from export.families.family import Checkpoint, Frame, ModelEntry, Seen, TensorEntry, decoder_tensors, linear
 from runtime.bundle import ImageInfo
-from runtime.errors import ExportError
+from runtime.errors import ExportError, RequestError
 
 CONFIG: Mapping[str, Any] = {
     "model_type": "llava",
@@ -234,11 +234,16 @@ class Wide:
     """The family."""
 
     name = "wide"
+    model_type = "llava"
     class_token = False
+    backends = None
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
         return (TINY_WIDE,)
+
+    def resized(self, size: tuple[int, int]) -> Wide:
+        raise RequestError("the wide family has one size")
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,23 +72,31 @@ PHASES = (
 
 
 # Where things are, and how many, is learnt by all parts together.
-_HARD = (*KINDS, "count", "relation", "direction", "place")
+_HARD = (*KINDS, "count", "relation", "relation", "direction", "direction")
 LAST = (
     Phase(
-        steps=1000,
+        steps=900,
         patches=12,
         size=10,
         room=240,
         mixtures=(Mixture(things=(2, 7), signs=(0, 1)), Mixture(things=(1, 5), signs=(1, 3))),
         kinds=_HARD,
     ),
-    Phase(steps=1000, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=_HARD),
+    Phase(
+        steps=2000,
+        patches=GRID,
+        size=5,
+        room=300,
+        mixtures=WHOLES,
+        kinds=(*KINDS, "count", "count", "direction", "colour", "shape"),
+    ),
 )
-# What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less. So does that
-# of where a thing stands that a question names, read off in the middle of the decoder: layers above can then compare.
+# What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less. So do the
+# steps to an answer, each asked for at the last token of a thing's name, a layer higher each: where the thing stands,
+# how it lies to the thing named before, and what the answer will be. Without them comparing is not learnt.
 _DENSE = 0.2
 _NAMED = 0.1
-_NAMED_LAYER = 3
+_NAMED_LAYER = 2
 # An answer of a kind that comes up once a picture counts more.
 _HEAVY = {"reading": 3.0}
 
@@ -112,6 +121,7 @@ class Asked(NamedTuple):
     goals    (B, T) int64, what the token is to be followed by where that is answer, else -100
     labels   (B, h, w, 5) uint8, what is in each patch
     named    (B, T, 2) int64, row and column of the thing whose name ends there, else -100
+    early    (B, T) int64, the first token of the answer where a question's last name ends, else -100
     weights  (B, T) float32, how much a goal counts
     """
 
@@ -123,6 +133,7 @@ class Asked(NamedTuple):
     goals: Tensor
     labels: Tensor
     named: Tensor
+    early: Tensor
     weights: Tensor
 
 
@@ -156,12 +167,16 @@ class _Asked(Dataset[Asked]):
                 goals = [-100] * (len(asked.ids) - 1) + said
                 spots = _spots(question, asked.offsets)
                 nowhere = (-100, -100)
-                row += [(tokens[k], block, k, goals[k], *spots.get(k, nowhere)) for k in range(len(tokens) - 1)]
+                last = max(spots, default=-1)
+                row += [
+                    (tokens[k], block, k, goals[k], said[0] if k == last else -100, *spots.get(k, nowhere))
+                    for k in range(len(tokens) - 1)
+                ]
                 heavy += [_HEAVY.get(question.category, 1.0)] * (len(tokens) - 1)
             left = phase.room - len(row)
-            rows.append(row + [(0, 0, 0, -100, -100, -100)] * left)
+            rows.append(row + [(0, 0, 0, -100, -100, -100, -100)] * left)
             weights.append(heavy + [0.0] * left)
-        ids, blocks, places, all_goals, *named = torch.tensor(rows).unbind(-1)
+        ids, blocks, places, all_goals, early, *named = torch.tensor(rows).unbind(-1)
         return Asked(
             torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])),
             torch.tensor([corner for _, corner, _ in pictures]),
@@ -171,6 +186,7 @@ class _Asked(Dataset[Asked]):
             all_goals,
             torch.from_numpy(np.stack([labels for _, _, labels in pictures])),
             torch.stack(named, -1),
+            early,
             torch.tensor(weights),
         )
 
@@ -203,14 +219,19 @@ class Talker(torch.nn.Module):
         self.seer = Seer(model.model.vision_tower, model.config.vision_config.num_hidden_layers - 1)
         self.seer.requires_grad_(not frozen_tower)
         width = model.config.text_config.hidden_size
-        self.where_norm = torch.nn.LayerNorm(width)
+        self.where_norm, self.lies_norm, self.early_norm = (torch.nn.LayerNorm(width) for _ in range(3))
         self.where = torch.nn.ModuleList(torch.nn.Linear(width, GRID) for _ in range(2))
-        model.model.language_model.layers[_NAMED_LAYER].register_forward_hook(self._keep)
+        self.lies = torch.nn.ModuleList(torch.nn.Linear(width, 2) for _ in range(2))
+        self.early = torch.nn.Linear(width, model.config.text_config.vocab_size)
+        self.hidden: dict[int, Tensor] = {}
+        for index in range(_NAMED_LAYER, _NAMED_LAYER + 3):
+            layer = model.model.language_model.layers[index]
+            layer.register_forward_hook(partial(self._keep, index))
         prefix = open_tokenizer().encode(f"{SYSTEM} USER: ").ids
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
 
-    def _keep(self, layer: Any, inputs: Any, out: Any) -> None:
-        self.middle = out[0] if isinstance(out, tuple) else out
+    def _keep(self, index: int, layer: Any, inputs: Any, out: Any) -> None:
+        self.hidden[index] = out[0] if isinstance(out, tuple) else out
 
     def forward(self, asked: Asked) -> Tensor:
         """-> the mean loss of the answers' tokens, and of what the tower is asked.
@@ -250,12 +271,28 @@ class Talker(torch.nn.Module):
         loss = (F.cross_entropy(logits.float(), wanted, reduction="none") * heavy).sum() / heavy.sum()
         if self.frozen_tower:
             return loss
-        named = asked.named[..., 0] >= 0
-        spots, names = asked.named[named], self.where_norm(self.middle[:, end:][named])
-        for axis, head in enumerate(self.where):
-            missed = F.cross_entropy(head(names).float(), spots[:, axis], reduction="sum")
-            loss = loss + _NAMED * missed / max(len(spots), 1)
+        loss = loss + _NAMED * self._of_names(asked, end)
         return loss + _DENSE * loss_of(*self.seer.told(seen), asked.labels, asked.corners)
+
+    def _of_names(self, asked: Asked, end: int) -> Tensor:
+        """-> the loss of where named things stand, of how one lies to the one named before it, and of early answers."""
+        named = asked.named[..., 0] >= 0
+        spots, blocks = asked.named[named], asked.blocks[named]
+        picture = torch.arange(len(named))[:, None].expand_as(named)[named]
+        after = torch.zeros(len(spots), dtype=torch.bool)
+        after[1:] = (blocks[1:] == blocks[:-1]) & (picture[1:] == picture[:-1])
+        far = spots - spots.roll(1, 0)
+        names = self.where_norm(self.hidden[_NAMED_LAYER][:, end:][named])
+        pairs = self.lies_norm(self.hidden[_NAMED_LAYER + 1][:, end:][named])
+        loss: Tensor = names.new_zeros((), dtype=torch.float32)
+        for axis, (where, lies) in enumerate(zip(self.where, self.lies, strict=True)):
+            missed = F.cross_entropy(where(names).float(), spots[:, axis], reduction="sum")
+            told = after & (far[:, axis].abs() > 1)
+            turned = F.cross_entropy(lies(pairs[told]).float(), (far[told, axis] > 0).long(), reduction="sum")
+            loss = loss + missed / max(len(spots), 1) + 2 * turned / max(int(told.sum()), 1)
+        ended = asked.early >= 0
+        answers = self.early(self.early_norm(self.hidden[_NAMED_LAYER + 2][:, end:][ended]))
+        return loss + 3 * F.cross_entropy(answers.float(), asked.early[ended])
 
 
 def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 2e-3) -> None:

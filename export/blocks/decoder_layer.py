@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from export.blocks.attention import Part, attention, heads_first, heads_last
 from export.blocks.geometry import TextGeometry
 from export.blocks.norms import RmsNorm
+from export.blocks.rope import rotate
 
 
 class LayerOutput(NamedTuple):
@@ -37,15 +38,9 @@ class DecoderAttention(nn.Module):
         self.o_proj = nn.Linear(queries, text.hidden, bias=text.out_bias, device="meta")
         self.register_buffer("scale", torch.tensor([text.head_dim**-0.5]), persistent=False)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(H, T, d) with tables (T, d) from `rope_tables` -> (H, T, d)"""
-        half = self.head_dim // 2
-        swapped = torch.cat([x[:, :, half:], x[:, :, :half]], dim=2)
-        return x * cos + swapped * sin
-
     def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Keys after the rotary embedding, and values, of normed x (1, T, D): (Hkv, T, d) each."""
-        key = self.rotate(heads_first(self.k_proj(x), self.kv_heads), cos, sin)
+        key = rotate(heads_first(self.k_proj(x), self.kv_heads), cos, sin)
         return key, heads_first(self.v_proj(x), self.kv_heads)
 
     def forward(
@@ -59,7 +54,7 @@ class DecoderAttention(nn.Module):
         cache: Part | None,
     ) -> LayerOutput:
         """As `DecoderLayer`, with the attention's output as `hidden`."""
-        query = self.rotate(heads_first(self.q_proj(x) * self.scale, self.heads), cos, sin)
+        query = rotate(heads_first(self.q_proj(x) * self.scale, self.heads), cos, sin)
         key, value = self.key_value(x, cos, sin)
         keys = key if past_key is None else torch.cat([past_key, key], dim=1)
         values = value if past_value is None else torch.cat([past_value, value], dim=1)
@@ -71,11 +66,11 @@ class DecoderAttention(nn.Module):
 class GatedMlp(nn.Module):
     """The gated MLP: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, text: TextGeometry) -> None:
+    def __init__(self, *, width: int, inner: int, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(text.hidden, text.mlp, bias=text.mlp_bias, device="meta")
-        self.up_proj = nn.Linear(text.hidden, text.mlp, bias=text.mlp_bias, device="meta")
-        self.down_proj = nn.Linear(text.mlp, text.hidden, bias=text.mlp_bias, device="meta")
+        self.gate_proj = nn.Linear(width, inner, bias=bias, device="meta")
+        self.up_proj = nn.Linear(width, inner, bias=bias, device="meta")
+        self.down_proj = nn.Linear(inner, width, bias=bias, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, T, D) -> (1, T, D)"""
@@ -92,7 +87,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(text.hidden, text.norm_eps)
         self.self_attn = DecoderAttention(text)
         self.post_attention_layernorm = RmsNorm(text.hidden, text.norm_eps)
-        self.mlp = GatedMlp(text)
+        self.mlp = GatedMlp(width=text.hidden, inner=text.mlp, bias=text.mlp_bias)
 
     def forward(
         self,

@@ -14,7 +14,11 @@ _REMEDY = "give a checkpoint whose decoder is built like that"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base frequency and how it is stretched."""
+    """Rotary position embedding: base frequency and how it is stretched.
+
+    Where a position has several axes, `sections` are so many frequencies each, the first turned by the first axis, the
+    next by the next; together they are all frequencies of a head.
+    """
 
     theta: float = 10000.0
     kind: str = "default"
@@ -22,6 +26,7 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    sections: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         one_of(
@@ -70,7 +75,7 @@ class Rope:
         original = text.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
         if kind != "llama3" or original is None:
             original = text["max_position_embeddings"]
-        stretch = {key: _rope_number(key, given[key]) for key in needed}
+        stretch: dict[str, Any] = {key: _rope_number(key, given[key]) for key in needed}
         return cls(
             theta=_rope_number("rope_theta", given.get("rope_theta", text.get("rope_theta", 10000.0))),
             kind=kind,
@@ -130,6 +135,11 @@ class TextGeometry:
         if self.head_dim % 2:
             raise CheckpointError(
                 f"config.json: text_config.head_dim={self.head_dim} must be even for rotary embedding"
+            )
+        if self.rope.sections and sum(self.rope.sections) != self.head_dim // 2:
+            raise CheckpointError(
+                f"config.json: text_config.rope_parameters.mrope_section={list(self.rope.sections)} must add up to "
+                f"half of head_dim={self.head_dim}; download the file again"
             )
         one_of("config.json: text_config.hidden_act", self.activation, ("silu",), _REMEDY)
         number("config.json: text_config.rms_norm_eps", self.norm_eps, above=0, below=1)

@@ -8,13 +8,14 @@ from export.blocks.tower_layer import ACTIVATIONS
 
 
 class Projector(nn.Module):
-    """Two linear layers around an activation, a key of ACTIVATIONS."""
+    """Two linear layers around an activation, a key of ACTIVATIONS; between them `inner` channels, by default `out`."""
 
-    def __init__(self, *, width: int, out: int, activation: str, bias: bool) -> None:
+    def __init__(self, *, width: int, out: int, activation: str, bias: bool, inner: int | None = None) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, out, bias=bias, device="meta")
+        between = out if inner is None else inner
+        self.linear_1 = nn.Linear(width, between, bias=bias, device="meta")
         self.activation = ACTIVATIONS[activation]()
-        self.linear_2 = nn.Linear(out, out, bias=bias, device="meta")
+        self.linear_2 = nn.Linear(between, out, bias=bias, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, N, Dv) -> (1, N, D)"""

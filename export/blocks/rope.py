@@ -11,15 +11,33 @@ from torch import Tensor
 from export.blocks.geometry import Rope, TextGeometry
 
 
-def rope_tables(text: TextGeometry, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, head_dim) float32 for absolute positions.
+def rope_tables(text: TextGeometry, *axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, head_dim) float32 for absolute positions, of one axis or of several.
 
-    The first half of each row of sines is negated, so that rotating needs no negation: see `DecoderAttention.rotate`.
+    With several, `Rope.sections` says which frequencies each of them turns (arXiv 2409.12191, section 2.1).
     """
-    steps = torch.tensor(list(positions), dtype=torch.float32)
-    angles = steps[:, None] * _inverse_frequencies(text.rope, text.head_dim)
+    frequencies = _inverse_frequencies(text.rope, text.head_dim)
+    angles = [torch.tensor(list(axis), dtype=torch.float32)[:, None] * frequencies for axis in axes]
+    if len(angles) > 1:
+        pieces = zip(*(torch.split(each, list(text.rope.sections), dim=1) for each in angles), strict=True)
+        angles = [torch.cat([each[number % len(axes)] for number, each in enumerate(pieces)], dim=1)]
+    return turns(angles[0])
+
+
+def turns(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, head_dim) of angles (T, head_dim / 2).
+
+    The first half of each row of sines is negated, so that rotating needs no negation: see `rotate`.
+    """
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(H, T, d) with tables (T, d) from `turns` -> (H, T, d)"""
+    half = x.shape[2] // 2
+    swapped = torch.cat([x[:, :, half:], x[:, :, :half]], dim=2)
+    return x * cos + swapped * sin
 
 
 def _inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:

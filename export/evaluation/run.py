@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from export.evaluation.eager import EagerModel, Reading
     from export.families.family import Checkpoint, ModelEntry
-    from pruning import Features, Method, PruneSpec
+    from pruning import Features, Method
 
 RECORD = "evaluation.json"
 UNPRUNED = "unpruned"
@@ -111,10 +111,17 @@ def scores(record: Record) -> list[Score]:
     ]
 
 
-def wanted_cells(methods: Sequence[str], keeps: Sequence[int], cut: int | None) -> list[Wanted]:
+def looks_at_class_token(method: Method) -> bool:
+    """Whether a method needs the attention of the tower's class token: what asks for a question has the decoder's."""
+    return "attention" in method.needs and "question" not in method.needs
+
+
+def wanted_cells(
+    methods: Sequence[str], keeps: Sequence[int], cut: int | None, *, class_token: bool = True
+) -> list[Wanted]:
     """Each method at each keep, at `cut`, or where that is None at the paper's if the method may prune there.
 
-    RequestError for a method that is not known, or may not prune at `cut`.
+    RequestError for a method that is not known, may not prune at `cut`, or looks at a class token where there is none.
     """
     from pruning import METHODS
 
@@ -122,12 +129,22 @@ def wanted_cells(methods: Sequence[str], keeps: Sequence[int], cut: int | None) 
     for name in methods:
         if name not in METHODS:
             raise RequestError(f"--method {name!r} is not known; allowed: all, {', '.join(METHODS)}")
+        if not class_token and looks_at_class_token(METHODS[name]):
+            raise RequestError(
+                f"--method {name} chooses by the attention of the tower's class token, and the tower of this model has "
+                "none; leave the method out"
+            )
         cuts = METHODS[name].cuts
         if cut is not None and not cuts.allow(cut):
             raise RequestError(f"--cut {cut}: {name} may prune at {cuts}; leave --cut or the method out")
-        at = cut if cut is not None else DEFAULT_CUT if cuts.allow(DEFAULT_CUT) else cuts.least
+        at = usual_cut(METHODS[name]) if cut is None else cut
         cells += [Wanted(name, keep, at) for keep in keeps]
     return cells
+
+
+def usual_cut(method: Method) -> int:
+    """The paper's cut, or where the method may not prune there the first at which it may."""
+    return DEFAULT_CUT if method.cuts.allow(DEFAULT_CUT) else method.cuts.least
 
 
 def evaluate(
@@ -191,33 +208,18 @@ class _Chooser:
     """One cell's pruner, ready to choose."""
 
     def __init__(self, model: EagerModel, want: Wanted) -> None:
-        from pruning import METHODS, PruneSpec
+        from pruning import PruneSpec, selector
 
-        self.want = want
-        self.method: Method | None = METHODS.get(want.method)
-        self.spec: PruneSpec | None = (
-            None if self.method is None else PruneSpec(grid=model.grid, keep=want.keep, method=want.method)
-        )
-        # The form that graphs hold; one that looks at the question has none, since no graph may.
-        self.module = (
-            None
-            if self.method is None or self.spec is None or "float32" not in self.method.arithmetics
-            else self.method.module(self.spec, "float32")
-        )
+        self.pruned = want.method != UNPRUNED
+        self._select = selector(PruneSpec(grid=model.grid, keep=want.keep, method=want.method)) if self.pruned else None
 
     def choose(self, features: Features) -> tuple[Tensor, Tensor]:
         """(1, N, D) -> tokens (1, keep, D) and their indices (1, keep)"""
         import torch
 
-        if self.method is None:
+        if self._select is None:
             return features.hidden, torch.arange(features.hidden.shape[1])[None]
-        assert self.spec is not None
-        if self.module is None:
-            trace = self.method.choose(features, self.spec)
-            return trace.tokens, trace.indices
-        with torch.no_grad():
-            kept = self.module(features)
-        return kept.tokens, kept.indices.long()
+        return self._select(features)
 
 
 def _asked(
@@ -229,7 +231,7 @@ def _asked(
     reading: Reading = model.read(load_photo(photo.photo), photo.lines, cuts)
     for want, chooser in choosers.items():
         tokens, indices = chooser.choose(reading.features[want.cut])
-        yield model.right(reading, want.cut, tokens, indices), [] if chooser.method is None else indices[0].tolist()
+        yield model.right(reading, want.cut, tokens, indices), indices[0].tolist() if chooser.pruned else []
 
 
 def _key(record: Record, want: Wanted) -> str:

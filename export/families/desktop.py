@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,24 @@ def filled(
     state = {name: checkpoint.tensor(canonical(name)).float() for name, _ in module.named_parameters()}
     module.load_state_dict(state, assign=True)
     return module.to(device).eval()
+
+
+def eager(kind: Any, given: Mapping[str, Any]) -> Any:
+    """What transformers' config class `kind` reads of a config.json, with the plain attention that defines arithmetic.
+
+    Raises CheckpointError for what it does not take.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = kind.from_dict(given)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"config.json: transformers does not take it ({reason}); correct it or download the file again"
+        ) from error
+    config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
+    return config
 
 
 class LayerCache:

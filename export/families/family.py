@@ -82,7 +82,8 @@ class Frame:
 
     `ids` has the image token's id at each of `slots` (ascending indices into it). `positions` are absolute, one row
     for each axis of the rotary embedding; `places` are (t, y, x) of each image token, which distances are measured
-    between; the text behind the frame begins at position `first_text`.
+    between; the text behind the frame begins at position `first_text`, on every axis. Between graphs no such position
+    is handed on, but the number of a token in the unpruned prompt, by which each graph looks up its turn (`rotary`).
     """
 
     ids: tuple[int, ...]
@@ -114,6 +115,11 @@ class Frame:
             places=tuple((0, y, x) for y in range(rows) for x in range(columns)),
             first_text=after,
         )
+
+    def rotary(self, tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Positions of the first `tokens` tokens of the unpruned prompt, frame and text, a row for each axis."""
+        behind = range(self.first_text, self.first_text + max(0, tokens - len(self.ids)))
+        return tuple((*row, *behind)[:tokens] for row in self.positions)
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -196,12 +202,23 @@ class Family(Protocol[G]):
         """What a manifest calls it."""
 
     @property
+    def model_type(self) -> str:
+        """What a config.json of it calls itself."""
+
+    @property
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
 
     @property
     def class_token(self) -> bool:
         """Whether its tower has a class token and, called with `attention=True`, gives the attention of it."""
+
+    @property
+    def backends(self) -> frozenset[str] | None:
+        """Names of the backends that its graphs were exported and checked with; others are refused. None for any."""
+
+    def resized(self, size: tuple[int, int]) -> Family[G]:
+        """The same for images of (height, width) pixels; RequestError where its models take one size alone."""
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Completes a config.json by what other files of the folder say for it."""

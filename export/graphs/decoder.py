@@ -32,8 +32,9 @@ class Context:
 
     The image part of a layer holds the prompt prefix and the image tokens that the layer saw: all of them below
     `cut`, the kept ones from there on. The text part follows it and has room for `text` tokens in every layer. Text
-    goes on where it would behind the unpruned image, whatever was dropped, as in the paper's code. `index` is the dtype
-    in which `vision_encoder` hands on positions.
+    goes on where it would behind the unpruned image, whatever was dropped, as in the paper's code. Positions number the
+    tokens of the unpruned prompt; what the rotary embedding makes of each is `rotary`. `index` is the dtype in which
+    `vision_encoder` hands on positions.
     """
 
     def __init__(
@@ -46,13 +47,19 @@ class Context:
         self.seen = len(frame.ids)
         self.keep = keep
         self.text = text
-        self.first_text = frame.first_text
+        self.first_text = len(frame.ids)
         self.index = index
+        self._frame = frame
 
     @property
     def positions(self) -> int:
         """Absolute positions that can occur."""
         return self.first_text + self.text
+
+    @property
+    def rotary(self) -> tuple[tuple[int, ...], ...]:
+        """What the rotary embedding takes each position for, a row for each of its axes."""
+        return self._frame.rotary(self.positions)
 
     def image_entries(self, index: int) -> int:
         """Entries of layer `index` that the prefix and the image take."""
@@ -122,7 +129,7 @@ class _Decoder(Graph):
         self.first = first
         self.width = geometry.text.hidden
         self.layers = nn.ModuleList(family.layer(geometry) for _ in range(first, geometry.text.layers))
-        cos, sin = rope_tables(geometry.text, range(context.positions))
+        cos, sin = rope_tables(geometry.text, *context.rotary)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -106,7 +106,7 @@ class OpenDecoder(Graph):
         # Named by their places in the model, as the weights are.
         self.layers = nn.ModuleDict({str(index): OpenLayer(family.layer(geometry)) for index in layers})
         self.entries = context.entries(layers[0])
-        cos, sin = rope_tables(geometry.text, range(context.positions))
+        cos, sin = rope_tables(geometry.text, *context.rotary)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         # 1 at the first entry of a cache, 2 at the next ...: what exceeds the number of filled ones is masked.

@@ -32,9 +32,9 @@ class VisionEncoder(Graph):
     projector and these layers over the image tokens, then the pruner, on the keys of the last of these layers (after
     the rotary embedding, all key heads side by side) and on its raw output. The prompt in front of the image is always
     the same, and causal attention never looks ahead, so its hidden states, keys and values are constants of the graph.
-    Outputs: `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, then `key_i` and `value_i`
-    (1, Hkv, P + N, d) for each layer i below the cut, in the dtype of the text graphs' cache, by default the precision
-    that the layers compute in.
+    Outputs: `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, the numbers of these tokens in the
+    unpruned prompt, then `key_i` and `value_i` (1, Hkv, P + N, d) for each layer i below the cut, in the dtype of the
+    text graphs' cache, by default the precision that the layers compute in.
 
     At cut 0 no decoder layer has run, so its keys do not exist yet; in their place stand the keys of the tower's last
     layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far from each other. Keys of
@@ -103,7 +103,7 @@ class VisionEncoder(Graph):
         self.register_buffer("all_positions", everything, persistent=False)
         first, last = self.prefix_length, self.prefix_length + self.image_tokens
         if cut:
-            cos, sin = rope_tables(geometry.text, range(first, last))
+            cos, sin = rope_tables(geometry.text, *(axis[first:] for axis in frame.rotary(last)))
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
             self.register_buffer("mask", causal_mask(self.image_tokens, past=first), persistent=False)
@@ -267,7 +267,7 @@ def build_vision_encoder(
         fill(encoder.tower, checkpoint, "tower", dtype)
         encoder.tower.to(dtype)
         if framed:
-            _fill_decoder(encoder, checkpoint, frame.prefix_ids, dtype, quant_layers)
+            _fill_decoder(encoder, checkpoint, frame, dtype, quant_layers)
         if dtype == torch.float16:
             encoder.half_precision(layers=quant_layers is None)
     return encoder.eval().requires_grad_(False)
@@ -297,20 +297,20 @@ def _check_request(
         )
     length = len(frame.ids)
     one_image = frame.slots == tuple(range(length - geometry.image_tokens, length)) and frame.prefix_ids
-    if not one_image or frame.positions != (tuple(range(length)),):
+    if not one_image:
         raise ExportError(
-            f"the prompt of {entry.name} is no prefix with one image behind it at positions that count up by one; "
-            "the graphs know no other frame yet: choose another model"
+            f"the prompt of {entry.name} is no prefix with one image behind it; the graphs know no other frame yet: "
+            "choose another model"
         )
 
 
 def _fill_decoder(
-    encoder: VisionEncoder, checkpoint: Checkpoint, prefix_ids: Sequence[int], dtype: torch.dtype, quant: str | None
+    encoder: VisionEncoder, checkpoint: Checkpoint, frame: Frame, dtype: torch.dtype, quant: str | None
 ) -> None:
     """Fills the decoder layers and runs the prefix through each while it is there in float32."""
-    length = len(prefix_ids)
-    hidden = checkpoint.rows("embed_tokens.weight", prefix_ids).float()[None]
-    cos, sin = rope_tables(encoder.geometry.text, range(length))
+    length = len(frame.prefix_ids)
+    hidden = checkpoint.rows("embed_tokens.weight", frame.prefix_ids).float()[None]
+    cos, sin = rope_tables(encoder.geometry.text, *frame.rotary(length))
     mask = causal_mask(length)
     for index, layer in enumerate(encoder.decoder_layers):
         fill(layer, at_once(checkpoint), f"layers.{index}", torch.float32)

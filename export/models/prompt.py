@@ -191,8 +191,10 @@ def _seeded_prompt(geometry: Geometry, entry: ModelEntry) -> PromptInfo:
 
 
 def _text_ids(entry: ModelEntry) -> tuple[int, int]:
-    text = entry.config["text_config"]
-    return int(text["bos_token_id"]), int(text["eos_token_id"])
+    text = entry.config.get("text_config", entry.config)  # published files of some families have one level
+    ids = (text.get("bos_token_id"), text.get("eos_token_id"))
+    bos, eos = (number if type(number) is int else usual for number, usual in zip(ids, (1, 2), strict=True))
+    return bos, eos
 
 
 def _templated_prompt(folder: Path, geometry: Geometry, entry: ModelEntry) -> PromptInfo:

@@ -59,6 +59,7 @@ def commands(text: str) -> list[list[str]]:
 def check_flags(text: str) -> None:
     """Every flag that a text names is one of the command line's, or of the script that stands before it."""
     said = re.sub(r"(?:/usr/bin/time -v )?python benchmarks/[^`\n]*", "", text)
+    said = re.sub(r"\baccelerate launch (?:[^`\n\\]|\\\n)*|\bpip install [^`\n]*", "", said)
     known = {"--help", "--version", "--strict", "--build"}  # the last ones are mypy's and CMake's
     for verb in build_parser()[1].values():
         known |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", verb.format_help()))

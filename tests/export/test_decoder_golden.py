@@ -1,4 +1,7 @@
-"""The graphs together give the authors' logits and tokens: eager, exported, and in every engine that runs here."""
+"""The graphs together give the authors' logits and tokens: eager, exported, and in every engine that runs here.
+
+Of LLaVA-1.5, or of Qwen2-VL where the vectors are: their folder then holds the config of its decoder.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +25,7 @@ from export.backends.xnnpack import XNNPACK
 from export.checkpoints import RandomCheckpoint
 from export.families.family import ModelEntry
 from export.families.llava.family import LLAVA
+from export.families.qwen_vl.family import QWEN2_VL
 from export.graphs.decoder import (
     Context,
     build_text_graphs,
@@ -78,17 +82,35 @@ def _config() -> dict[str, Any]:
     }
 
 
-CONFIG = _config()
-ENTRY = ModelEntry(
-    name="golden", family=LLAVA, summary="the vectors' decoder", hub_id=None, config=CONFIG, prefix_tokens=35
-)
+def _qwen_config(decoder: dict[str, Any]) -> dict[str, Any]:
+    """The decoder as its config describes it, behind a vision tower that nobody asks for anything."""
+    return {
+        "model_type": "qwen2_vl",
+        "image_token_id": decoder.pop("image_token_id"),
+        "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": decoder["hidden_size"]},
+        "text_config": {key: value for key, value in decoder.items() if value is not None},
+    }
+
+
+@functools.cache
+def _entry(grid: tuple[int, int]) -> ModelEntry:
+    """The vectors' model, at a size of image that makes `grid` tokens."""
+    described = FOLDER / "decoder-config.json"
+    if not described.exists():
+        assert grid == (24, 24)
+        return ModelEntry(
+            name="golden", family=LLAVA, summary="the vectors' decoder", hub_id=None, config=_config(), prefix_tokens=35
+        )
+    family = replace(QWEN2_VL, image_size=(grid[0] * 28, grid[1] * 28))
+    config = _qwen_config(json.loads(described.read_text()))
+    return ModelEntry(name="golden", family=family, summary="the vectors' decoder", hub_id=None, config=config)
 
 
 class GoldenCheckpoint(RandomCheckpoint):
     """The vectors' decoder behind a vision tower that nobody asks for anything."""
 
-    def __init__(self) -> None:
-        super().__init__(ENTRY, seed=0)
+    def __init__(self, entry: ModelEntry) -> None:
+        super().__init__(entry, seed=0)
         stored = load_file(FOLDER / "decoder-weights.safetensors")
         self._stored = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
 
@@ -106,9 +128,19 @@ class Case:
     """One answer of decoder.json, pruned or not."""
 
     name: str
+    grid: tuple[int, int]
     keep: int
     tokens: tuple[int, ...]
     pruned: bool
+
+    @property
+    def entry(self) -> ModelEntry:
+        return _entry(self.grid)
+
+    @property
+    def sizes(self) -> str:
+        """What cases have in common whose text graphs are the same."""
+        return f"{self.grid[0]}x{self.grid[1]}-{self.keep}"
 
     def __str__(self) -> str:
         return f"{self.name}-{'pruned' if self.pruned else 'unpruned'}"
@@ -127,20 +159,23 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 
 def _cases() -> tuple[Case, ...]:
-    rows = json.loads((FOLDER / "decoder.json").read_text())
-    return tuple(
-        Case(name=row["name"], keep=row["keep"] if pruned else 576, tokens=tuple(row[tokens]), pruned=pruned)
-        for row in rows
-        for pruned, tokens in ((True, "tokens"), (False, "unpruned_tokens"))
-    )
+    cases = []
+    for row in json.loads((FOLDER / "decoder.json").read_text()):
+        rows, columns = row.get("grid", (24, 24))
+        for pruned, tokens in ((True, "tokens"), (False, "unpruned_tokens")):
+            keep = row["keep"] if pruned else rows * columns
+            case = Case(name=row["name"], grid=(rows, columns), keep=keep, tokens=tuple(row[tokens]), pruned=pruned)
+            cases.append(case)
+    return tuple(cases)
 
 
 CASES = _cases()
 
 
 def _context(case: Case) -> Context:
-    frame = ENTRY.family.frame(case.tensor("prefix_ids").tolist(), ENTRY.geometry)
-    return Context(ENTRY.geometry, frame, keep=case.keep, cut=CUT, text=ROOM)
+    geometry = case.entry.geometry
+    frame = case.entry.family.frame(case.tensor("prefix_ids").tolist(), geometry)
+    return Context(geometry, frame, keep=case.keep, cut=CUT, text=ROOM)
 
 
 class _FromFeatures(Graph):
@@ -151,11 +186,9 @@ class _FromFeatures(Graph):
         self.encoder = encoder
 
     def input_infos(self) -> tuple[TensorInfo, ...]:
-        return (
-            TensorInfo(
-                name="features", shape=(1, ENTRY.geometry.image_tokens, ENTRY.geometry.text.hidden), dtype="float32"
-            ),
-        )
+        geometry = self.encoder.geometry
+        shape = 1, geometry.image_tokens, geometry.text.hidden
+        return (TensorInfo(name="features", shape=shape, dtype="float32"),)
 
     def output_infos(self) -> tuple[TensorInfo, ...]:
         return self.encoder.output_infos()
@@ -166,11 +199,11 @@ class _FromFeatures(Graph):
 
 @functools.cache
 def _modules(case: Case) -> Mapping[str, Graph]:
-    checkpoint = GoldenCheckpoint()
-    spec = PruneSpec(keep=case.keep) if case.pruned else None
+    checkpoint = GoldenCheckpoint(case.entry)
+    spec = PruneSpec(grid=case.grid, keep=case.keep) if case.pruned else None
     context = _context(case)
     prefix_ids = [int(i) for i in case.tensor("prefix_ids")]
-    encoder = build_vision_encoder(checkpoint, ENTRY, spec, cut=CUT, prefix_ids=prefix_ids)
+    encoder = build_vision_encoder(checkpoint, case.entry, spec, cut=CUT, prefix_ids=prefix_ids)
     return {"vision": _FromFeatures(encoder), **build_text_graphs(checkpoint, context, chunk=CHUNK)}
 
 
@@ -187,7 +220,7 @@ def _answer(case: Case, run: Mapping[str, Run]) -> tuple[np.ndarray, list[int], 
             room = np.zeros((1, context.kv_heads, context.text, context.head_dim), np.float32)
             past.append(np.concatenate([part, room], axis=2))
 
-    table = GoldenCheckpoint().tensor("embed_tokens.weight").numpy()
+    table = GoldenCheckpoint(case.entry).tensor("embed_tokens.weight").numpy()
     done = 0
 
     def decode(embeds: np.ndarray, chunk: int) -> np.ndarray:
@@ -237,6 +270,17 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @every_case
+def test_positions_on_every_axis(case: Case) -> None:
+    stored = _tensors().get(f"{case.name}.position_ids")
+    context = _context(case)
+    assert len(context.rotary) == (1 if stored is None else 3)
+    if stored is None:
+        assert context.rotary == (tuple(range(context.positions)),)
+    else:
+        assert stored.tolist() == [list(axis[: stored.shape[1]]) for axis in context.rotary]
+
+
+@every_case
 def test_eager(case: Case) -> None:
     _check(case, {name: _in_torch(module) for name, module in _modules(case).items()})
 
@@ -274,13 +318,13 @@ def _lowered(modules: Mapping[str, Graph], engine: Engine, folder: Path) -> dict
 @pytest.fixture(scope="session")
 def text_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case, Engine], dict[str, Run]]:
     """The graphs behind the vision graph, in an engine: made once for all cases that keep as many tokens."""
-    made: dict[tuple[int, Engine], dict[str, Run]] = {}
+    made: dict[tuple[str, Engine], dict[str, Run]] = {}
 
     def make(case: Case, engine: Engine) -> dict[str, Run]:
-        if (case.keep, engine) not in made:
+        if (case.sizes, engine) not in made:
             text = {name: module for name, module in _modules(case).items() if name != "vision"}
-            made[case.keep, engine] = _lowered(text, engine, tmp_path_factory.mktemp(f"{engine}{case.keep}"))
-        return made[case.keep, engine]
+            made[case.sizes, engine] = _lowered(text, engine, tmp_path_factory.mktemp(f"{engine}{case.sizes}"))
+        return made[case.sizes, engine]
 
     return make
 
@@ -288,7 +332,7 @@ def text_graphs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case, Eng
 def _engine_cases() -> list[object]:
     """Each case in each engine; those that share graphs run in one process."""
     return [
-        pytest.param(case, engine, marks=pytest.mark.xdist_group(f"{engine}{case.keep}"), id=f"{engine}-{case}")
+        pytest.param(case, engine, marks=pytest.mark.xdist_group(f"{engine}{case.sizes}"), id=f"{engine}-{case}")
         for engine in ("executorch", "onnxruntime")
         for case in CASES
     ]

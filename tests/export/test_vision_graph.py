@@ -15,7 +15,7 @@ from export.blocks.decoder_layer import DecoderLayer
 from export.blocks.norms import LayerNorm, RmsNorm
 from export.blocks.rope import rope_tables
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint
-from export.families import MODELS
+from export.families import FAMILIES, MODELS
 from export.families.family import Checkpoint, ModelEntry
 from export.families.llava.config import LlavaGeometry
 from export.golden import make_golden
@@ -291,7 +291,7 @@ def test_requests_that_do_not_fit(wishes: dict[str, Any], complaint: str) -> Non
 # --- geometry and export -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", [*MODELS.values(), TINY], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [*FAMILIES["llava"].models, TINY], ids=lambda entry: entry.name)
 def test_tensors_are_those_of_transformers_model(entry: ModelEntry) -> None:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from export import cli
+from export.families import MODELS
 from tests.conftest import CommandLine
 
 OPTIMUM_CLI = Path(sysconfig.get_path("scripts")) / "optimum-cli"
@@ -138,7 +139,7 @@ def test_dry_run_says_what_pruneport_says(
         ),
         (
             ["--model", "pokcet", *POCKET[2:], "out"],
-            "unknown model 'pokcet', did you mean 'pocket'?; allowed: llava-1.5-7b, llava-1.5-13b, pocket",
+            f"unknown model 'pokcet', did you mean 'pocket'?; allowed: {', '.join(MODELS)}, auto",
         ),
     ],
 )

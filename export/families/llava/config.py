@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from export.blocks.geometry import Rope, TextGeometry
-from export.settings import flag, number, one_of, positive, read_object, shown, whole, without_nulls
+from export.settings import (
+    flag,
+    number,
+    one_of,
+    positive,
+    read_object,
+    refuse_quantised,
+    section,
+    shown,
+    whole,
+    without_nulls,
+)
 from runtime.errors import CheckpointError
 
 # What Hugging Face's config classes assume for a key that config.json leaves out (llava-hf's files leave out most).
@@ -72,8 +83,6 @@ _ROPE_KEYS = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
-# Where quantisers leave their mark; older compressed-tensors wrote the second.
-_QUANTISED_KEYS = ("quantization_config", "compression_config")
 # What LLaVA's authors put in place of the image token; it is no row of the vocabulary.
 _AUTHORS_IMAGE_INDEX = -200
 _IMAGE_TOKEN = "<image>"
@@ -186,8 +195,8 @@ class LlavaGeometry:
         _one_of("model_type", config.get("model_type"), ("llava",))
         # An empty section means the defaults of its class, an absent one the tower of the published LLaVA-1.5.
         defaults = _VISION_DEFAULTS if "vision_config" in config else VISION_WHEN_ABSENT
-        vision = {**defaults, **_section(config, "vision_config")}
-        text = {**_TEXT_DEFAULTS, **_section(config, "text_config")}
+        vision = {**defaults, **section(config, "vision_config")}
+        text = {**_TEXT_DEFAULTS, **section(config, "text_config")}
         top = {**_LLAVA_DEFAULTS, **config}
         _one_of("vision_config.model_type", vision["model_type"], ("clip_vision_model",))
         _one_of("text_config.model_type", text["model_type"], ("llama",))
@@ -273,7 +282,7 @@ def decisive_part(config: Mapping[str, Any]) -> dict[str, Any]:
     part = {key: config[key] for key in (*_LLAVA_DEFAULTS, "image_token_id", "image_seq_length") if key in config}
     for name, keys in (("vision_config", _VISION_DEFAULTS), ("text_config", (*_TEXT_DEFAULTS, *_ROPE_KEYS))):
         if name in config:
-            part[name] = {key: value for key, value in _section(config, name).items() if key in keys}
+            part[name] = {key: value for key, value in section(config, name).items() if key in keys}
     return part
 
 
@@ -286,24 +295,7 @@ def _refuse_other_layouts(config: Mapping[str, Any]) -> None:
             f"config.json: {key}={shown(config[key])} is the authors' own layout, whose files hold no vision tower; "
             "give the converted checkpoint, as under llava-hf on the hub"
         )
-    for name in ("", "vision_config", "text_config"):
-        section = _section(config, name) if name else config
-        for key in _QUANTISED_KEYS:
-            if section.get(key):
-                settings = section[key] if isinstance(section[key], Mapping) else {}
-                raise CheckpointError(
-                    f"config.json: the checkpoint is already quantised ({key}, {shown(settings.get('quant_method'))}); "
-                    "pruneport quantises by itself, give it the float16, bfloat16 or float32 weights"
-                )
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name, {})
-    if not isinstance(section, Mapping):
-        raise CheckpointError(
-            f"config.json: {name} must be an object, got {shown(section)}; correct it or download the file again"
-        )
-    return section
+    refuse_quantised(config, section(config, "vision_config"), section(config, "text_config"))
 
 
 def _or(value: Any, otherwise: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlavaConfig
@@ -16,11 +15,10 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from export.families.desktop import filled
+from export.families.desktop import eager, filled
 from export.families.family import Checkpoint, Seen
 from export.families.llava.config import LlavaGeometry, decisive_part
 from export.families.llava.preprocessor import read_preprocessor
-from runtime.errors import CheckpointError
 
 
 class LlavaDesktop:
@@ -85,12 +83,4 @@ class LlavaDesktop:
 
 def eager_config(given: Mapping[str, Any]) -> Any:
     """transformers' own reading of what counts in config.json, with the plain attention that defines the arithmetic."""
-    try:
-        config: Any = LlavaConfig.from_dict(decisive_part(given))
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"config.json: transformers does not take it ({reason}); correct it or download the file again"
-        ) from error
-    config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
-    return config
+    return eager(LlavaConfig, decisive_part(given))

@@ -11,6 +11,7 @@ from export.families.llava.config import VISION_WHEN_ABSENT, LlavaGeometry, with
 from export.families.llava.hub_files import hub_files
 from export.families.llava.preprocessor import image_info
 from export.families.llava.tensors import other_layout, stray, tensors
+from runtime.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +24,21 @@ if TYPE_CHECKING:
 class Llava:
     """LLaVA-1.5 (arXiv 2310.03744): each prompt is a prefix, one square image of single patches, and the question."""
 
-    name = "llava"
+    name = model_type = "llava"
     class_token = True
+    backends = None
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
         return LLAVA_7B, LLAVA_13B, POCKET
+
+    def resized(self, size: tuple[int, int]) -> Llava:
+        """Raises RequestError: the size is the checkpoint's."""
+        raise RequestError(
+            "image_size is for models that take photos of any size; the tower of LLaVA-1.5 has one, which its "
+            "config.json says: leave --image-size out"
+        )
 
     def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Completes a config.json by the image token's id, which some leave to the tokenizer."""

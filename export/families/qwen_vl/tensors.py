@@ -1,0 +1,84 @@
+"""The tensors of a Qwen2-VL or Qwen2.5-VL model: what the graphs call them, and how files spell their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from export.families.family import TensorEntry, decoder_tensors, linear
+from export.families.qwen_vl.config import QwenGeometry
+
+# Beginnings of the graphs' names, by those in files as they are published; transformers' modules have another front.
+_PUBLISHED: Mapping[str, str] = {
+    "tower.patch_embedding.": "visual.patch_embed.proj.",
+    "tower.norm.": "visual.merger.ln_q.",
+    "tower.projector.linear_1.": "visual.merger.mlp.0.",
+    "tower.projector.linear_2.": "visual.merger.mlp.2.",
+    "tower.layers.": "visual.blocks.",
+    "lm_head.": "lm_head.",
+    "": "model.",
+}
+# Inside the tower's layers.
+_IN_LAYERS: Mapping[str, str] = {
+    ".layer_norm1.": ".norm1.",
+    ".layer_norm2.": ".norm2.",
+    ".self_attn.qkv_proj.": ".attn.qkv.",
+    ".self_attn.out_proj.": ".attn.proj.",
+}
+_BUILT_PARTS = ("visual.", "model.", "lm_head.")
+
+
+def tensors(geometry: QwenGeometry) -> dict[str, TensorEntry]:
+    """Lists every tensor of the whole model by its canonical name."""
+    tied = {"lm_head.weight": "embed_tokens.weight"} if geometry.tied_embeddings else {}
+    return {
+        name: TensorEntry(shape, spellings(name), instead=tied.get(name))
+        for name, shape in (*_tower_tensors(geometry), *decoder_tensors(geometry.text))
+    }
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Spells a canonical name as published files do, and as transformers' modules are built."""
+    start = next(start for start in _PUBLISHED if name.startswith(start))
+    published = _PUBLISHED[start] + name.removeprefix(start)
+    if start == "tower.layers.":
+        for ours, theirs in _IN_LAYERS.items():
+            published = published.replace(ours, theirs)
+    if start == "lm_head.":
+        return (published,)
+    front = "model.language_model." if start == "" else "model."
+    return published, front + (published.removeprefix("model.") if start == "" else published)
+
+
+def stray(stored: str) -> str | None:
+    """Says what to do about a tensor that no model of the family has; None for one that is no part of a model."""
+    if stored.startswith(_BUILT_PARTS):
+        return "the weights belong to another model, or config.json does"
+    return None
+
+
+def _tower_tensors(geometry: QwenGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    tower, width = geometry.tower, geometry.tower.hidden
+    patch, merged = tower.patch_size, tower.hidden * tower.merge**2
+    yield "tower.patch_embedding.weight", (width, tower.channels, tower.frames, patch, patch)
+    for index in range(tower.layers):
+        base = f"tower.layers.{index}"
+        yield from _norm(f"{base}.layer_norm1", width, gated=tower.gated)
+        yield from linear(f"{base}.self_attn.qkv_proj", width, 3 * width, bias=True)
+        yield from linear(f"{base}.self_attn.out_proj", width, width, bias=True)
+        yield from _norm(f"{base}.layer_norm2", width, gated=tower.gated)
+        if tower.gated:
+            yield from linear(f"{base}.mlp.gate_proj", width, tower.mlp, bias=True)
+            yield from linear(f"{base}.mlp.up_proj", width, tower.mlp, bias=True)
+            yield from linear(f"{base}.mlp.down_proj", tower.mlp, width, bias=True)
+        else:
+            yield from linear(f"{base}.mlp.fc1", width, tower.mlp, bias=True)
+            yield from linear(f"{base}.mlp.fc2", tower.mlp, width, bias=True)
+    yield from _norm("tower.norm", width, gated=tower.gated)
+    yield from linear("tower.projector.linear_1", merged, merged, bias=True)
+    yield from linear("tower.projector.linear_2", merged, geometry.text.hidden, bias=True)
+
+
+def _norm(name: str, width: int, *, gated: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    if not gated:
+        yield f"{name}.bias", (width,)

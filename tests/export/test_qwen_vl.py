@@ -1,0 +1,345 @@
+"""Qwen2-VL and Qwen2.5-VL in folders as they are published: what is read of them, what is refused, what is answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import export.families
+import export.golden
+from export import pipeline
+from export.checkpoints import FolderCheckpoint, RandomCheckpoint, entry_of_folder
+from export.evaluation.eager import EagerModel
+from export.evaluation.questions import Line
+from export.evaluation.run import wanted_cells
+from export.families import MODELS
+from export.families.family import ModelEntry
+from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL
+from export.golden import make_golden
+from export.models.prompt import SampleText, end_ids, read_prompt
+from export.progress import Progress
+from export.request import Request, model_entry, plan
+from runtime.ask import open_bundle
+from runtime.errors import CheckpointError, ExportError, NotYetError, RequestError
+from runtime.prompt import open_tokenizer
+from tests.tiny_qwen import (
+    TINY_QWEN2_5_VL,
+    TINY_QWEN2_VL,
+    as_published,
+    special,
+    with_tokenizer,
+    write_checkpoint,
+)
+
+TIED = {entry.family.name: with_tokenizer(entry) for entry in (TINY_QWEN2_VL, TINY_QWEN2_5_VL)}
+QUESTION = "How many?"
+ANSWER = 6
+
+every_family = pytest.mark.parametrize("entry", TIED.values(), ids=lambda entry: entry.family.name)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Any]]:
+    """A folder that transformers wrote, with its model, by family."""
+    made = {name: tmp_path_factory.mktemp(name) for name in TIED}
+    return {name: (folder, write_checkpoint(folder, TIED[name])) for name, folder in made.items()}
+
+
+@pytest.fixture(scope="module")
+def photo() -> NDArray[np.uint8]:
+    """Blocks of colour, as large as the graphs' images are, so that nothing is resized on the way."""
+    height, width = TINY_QWEN2_VL.geometry.pixel_values[2:]
+    blocks = np.random.default_rng(3).integers(0, 255, (height // 14, width // 14, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, 14, axis=0), 14, axis=1)
+
+
+def _with_config(folder: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A folder like another, but for its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    changed = change(config)
+    for path in folder.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    (place / "config.json").write_text(json.dumps(changed if isinstance(changed, dict) else config))
+    return place
+
+
+@every_family
+def test_folder_is_read_in_both_spellings(
+    entry: ModelEntry, folders: Mapping[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder, model = folders[entry.family.name]
+    flat = _with_config(folder, tmp_path, as_published)
+    theirs = dict(model.named_parameters())
+    for place in (folder, flat):
+        checkpoint = FolderCheckpoint(place, entry)
+        assert checkpoint.geometry == entry.geometry
+        assert set(checkpoint.names()) == set(entry.tensors)
+        assert end_ids(checkpoint) == (special("<|im_end|>"),)
+        for tensor in entry.tensors.values():
+            name = next((name for name in tensor.stored if name in theirs), "model.language_model.embed_tokens.weight")
+            canonical = next(key for key, value in entry.tensors.items() if value is tensor)
+            assert torch.equal(checkpoint.tensor(canonical), theirs[name])
+
+
+def test_model_may_be_what_a_folder_describes(folders: Mapping[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    for name, (folder, _) in folders.items():
+        entry = entry_of_folder(folder)
+        assert entry.family.name == name
+        assert entry.geometry.text == TIED[name].geometry.text
+        assert entry.geometry.grid == (24, 24)  # the size of image is no part of a checkpoint
+        assert FolderCheckpoint(folder, entry).geometry == entry.geometry
+    (tmp_path / "config.json").write_text(json.dumps(as_published(MODELS["qwen2-vl-7b"].config)))
+    assert entry_of_folder(tmp_path) is MODELS["qwen2-vl-7b"]
+    (tmp_path / "config.json").write_text('{"model_type": "gemma4"}')
+    with pytest.raises(CheckpointError, match="is no family that can be exported; supported: llava, qwen2_vl, "):
+        entry_of_folder(tmp_path)
+    with pytest.raises(RequestError, match="model=auto is what the config"):
+        model_entry("auto", "random")
+
+
+def test_prompt_ends_in_front_of_the_image_and_goes_on_behind_its_end(
+    folders: Mapping[str, tuple[Path, Any]],
+) -> None:
+    (entry, *_) = TIED.values()
+    prompt = read_prompt(folders[entry.family.name][0], entry.geometry, entry)
+    assert (prompt.prefix_text or "").endswith("user\n<|vision_start|>")
+    assert prompt.prefix_ids[-1] == special("<|vision_start|>")
+    assert prompt.suffix_text == "<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def _no_rows(config: dict[str, Any]) -> None:
+    config["text_config"]["rope_parameters"]["mrope_section"] = [1, 5]
+
+
+def _uneven(config: dict[str, Any]) -> None:
+    config["text_config"]["rope_parameters"]["mrope_section"] = [1, 2, 4]
+
+
+def _stretched(config: dict[str, Any]) -> None:
+    config["text_config"]["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0}
+
+
+def _sliding(config: dict[str, Any]) -> None:
+    config["text_config"]["use_sliding_window"] = True
+
+
+def _quantised(config: dict[str, Any]) -> None:
+    config["quantization_config"] = {"quant_method": "awq"}
+
+
+def _other(config: dict[str, Any]) -> None:
+    config["model_type"] = "qwen3_vl"
+
+
+def _narrow(config: dict[str, Any]) -> None:
+    config["vision_config"]["hidden_size"] = 64
+
+
+def _turned(config: dict[str, Any]) -> None:
+    config["vision_config"]["rope_parameters"]["rope_type"] = "default"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_no_rows, "mrope_section must be three whole numbers"),
+        (_uneven, "must add up to half of head_dim=12"),
+        (_stretched, "rope_type"),
+        (_sliding, "use_sliding_window=true; a decoder whose layers see a window"),
+        (_quantised, "already quantised"),
+        (_other, "model_type"),
+        (_narrow, "the tower gives 64 channels, but text_config.hidden_size is 48"),
+        (_turned, "allowed: rope_type axial"),
+    ],
+)
+def test_config_that_is_not_understood_is_refused(
+    change: Callable[[dict[str, Any]], object],
+    words: str,
+    folders: Mapping[str, tuple[Path, Any]],
+    tmp_path: Path,
+) -> None:
+    (entry, *_) = TIED.values()
+    folder = _with_config(folders[entry.family.name][0], tmp_path, change)
+    with pytest.raises(CheckpointError, match=words):
+        FolderCheckpoint(folder, entry)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, "supported: Qwen2VLImageProcessor"),
+        ({"merge_size": 4}, "merge_size is 4, but config.json says 2"),
+        ({"do_normalize": False}, "only true is supported"),
+        ({"resample": "bicubic"}, "one of Pillow's numbers"),
+        ({"image_mean": [0.5]}, "cannot be used"),
+    ],
+)
+def test_image_settings_that_make_other_pixels_are_refused(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=words):
+        TINY_QWEN2_VL.family.image(tmp_path, TINY_QWEN2_VL.geometry)
+
+
+def test_image_size_must_divide_into_tokens_and_windows() -> None:
+    config = TINY_QWEN2_VL.config
+    with pytest.raises(RequestError, match="28 x 28 pixels; height and width must be multiples of 28"):
+        replace(QWEN2_VL, image_size=(112, 100)).geometry(config)
+    with pytest.raises(RequestError, match="a window of the tower, 112 x 112 pixels"):
+        replace(QWEN2_5_VL, image_size=(672, 700)).geometry(MODELS["qwen2.5-vl-3b"].config)
+
+
+def test_image_size_is_chosen_when_a_graph_is_made(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"keep": "64", "target": "android", "weights": "random", "output_dir": str(tmp_path)}
+    words["force"] = True
+    wide = plan(Request(model="qwen2-vl-2b", image_size="448x672", **words))
+    assert wide.entry.geometry.pixel_values == (1, 3, 448, 672)
+    assert wide.entry.geometry.grid == (16, 24)
+    assert "image448x672" in wide.bundle.name
+    square = plan(Request(model="qwen2.5-vl-3b", image_size="448", **words))
+    assert square.entry.geometry.grid == (16, 16)
+    for model, size, complaint in (
+        ("qwen2-vl-2b", "450", "height and width must be multiples of 28"),
+        ("qwen2.5-vl-3b", "448x700", "height and width must be multiples of 112"),
+        ("qwen2-vl-2b", "1x2x3", "is no size; write N, or HxW"),
+        ("qwen2-vl-2b", "wide", "is not a whole number"),
+        ("pocket", "448", "leave --image-size out"),
+    ):
+        with pytest.raises(RequestError, match=complaint):
+            plan(Request(model=model, image_size=size, **words))
+
+
+def test_published_models_have_the_grid_of_the_paper() -> None:
+    sizes = {"qwen2-vl-2b": 2.2, "qwen2-vl-7b": 8.3, "qwen2.5-vl-3b": 3.8, "qwen2.5-vl-7b": 8.3}
+    for name, billions in sizes.items():
+        entry = MODELS[name]
+        assert entry.geometry.grid == (24, 24)
+        tied = entry.tensors["lm_head.weight"].instead is not None
+        head = entry.geometry.text.vocab * entry.geometry.text.hidden if tied else 0
+        count = entry.vision_parameter_count(0) + entry.text_parameter_count() - head
+        assert round(count / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize("name", [entry.name for family in (QWEN2_VL, QWEN2_5_VL) for entry in family.models])
+def test_tensors_of_published_models_are_those_of_transformers(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    entry, make = MODELS[name], cast(Any, AutoModelForImageTextToText.from_config)
+    with torch.device("meta"):
+        model = make(AutoConfig.for_model(**dict(entry.config)))
+    spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
+    theirs = {spelled[name]: tuple(value.shape) for name, value in model.named_parameters()}
+    assert theirs == {name: tensor.shape for name, tensor in entry.tensors.items() if tensor.instead is None}
+
+
+def test_tower_stays_unquantised_where_groups_do_not_divide_its_layers(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"keep": "64", "target": "android", "weights": "random", "output_dir": str(tmp_path)}
+    made = {
+        model: plan(Request(model=model, backend="onnx", force=True, **words)).vision.scheme
+        for model in ("qwen2-vl-2b", "qwen2.5-vl-3b")
+    }
+    assert made == {"qwen2-vl-2b": "int8", "qwen2.5-vl-3b": None}
+    assert plan(Request(model="qwen2.5-vl-3b", backend="xnnpack", force=True, **words)).vision.scheme == "8da8w"
+    with pytest.raises(RequestError, match=r"tower\.layers\.0\.mlp\.down_proj \(3420 inputs\)"):
+        plan(Request(model="qwen2.5-vl-3b", backend="onnx", force=True, quant_vision="int8", **words))
+
+
+def test_runtimes_that_count_positions_on_one_axis_are_refused(tmp_path: Path) -> None:
+    for layout, backend in (("multimodal-runner", "xnnpack"), ("transformers.js", "onnx")):
+        request = Request(
+            model="qwen2-vl-2b",
+            keep="64",
+            target="android",
+            backend=backend,
+            layout=layout,
+            weights="random",
+            output_dir=str(tmp_path),
+        )
+        with pytest.raises(RequestError, match="have positions on 3; leave --layout out"):
+            plan(request)
+    with pytest.raises(ExportError, match="leave --layout out"):
+        QWEN2_VL.hub_files(RandomCheckpoint(TINY_QWEN2_VL, seed=0), image_token="<|image_pad|>", keep=64)
+
+
+@pytest.mark.parametrize(
+    ("target", "backend", "way_out"),
+    [("android", "vulkan", "take --backend xnnpack or onnx"), ("ios", "coreml", "take --target android")],
+)
+def test_backends_that_were_not_tried_are_refused(target: str, backend: str, way_out: str, tmp_path: Path) -> None:
+    request = Request(
+        model="qwen2-vl-2b", keep="64", target=target, backend=backend, weights="random", output_dir=str(tmp_path)
+    )
+    with pytest.raises(NotYetError, match=f"qwen2-vl-2b on backend {backend}: not yet, .*; {way_out}"):
+        plan(request)
+
+
+def test_methods_that_look_at_a_class_token_are_no_cells_of_an_evaluation() -> None:
+    with pytest.raises(RequestError, match="--method visionzip chooses by the attention of the tower's class token"):
+        wanted_cells(["visionzip"], [64], None, class_token=False)
+    assert [cell.method for cell in wanted_cells(["divprune"], [64], None, class_token=False)] == ["divprune"]
+
+
+@torch.no_grad()
+def test_evaluation_reads_as_the_desktop_does(
+    folders: Mapping[str, tuple[Path, Any]], photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.golden, "ANSWER_TOKENS", 1)
+    (entry, *_) = TIED.values()
+    checkpoint = FolderCheckpoint(folders[entry.family.name][0], entry)
+    model = EagerModel(checkpoint, entry)
+    reading = model.read(photo, [Line(image="", question=QUESTION, answer="7")], [0, 2])
+    asked = model._tokenizer.question_ids(QUESTION)
+    text = SampleText(ids=(*asked, *model._tokenizer.answer_ids("7"), 0), question=tuple(asked))
+    pixels = entry.family.desktop(checkpoint, "cpu").pixels(photo)
+    golden = make_golden(checkpoint, entry, None, cut=2, pixel_values=pixels, text=text)
+    np.testing.assert_allclose(reading.image[2], golden["vision_encoder.out.hidden"], atol=1e-5)
+    np.testing.assert_allclose(reading.text[2], golden["text_prefill.out.hidden"], atol=1e-5)
+    assert reading.features[0].attention is None
+
+
+@pytest.mark.slow
+def test_answer_of_a_bundle_is_that_of_transformers_generate(
+    folders: Mapping[str, tuple[Path, Any]],
+    photo: NDArray[np.uint8],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (entry, *_) = TIED.values()
+    folder, model = folders[entry.family.name]
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    monkeypatch.setattr(export.families, "MODELS", {entry.name: entry})
+    request = Request(
+        model=entry.name,
+        keep="all",
+        target="android",
+        backend="onnx",
+        weights=str(folder),
+        text_tokens="192",
+        output_dir=str(tmp_path),
+    )
+    made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
+    assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
+    tokenizer = open_tokenizer(made.bundle)
+    with open_bundle(made.bundle.path) as bundle:
+        said = "".join(bundle.ask(photo, QUESTION, max_new_tokens=ANSWER))
+
+    frame = entry.family.frame(made.bundle.manifest.prompt.prefix_ids, entry.geometry)
+    ids = torch.tensor([[*frame.ids, *tokenizer.question_ids(QUESTION)]])
+    seen = Qwen2VLImageProcessorPil(min_pixels=3136)(photo, input_data_format="channels_last", return_tensors="pt")
+    assert seen["image_grid_thw"].tolist() == [[1, 8, 10]]  # as large as the graph's, by its own choice
+    kinds = (ids == entry.geometry.image_token_id).int()
+    with torch.no_grad():
+        theirs = model.generate(input_ids=ids, mm_token_type_ids=kinds, **seen, max_new_tokens=ANSWER, do_sample=False)[
+            0, ids.shape[1] :
+        ]
+    assert said == "".join(tokenizer.text(theirs.tolist()))
