@@ -83,7 +83,7 @@ LAST = (
         kinds=_HARD,
     ),
     Phase(
-        steps=2000,
+        steps=1800,
         patches=GRID,
         size=5,
         room=300,
@@ -91,6 +91,8 @@ LAST = (
         kinds=(*KINDS, "count", "count", "direction", "colour", "shape"),
     ),
 )
+# How many there are is what is learnt last: half of the questions ask for it in the end.
+FINISH = (Phase(steps=450, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=(*KINDS, *["count"] * 8)),)
 # What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less. So do the
 # steps to an answer, each asked for at the last token of a thing's name, a layer higher each: where the thing stands,
 # how it lies to the thing named before, and what the answer will be. Without them comparing is not learnt.
@@ -316,6 +318,15 @@ def train_whole(run: Path, *, phases: tuple[Phase, ...] = LAST, rate: float = 1.
         talker.seer.load_state_dict(heads)
         talker.model.load_state_dict(torch.load(run / "answers.pt")["model"])
     _train(run / "whole.pt", talker, phases, rate=rate, seed=31)
+
+
+def train_finish(run: Path, *, phases: tuple[Phase, ...] = FINISH, rate: float = 5e-4) -> None:
+    """Goes on from where `train_whole` ended, at a lower rate, with more to count; goes on where it stopped."""
+    torch.manual_seed(4)
+    talker = Talker(pocket_model(), frozen_tower=False)
+    if not (run / "finish.pt").exists():
+        talker.load_state_dict(torch.load(run / "whole.pt")["talker"])
+    _train(run / "finish.pt", talker, phases, rate=rate, seed=41)
 
 
 def _train(state: Path, talker: Talker, phases: tuple[Phase, ...], *, rate: float, seed: int) -> None:

@@ -20,7 +20,7 @@ def write_model(run: Path) -> Path:
     folder = run / "pocket"
     folder.mkdir(parents=True, exist_ok=True)
     model = pocket_model()
-    last = next(path for path in (run / "whole.pt", run / "answers.pt") if path.exists())
+    last = next(path for path in (run / "finish.pt", run / "whole.pt", run / "answers.pt") if path.exists())
     model.load_state_dict(torch.load(last)["model"])
     model.half().save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
