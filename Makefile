@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed-$(PINS)
 DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed-$(PINS)
 DEMO_DIR := bundles/demo
+# Pictures that pocket never saw in its training.
+SCENES := export/models/pocket-questions
 
 # The authors' vectors of Qwen2-VL, where they lie beside the checkout: in PyTorch, because each case is a graph of its own.
 QWEN_GOLDEN ?= ../shared/golden-qwen2-vl
@@ -39,7 +41,11 @@ $(STAMP):
 # The demo writes into a folder of its own, and only that folder is cleared: other bundles are never overwritten.
 demo: $(STAMP)
 	@rm -rf $(DEMO_DIR)
-	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --output-dir $(DEMO_DIR)
+	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --image $(SCENES)/029.webp --output-dir $(DEMO_DIR)
+	@$(BIN)/python -m pruneport ask --compare $(DEMO_DIR)/pocket-keep64-android-xnnpack $(SCENES)/029.webp \
+	"Which word is printed?" "Which number is printed?" "Count all crosses that you can see." \
+	"What is the colour of the ring?" "Tell me in which corner the yellow cross is." \
+	"Which direction is the yellow cross, seen from the green ring?" "Yes or no, is there a green cross?"
 
 # Goes on where it was stopped; EVAL="--method vlm-pruner --photos 40" is shorter.
 eval: $(STAMP)

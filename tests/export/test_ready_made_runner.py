@@ -428,5 +428,5 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     shutil.copy(pocket_folder() / "tokenizer.json", folder)
     checkpoint = FolderCheckpoint(folder, TINY)
     vision = build_vision_encoder(checkpoint, TINY, None, cut=0, framed=False, prefix_ids=[1])
-    with pytest.raises(CheckpointError, match="512 tokens, but the model 64 logits"):
+    with pytest.raises(CheckpointError, match=f"{POCKET.geometry.text.vocab} tokens, but the model 64 logits"):
         write_for_runner(checkpoint, TINY, vision, tmp_path, quant_text=None, text_tokens=8, arithmetic=in_fp32)

@@ -31,6 +31,7 @@ from runtime.session import Session
 from runtime.text_graphs import VISION_ENCODER
 from tests.conftest import CommandLine
 from tests.sample_bundle import Sample, edit_manifest, make_bundle, rehash
+from tests.talkative import talkative
 
 OTHER = "And what colour is it?"
 STATS = re.compile(
@@ -113,8 +114,13 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def bundle(onnx_bundle: Path) -> Bundle:
-    return read_bundle(onnx_bundle)
+def bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLine) -> Bundle:
+    """A model that talks on and on, with 64 image tokens, for ONNX Runtime; not to be changed."""
+    folder = tmp_path_factory.mktemp("talkative")
+    words = ["export", "--model", "pocket", "--keep", "64", "--target", "android", "--backend", "onnx", "-q"]
+    done = command_line(*words, "--weights", talkative(folder / "model"), "--output-dir", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_bundle(Path(done.stdout.strip()))
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +430,7 @@ def test_prefill_that_claims_to_be_ours(shape: tuple[int, ...], ask: Ask, bundle
         (
             "Why?",
             ["--max-new-tokens", "512"],
-            r"a question of \d\d tokens and max_new_tokens=512 need 5\d\d entries of the text cache, which has 512",
+            r"a question of \d+ tokens and max_new_tokens=512 need 5\d\d entries of the text cache, which has 512",
         ),
         ("", [], "the question is empty; ask something"),
         (" \n\t", [], "the question is empty; ask something"),
@@ -437,7 +443,7 @@ def test_prefill_that_claims_to_be_ours(shape: tuple[int, ...], ask: Ask, bundle
         ("Why?", ["--max-new-tokens", "-3"], r"max_new_tokens=-3 must lie in 1\.\.1000000"),
         ("Why?", ["--max-new-tokens=+-3"], r"max_new_tokens='\+-3' is not a whole number"),
         ("Why?", ["--max-new-tokens", "9" * 5000], r"max_new_tokens=9{20} must lie in 1\.\.1000000"),
-        ("Why?", ["--max-new-tokens", "1000000"], r"a question of \d\d tokens and max_new_tokens=1000000 need"),
+        ("Why?", ["--max-new-tokens", "1000000"], r"a question of \d+ tokens and max_new_tokens=1000000 need"),
         ("Why?", ["--temperature", "1e999"], "temperature='1e999' is not a number"),
         ("Why?", ["--temperature", "1e308"], r"temperature=1e\+308 must lie in 0\.\.100"),
         ("Why?", ["--temperature", "warm"], "temperature='warm' is not a number"),
