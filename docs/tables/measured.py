@@ -329,9 +329,15 @@ def _share(part: Mapping[str, float]) -> str:
     return f"{100 * part['value']:.1f} ({100 * part['low']:.1f} to {100 * part['high']:.1f})"
 
 
+def _measured(name: str) -> dict[str, Any] | None:
+    """A result of one file, None where it was not measured yet."""
+    return results(name)[0] if (RESULTS / name).exists() else None
+
+
 def accuracy_by_method() -> str:
-    """Returns what each method at each keep leaves of pocket's right answers."""
-    (result,) = results("eval-*.json")
+    """Returns what each method at each keep leaves of pocket's right answers. Says so where that was not measured."""
+    if (result := _measured("eval-pocket.json")) is None:
+        return "Not measured yet.\n"
     asked = result["questions"]
     (whole, *pruned) = result["rows"]
     keeps = sorted({row["keep"] for row in pruned}, reverse=True)
@@ -340,15 +346,16 @@ def accuracy_by_method() -> str:
     found = {(row["name"], row["keep"]): _share(row["accuracy"]) for row in pruned}
     table = [(f"`{name}`", *(found.get((name, keep), "") for keep in keeps)) for name in names]
     return (
-        f"Made by `make eval`, from {asked['count']} questions about {asked['photos']} pictures. Right answers in %, "
+        f"Made by `{result['command']}`, from {asked['count']} questions about {asked['photos']} pictures. Right answers in %, "
         f"with 95 % intervals; the unpruned model with {whole['keep']} tokens: {_share(whole['accuracy'])}.\n\n"
         + markdown_table(("method", *(f"keep {keep}" for keep in keeps)), table)
     )
 
 
 def accuracy_of_bundles() -> str:
-    """Returns what bundles answer beside the desktop model with the same tokens kept."""
-    (result,) = results("eval-*.json")
+    """Returns what bundles answer beside the desktop model with the same tokens kept. Says so where no one asked."""
+    if (result := _measured("eval-pocket.json")) is None:
+        return "Not measured yet.\n"
     known = methods.named()
     asked = [row for row in result["rows"] if row["name"] in (*known, "unpruned")]
     rows = [
@@ -365,8 +372,9 @@ def _same(desktop: Mapping[str, Any], bundle: Mapping[str, Any]) -> bool:
 
 
 def other_tokens() -> str:
-    """Returns what it costs in answers that other tokens are kept than should be."""
-    (result,) = results("kept_overlap.json")
+    """Returns what it costs in answers that other tokens are kept than should be. Says so where no one asked."""
+    if (result := _measured("kept_overlap.json")) is None:
+        return "Not measured yet.\n"
     rows = [
         (str(row["keep"]), f"{row['overlap']:.1%}", _share(row["accuracy"]), _share(row["loss"]))
         for row in result["rows"]
@@ -375,8 +383,9 @@ def other_tokens() -> str:
 
 
 def accuracy_by_category() -> str:
-    """Returns the same by what is asked, unpruned and by each method at 64 tokens."""
-    (result,) = results("eval-*.json")
+    """Returns the same by what is asked, unpruned and by each method at 64 tokens. Says so where no one asked."""
+    if (result := _measured("eval-pocket.json")) is None:
+        return "Not measured yet.\n"
     known = methods.named()
     rows = [row for row in result["rows"] if row["name"] == "unpruned" or (row["name"] in known and row["keep"] == 64)]
     names = list(result["rows"][0]["categories"])
