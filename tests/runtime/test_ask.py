@@ -581,7 +581,15 @@ def pair(bundle: Bundle, tmp_path: Path) -> tuple[Path, Path]:
     return ours, twin
 
 
-def test_compare_asks_both(ask: Ask, pair: tuple[Path, Path], photo: Path, golden: Golden, bundle: Bundle) -> None:
+def test_compare_asks_both(
+    ask: Ask,
+    pair: tuple[Path, Path],
+    photo: Path,
+    golden: Golden,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # so wide that no cell of the table is broken
     ours, twin = pair
     # Neither is a twin: one cannot be read, one is not finished, one is no bundle.
     damaged = variant(bundle.path, ours.with_name("a"))
