@@ -41,11 +41,11 @@ $(STAMP):
 # The demo writes into a folder of its own, and only that folder is cleared: other bundles are never overwritten.
 demo: $(STAMP)
 	@rm -rf $(DEMO_DIR)
-	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --image $(SCENES)/029.webp --output-dir $(DEMO_DIR)
-	@$(BIN)/python -m pruneport ask --compare $(DEMO_DIR)/pocket-keep64-android-xnnpack $(SCENES)/029.webp \
-	"Which word is printed?" "Which number is printed?" "Count all crosses that you can see." \
-	"What is the colour of the ring?" "Tell me in which corner the yellow cross is." \
-	"Which direction is the yellow cross, seen from the green ring?" "Yes or no, is there a green cross?"
+	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --image $(SCENES)/035.webp --output-dir $(DEMO_DIR)
+	@$(BIN)/python -m pruneport ask --compare $(DEMO_DIR)/pocket-keep64-android-xnnpack $(SCENES)/035.webp \
+	"Read the word on the sign." "Which number is printed?" "Which colour is the triangle?" \
+	"Which shape is the white thing?" "Tell me in which corner the purple square is." \
+	"Tell me, is the white cross above the orange circle?" "Yes or no, is there a yellow circle?"
 
 # Goes on where it was stopped; EVAL="--method vlm-pruner --photos 40" is shorter.
 eval: $(STAMP)
