@@ -23,6 +23,7 @@ from export.outcome import (
     exit_code,
     show,
     show_answers,
+    show_kept,
 )
 from export.progress import ended_by_any_signal
 from export.request import nearest
@@ -181,6 +182,7 @@ def _add_ask(verbs: argparse._SubParsersAction[Parser]) -> Parser:
     verb.add_argument("--seed", default="0", metavar="N", help="seed of the draw (default 0)")
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     verb.add_argument("--save-prefill", metavar="FILE", help="keep what the photo left in the cache (*.safetensors)")
+    verb.add_argument("--draw", metavar="FILE", help="draw the kept tokens over the photo (*.png, *.jpg, *.webp)")
     _add_verbosity(verb)
     return verb
 
@@ -436,6 +438,7 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
         ),
         stops=tuple(args.stop),
         save_prefill=None if args.save_prefill is None else Path(args.save_prefill),
+        draw=None if args.draw is None else Path(args.draw),
     )
 
     def say(piece: str) -> None:
@@ -454,6 +457,7 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
         told = ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
     if args.compare and not args.quiet:
         show_answers(told)
+        show_kept(Path(args.bundle), inquiry.photo, told[0].kept)
     return PASSED
 
 

@@ -54,8 +54,8 @@ def show_answers(told: Sequence[Said]) -> None:
         [said for said in told if said.bundle == name] for name in dict.fromkeys(said.bundle for said in told)
     )
     table = Table(show_header=True)
-    for head in ("", ours[0].bundle, twin[0].bundle):
-        table.add_column(Text(head), overflow="fold")
+    for head in ("", *(f"{len(side[0].kept)} image tokens" for side in (ours, twin))):
+        table.add_column(head, overflow="fold")
     for one, other in zip(ours, twin, strict=True):
         # As they are: what a user or a model wrote in brackets is no markup.
         table.add_row(*(Text(words.strip()) for words in (one.question, one.answer, other.answer)))
@@ -66,6 +66,25 @@ def show_answers(told: Sequence[Said]) -> None:
     table.add_row("KV cache", *(f"{side[-1].took.kv_cache_bytes / 1e6:.1f} MB" for side in both))
     table.add_row("peak RSS", *(f"{side[-1].took.peak_rss_bytes / 1e6:.0f} MB" for side in both))
     Console(stderr=True).print(table)
+
+
+def show_kept(path: Path, photo: Path, kept: Sequence[int]) -> None:
+    """Draws the image tokens that a bundle keeps of a photo, on terminals that have colours."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.color_system is None:
+        return
+    from runtime.bundle import read_bundle
+    from runtime.image import load_photo
+    from runtime.kept_picture import kept_cells
+
+    manifest = read_bundle(path).manifest
+    grid = manifest.prune.grid
+    console.print(kept_cells(load_photo(photo), manifest.image, grid, kept), soft_wrap=True)
+    console.print(
+        f"{len(kept)} of {manifest.prune.image_tokens} image tokens stay: dark patches are dropped", highlight=False
+    )
 
 
 def _middle(times: Sequence[float | None]) -> str:

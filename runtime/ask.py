@@ -25,7 +25,9 @@ from runtime.generation import (
     start_answers,
 )
 from runtime.image import load_photo, preprocess
-from runtime.latency import peak_rss_bytes
+from runtime.kept_picture import check_picture, save_kept
+from runtime.latency import peak_rss_bytes, restart_peak_rss
+from runtime.memory import give_back
 from runtime.prompt import open_tokenizer
 from runtime.session import open_session
 from runtime.text_graphs import VISION_ENCODER
@@ -59,19 +61,21 @@ class Took:
 
 
 class Said(NamedTuple):
-    """One bundle's whole answer to a question."""
+    """One bundle's whole answer to a question, and the image tokens that it was left with."""
 
     bundle: str
     question: str
     answer: str
     took: Took
+    kept: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
     """Questions about one photo: a picture file, or a prefill that `save_prefill` wrote before.
 
-    `keep` None is the bundle's first, or the one that made the prefill.
+    `keep` None is the bundle's first, or the one that made the prefill. `draw` is a picture file to be written: the
+    photo with the tokens that were kept.
     """
 
     photo: Path
@@ -81,6 +85,7 @@ class Inquiry:
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
     save_prefill: Path | None = None
+    draw: Path | None = None
 
     def __post_init__(self) -> None:
         for question in self.questions:
@@ -90,6 +95,10 @@ class Inquiry:
                     f"the question {question!r} is a file; one photo is supported, what follows it are questions"
                 )
         check_stops(self.stops)
+        if self.draw is not None:
+            check_picture(self.draw)
+            if self.photo.suffix == PREFILL_SUFFIX:
+                raise RequestError(f"{self.photo} is a saved prefill, over which nothing can be drawn; give the photo")
         if self.save_prefill is None:
             return
         if self.photo.suffix == PREFILL_SUFFIX:
@@ -358,6 +367,9 @@ def ask(
         for each in bundles:
             if compare:
                 tell(each.title)
+                # Each is to show the memory that it takes by itself.
+                give_back()
+                restart_peak_rss()
             with OpenBundle(each) as opened:
                 if opened.emulated:
                     tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
@@ -365,6 +377,11 @@ def ask(
                 if inquiry.save_prefill is not None and each is bundle:
                     photo.save(inquiry.save_prefill)
                     written.append(inquiry.save_prefill)
+                if inquiry.draw is not None and each is bundle:
+                    assert isinstance(seen, np.ndarray)
+                    manifest = each.manifest
+                    save_kept(inquiry.draw, seen, manifest.image, manifest.prune.grid, photo.kept)
+                    written.append(inquiry.draw)
                 for question in inquiry.questions:
                     answer = opened.ask(
                         photo,
@@ -381,10 +398,10 @@ def ask(
                         pieces.append(piece)
                     say("\n")
                     tell(str(answer.took))
-                    told.append(Said(each.title, question, "".join(pieces), answer.took))
+                    told.append(Said(each.title, question, "".join(pieces), answer.took, photo.kept))
     except KeyboardInterrupt as stop:
         for path_written in written:
-            stop.add_note(f"the prefill was written before that: {path_written}")
+            stop.add_note(f"{path_written} was written before that")
         raise
     return tuple(told)
 

@@ -262,16 +262,21 @@ def view(photo: np.ndarray, info: ImageInfo) -> np.ndarray:
     return resized[top : top + crop_height, left : left + crop_width].copy()
 
 
-def view_jpeg(photo: np.ndarray, info: ImageInfo) -> bytes:
-    """What the model looks at, for people: a JPEG of the same part of `photo`, larger where that makes it sharper."""
-    from PIL import Image
-
+def enlarged_view(photo: np.ndarray, info: ImageInfo) -> np.ndarray:
+    """What the model looks at, for people: the same part of `photo`, larger by a whole factor where that is sharper."""
     scale = max(1, _SHOWN_EDGE // max(info.size))
     larger = msgspec.structs.replace(
         info, size=(info.size[0] * scale, info.size[1] * scale), resize_shortest=info.resize_shortest * scale
     )
+    return view(photo, larger)
+
+
+def view_jpeg(photo: np.ndarray, info: ImageInfo) -> bytes:
+    """A JPEG of the enlarged view."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(view(photo, larger)).save(buffer, "JPEG", quality=85, optimize=True)
+    Image.fromarray(enlarged_view(photo, info)).save(buffer, "JPEG", quality=85, optimize=True)
     return buffer.getvalue()
 
 

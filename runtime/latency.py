@@ -146,7 +146,7 @@ def measure(session: Session, inputs: Mapping[str, np.ndarray], *, warmup: int =
     for _ in range(warmup):
         if _time_ms(session, inputs) > BUDGET_MS / LEAST_RUNS:
             break
-    _reset_peak_rss()
+    restart_peak_rss()
     times_ms: list[float] = []
     while _more(times_ms, runs):
         times_ms.append(_time_ms(session, inputs))
@@ -170,7 +170,7 @@ def measure_pair(
     for _ in range(warmup):
         if _time_ms(session, inputs) + _time_ms(twin, twin_inputs) > BUDGET_MS / LEAST_RUNS:
             break
-    _reset_peak_rss()
+    restart_peak_rss()
     times_ms: list[float] = []
     twin_times_ms: list[float] = []
     while _more([*times_ms, *twin_times_ms], 2 * runs):
@@ -285,7 +285,7 @@ def _latency(session: Session, times_ms: list[float], peak: int) -> Latency:
     )
 
 
-def _reset_peak_rss() -> None:
+def restart_peak_rss() -> None:
     """Restarts the kernel's high-water mark; where that is not allowed, the mark covers the whole process so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -294,7 +294,7 @@ def _reset_peak_rss() -> None:
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far, or since `measure` last restarted the mark."""
+    """Highest resident memory of this process so far, or since the mark was last restarted."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

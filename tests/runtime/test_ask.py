@@ -26,6 +26,7 @@ from runtime.bundle import MANIFEST, Bundle, read_bundle
 from runtime.errors import BundleError, RequestError
 from runtime.generation import Answers, Sampling, open_graphs, start_answers
 from runtime.image import load_photo, preprocess
+from runtime.kept_picture import draw_kept
 from runtime.prompt import Tokenizer, open_tokenizer
 from runtime.session import Session
 from runtime.text_graphs import VISION_ENCODER
@@ -403,6 +404,8 @@ def test_prefill_of_another_bundle(
     assert "is the prefill of one bundle; to compare, give the photo itself" in refused(
         bundle.path, saved, OTHER, "--compare"
     )
+    drawn = refused(bundle.path, saved, OTHER, "--draw", tmp_path / "kept.png")
+    assert drawn == f"{saved} is a saved prefill, over which nothing can be drawn; give the photo"
     again = refused(bundle.path, saved, OTHER, "--save-prefill", tmp_path / "again.safetensors")
     assert "is a saved prefill already" in again
 
@@ -457,6 +460,8 @@ def test_prefill_that_claims_to_be_ours(shape: tuple[int, ...], ask: Ask, bundle
         ("Why?", ["--seed", "-1"], r"seed=-1 must lie in 0\.\."),
         ("Why?", ["--save-prefill", "photo.png"], r"save_prefill='photo\.png' must end in \.safetensors"),
         ("Why?", ["--save-prefill", "no/such/a.safetensors"], "no/such/a.safetensors cannot be written: no/such is no"),
+        ("Why?", ["--draw", "kept"], r"draw='kept' must end in \.png, \.jpg, \.jpeg, \.webp: by that the format"),
+        ("Why?", ["--draw", "no/such/a.png"], "no/such/a.png cannot be written: no/such is no folder"),
         ("Why?", ["--compare"], r"no unpruned twin of .* lies beside it; export one with --keep all"),
         ("Why?", ["-v", "-q"], "-v and -q contradict each other; give one of them"),
         ("Why?", ["--sotp", "x"], "unknown argument '--sotp', did you mean '--stop'"),
@@ -587,6 +592,7 @@ def test_compare_asks_both(
     photo: Path,
     golden: Golden,
     bundle: Bundle,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")  # so wide that no cell of the table is broken
@@ -599,8 +605,13 @@ def test_compare_asks_both(
     few = ("--max-new-tokens", "8")
     alone = ask(twin, photo, golden.question, OTHER, *few)
     assert alone.code == 0, alone.err
-    said = ask(ours, photo, golden.question, OTHER, "--compare", *few)
+    drawn = tmp_path / "kept.png"
+    said = ask(ours, photo, golden.question, OTHER, "--compare", *few, "--draw", drawn)
     assert said.code == 0, said.err
+    kept = bundle.golden()["kept_indices"].tolist()
+    manifest = bundle.manifest
+    expected = draw_kept(load_photo(photo), manifest.image, manifest.prune.grid, kept)
+    assert np.array_equal(load_photo(drawn), expected)
     lines = said.out.splitlines(keepends=True)
     assert golden.text.startswith(lines[0].removesuffix("\n"))
     assert "".join(lines[2:]) == alone.out
