@@ -10,8 +10,8 @@ loop. Per photo:
     same    greedy tokens equal to the desktop's, place by place, of 64
     lead    by how much the desktop's logit led where the first of them differs (null: none does)
 
-`pocket` has Gaussian weights, so its logits lie nearer to each other than those of a trained model: what is lost here
-is rather more than there. Writes benchmarks/results/delegates-keep*.json. No figure in it is a time.
+The 64 tokens go on behind the one that ends an answer, where a trained model was never asked: near ties are many there.
+Writes benchmarks/results/delegates-keep*.json. No figure in it is a time.
 """
 
 from __future__ import annotations

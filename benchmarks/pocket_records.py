@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def make_demo() -> None:
     done = subprocess.run(
         ["make", "--no-print-directory", "demo"],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80"},
+        env={**os.environ, "COLUMNS": "110"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -150,10 +151,10 @@ def records() -> dict[str, Record]:
         "vectors": Record((ROOT / "tests/phones/vectors/tokens.json",), 0.1, make_vectors, short=True),
         "demo": Record((README, ROOT / "docs/demo.webp"), 3, make_demo, short=True),
         "eval": Record((RESULTS / "eval-pocket.json",), 12, make_evaluation),
-        "overlap": Record((RESULTS / "kept_overlap.json",), 7, lambda: _python("benchmarks/kept_overlap.py")),
+        "overlap": Record((RESULTS / "kept_overlap.json",), 7, partial(_python, "benchmarks/kept_overlap.py")),
         **{
             f"bundles-{name}": Record(
-                (RESULTS / "bundles.json",), 3, lambda name=name: _python("benchmarks/bundles.py", "--only", name)
+                (RESULTS / "bundles.json",), 3, partial(_python, "benchmarks/bundles.py", "--only", name)
             )
             for name in rows
         },
@@ -161,13 +162,13 @@ def records() -> dict[str, Record]:
             f"delegates-{name}": Record(
                 (RESULTS / "delegates-keep16.json",),
                 2,
-                lambda name=name: _python("benchmarks/delegates.py", "--keep", "16", "--only", name),
+                partial(_python, "benchmarks/delegates.py", "--keep", "16", "--only", name),
             )
             for name in DELEGATES
         },
         **{
             f"forecast-{name}": Record(
-                (RESULTS / f"export_part-pocket-{name}.json", DURATION), 2, lambda name=name: make_forecast(name)
+                (RESULTS / f"export_part-pocket-{name}.json", DURATION), 2, partial(make_forecast, name)
             )
             for name in FORECASTS
         },

@@ -10,8 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from runtime.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,20 +117,37 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
-    """What `make demo` runs after the install: its own command line, with this interpreter and another folder."""
-    folder = tmp_path_factory.mktemp("demo")
+def desktop_answer(bundle: Bundle) -> str:
+    """What the desktop says to the sample question, up to the token that ends it: the golden goes on behind that."""
+    from itertools import takewhile
+
+    from runtime.prompt import open_tokenizer
+
+    assert bundle.manifest.text is not None
+    ends = bundle.manifest.text.end_ids
+    ids = bundle.golden()["answer.ids"].tolist()
+    return "".join(open_tokenizer(bundle).text(list(takewhile(lambda token: token not in ends, ids))))
+
+
+def demo_commands(folder: Path) -> list[list[str]]:
+    """What `make demo` starts Python with, one list of words for each line, where its bundles go to `folder`."""
     dry = subprocess.run(
-        ["make", "--no-print-directory", "-n", "demo", f"DEMO_DIR={folder / 'bundles'}"],
+        ["make", "--no-print-directory", "-n", "demo", f"DEMO_DIR={folder}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    line = next(line for line in dry.stdout.splitlines() if "export.py" in line)
+    lines = [shlex.split(line) for line in dry.stdout.replace("\\\n", " ").splitlines()]
+    return [words[1:] for words in lines if "--twin" in words or "--compare" in words]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """The export that `make demo` begins with: its own command line, with this interpreter and another folder."""
+    folder = tmp_path_factory.mktemp("demo")
     return subprocess.run(
-        [sys.executable, *shlex.split(line.lstrip("@"))[1:]],
+        [sys.executable, *demo_commands(folder / "bundles")[0]],
         cwd=ROOT,
         # Wide enough that no line of the table is broken.
         env={**os.environ, "COLUMNS": "250"},

@@ -6,9 +6,13 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.conftest import CommandLine
+from runtime.bundle import read_bundle
+from runtime.image import load_photo
+from runtime.kept_picture import draw_kept
+from tests.conftest import CommandLine, demo_commands
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +64,26 @@ def test_demo_leaves_two_bundles_and_nothing_else(demo: Run, xnnpack_bundle: Pat
         "pocket-keep64-android-xnnpack",
         "pocket-keepall-android-xnnpack",
     ]
+
+
+def test_demo_asks_both_bundles_about_its_picture(demo: Run, xnnpack_bundle: Path, command_line: CommandLine) -> None:
+    """Side by side, as the README shows it; what is answered is the weights' affair."""
+    export, ask = demo_commands(xnnpack_bundle.parent)
+    picture = Path(export[export.index("--image") + 1])
+    assert ask.count(str(picture)) == 1
+    drawn = Path(ask[ask.index("--draw") + 1])
+    done = command_line(*ask[ask.index("pruneport") + 1 :])
+    assert done.returncode == 0, done.stdout + done.stderr
+    questions = [word for word in ask if word.endswith(("?", "."))]
+    assert len(questions) > 4
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stderr.splitlines() if "│" in line]
+    assert len(done.stdout.splitlines()) == 2 * len(questions)
+    assert [row[0] for row in table if row[0]][-4:] == ["image ready", "TTFT, middle", "KV cache", "peak RSS"]
+    kept = read_bundle(xnnpack_bundle).golden()["kept_indices"].tolist()
+    manifest = read_bundle(xnnpack_bundle).manifest
+    expected = draw_kept(load_photo(picture), manifest.image, manifest.prune.grid, kept)
+    assert np.abs(load_photo(drawn).astype(int) - expected).mean() < 8  # what WebP loses
+    drawn.unlink()
 
 
 def test_demo_names_a_command_that_works(demo: Run, command_line: CommandLine) -> None:

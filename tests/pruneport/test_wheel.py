@@ -16,7 +16,7 @@ from PIL import Image
 
 import pruneport
 from runtime.bundle import read_bundle
-from runtime.prompt import open_tokenizer
+from tests.conftest import desktop_answer
 from tests.pruneport.test_python import foreign_rooms
 
 pytestmark = pytest.mark.slow
@@ -112,8 +112,7 @@ def test_ask_without_torch(lean: Path, onnx_bundle: Path, tmp_path: Path) -> Non
     Image.fromarray(bundle.golden()["photo"]).save(tmp_path / "photo.png")
     question = "What is in this picture?"
     done = run(lean / "pruneport", "ask", onnx_bundle, tmp_path / "photo.png", question, cwd=tmp_path)
-    answer = "".join(open_tokenizer(bundle).text(bundle.golden()["answer.ids"].tolist()))
-    assert (done.returncode, done.stdout) == (0, f"{answer}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{desktop_answer(bundle)}\n"), done.stderr
 
 
 def test_verify_without_the_engine_is_no_silent_pass(lean: Path, xnnpack_bundle: Path, tmp_path: Path) -> None:
