@@ -37,6 +37,7 @@ from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
 from tests.conftest import HEADLESS_CHROMIUM, needs_chromium, needs_node
 from tests.phones.machines import CACHE
+from tests.talkative import talkative
 from tests.tiny_llava import TINY, in_fp32, write_tiny
 
 KEEP = 64
@@ -150,7 +151,7 @@ def test_checkpoint_without_tokenizer(tmp_path: Path, missing: Sequence[str]) ->
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FolderCheckpoint:
-    return FolderCheckpoint(pocket_folder(), POCKET)
+    return FolderCheckpoint(talkative(tmp_path_factory.mktemp("talkative") / "model"), POCKET)
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int4"])
@@ -165,7 +166,7 @@ def exported(
     quant = request.param if request.param in SCHEMES else None
     vision = _vision(checkpoint, precision="fp32" if quant else request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_js, "_INLINE_LIMIT_BYTES", 10 * 2**20)
+        patch.setattr(transformers_js, "_INLINE_LIMIT_BYTES", 16 * 2**20)
         return folder, write_transformers_js(checkpoint, POCKET, vision, folder, quant_text=quant, arithmetic=in_fp32)
 
 
