@@ -263,6 +263,8 @@ def test_wheel_nests_the_rooms(wheel: Path, root: Path) -> None:
         "pruneport/runtime/templates/report.html.j2",
         "pruneport/runtime/rewrites.json",
         "pruneport/runtime/serve/page/page.js",
+        "pruneport/export/models/pocket/model.safetensors",
+        "pruneport/export/models/pocket-questions/questions.jsonl",
     } <= expected
     assert "pruneport-0.1.0.dist-info/licenses/LICENSE" in names
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -179,6 +181,19 @@ def test_examples_with_torch(lean: Path, root: Path, tmp_path: Path) -> None:
     assert lines[0] == "bundles/pocket-keep64-android-onnx passed"
     assert Path(lines[-1].split("] ")[1]).is_relative_to(lean.parent)
     assert (tmp_path / "bundles" / "pocket-keep64-android-onnx" / "manifest.json").is_file()
+
+
+def test_pocket_and_its_questions_come_with_it(lean: Path, tmp_path: Path) -> None:
+    """Asked from an empty folder, with what the exporter needs found where the tests run."""
+    out = tmp_path / "empty" / "out"
+    out.parent.mkdir()
+    words = ("eval", "--model", "pocket", "--keep", "16", "--photos", "1", "-q", "--output-dir", out)
+    done = run(lean / "pruneport", *words, cwd=out.parent, PYTHONPATH=sysconfig.get_path("purelib"))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    (weights,) = lean.parent.glob("lib/python3*/site-packages/pruneport/export/models/pocket/model.safetensors")
+    assert summary["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert [row["keep"] for row in summary["rows"]] == [576, 16]
 
 
 MYPY = (sys.executable, "-m", "mypy", "--strict", "--python-executable")
