@@ -42,6 +42,7 @@ from tests.tiny_llava import TINY, in_fp32, write_tiny
 
 KEEP = 64
 TOKENS = 15
+LEAD = {"fp32": 0.01, "int4": 0.032}
 PROGRAMS = Path(__file__).parent / "transformers_js"
 ASKED = [("china", "where is the ball?"), ("flower", "where is the ball?"), ("flower", "is there a tree?")]
 
@@ -209,10 +210,12 @@ def expected(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Prompt, pixels and greedy answer of everything in ASKED in float32, by nothing of ours but the paper's loop.
 
-    The best token of these answers leads by 0.01 or more; float16 moves the logits by a tenth of that. With 4-bit
-    weights it leads by 0.032 or more, and the engine's 8-bit activations move the lead of such a token by 0.02 at most.
+    They are compared up to the first token that leads by less than LEAD: float16 moves the logits by a tenth of that,
+    and with 4-bit weights the engine's 8-bit activations move such a lead by 0.02 at most.
     """
-    return {(photo, question): _eager(exported[0], checkpoint, photos, photo, question) for photo, question in ASKED}
+    told = {(photo, question): _eager(exported[0], checkpoint, photos, photo, question) for photo, question in ASKED}
+    assert sum(case["sure"] for case in told.values()) >= TOKENS
+    return told
 
 
 @torch.no_grad()
@@ -233,7 +236,9 @@ def _eager(folder: Path, checkpoint: FolderCheckpoint, photos: Path, photo: str,
     whole: Any = LlavaForConditionalGeneration.from_pretrained(
         checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
     )
+    lead = LEAD["fp32"]
     if (folder / "onnx" / "decoder_model_merged_q4.onnx").exists():
+        lead = LEAD["int4"]
         quantize(whole.model.language_model, "int4")
         whole.lm_head = NBitsLinear(whole.lm_head, bits=4, group=32)
     ids = torch.from_numpy(inputs["input_ids"])
@@ -242,13 +247,18 @@ def _eager(folder: Path, checkpoint: FolderCheckpoint, photos: Path, photo: str,
     assert image.shape == (1, KEEP, POCKET.geometry.text.hidden)
     embeds[ids == POCKET.geometry.image_token_id] = image[0]
     answer: list[int] = []
+    sure: int | None = None
     while len(answer) < TOKENS:
         hidden = whole.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        answer.append(int(whole.lm_head(hidden[0, -1]).argmax()))
+        best = whole.lm_head(hidden[0, -1]).topk(2)
+        if sure is None and float(best.values[0] - best.values[1]) < lead:
+            sure = len(answer)
+        answer.append(int(best.indices[0]))
         embeds = torch.cat([embeds, whole.model.language_model.embed_tokens(torch.tensor([answer[-1:]]))], 1)
     return {
         "prompt_ids": ids[0].tolist(),
         "answer_ids": answer,
+        "sure": TOKENS if sure is None else sure,
         "answer": processor.tokenizer.decode(answer, skip_special_tokens=True),
         "pixel_values": pixel_values,
     }
@@ -264,8 +274,10 @@ def _compare(got: dict[str, Any], expected: dict[str, Any]) -> None:
     pixels = np.asarray(got["pixel_values"]).reshape(got["pixel_shape"])
     np.testing.assert_allclose(pixels, expected["pixel_values"], rtol=0, atol=1e-6)
     assert len(got["answer_ids"]) == TOKENS
-    assert got["answer_ids"] == expected["answer_ids"]
-    assert got["answer"] == expected["answer"]
+    sure = expected["sure"]
+    assert got["answer_ids"][:sure] == expected["answer_ids"][:sure]
+    if sure == TOKENS:
+        assert got["answer"] == expected["answer"]
 
 
 @pytest.mark.slow
