@@ -346,7 +346,8 @@ def accuracy_by_method() -> str:
     found = {(row["name"], row["keep"]): _share(row["accuracy"]) for row in pruned}
     table = [(f"`{name}`", *(found.get((name, keep), "") for keep in keeps)) for name in names]
     return (
-        f"Made by `{result['command']}`, from {asked['count']} questions about {asked['photos']} pictures. Right answers in %, "
+        f"Made by `{result['command']}`, from {asked['count']} questions about {asked['photos']} pictures. "
+        "Right answers in %, "
         f"with 95 % intervals; the unpruned model with {whole['keep']} tokens: {_share(whole['accuracy'])}.\n\n"
         + markdown_table(("method", *(f"keep {keep}" for keep in keeps)), table)
     )
