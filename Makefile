@@ -52,7 +52,7 @@ demo: $(STAMP)
 eval: $(STAMP)
 	@$(BIN)/python -m pruneport eval --model pocket --keep 192,128,64,32,16 --method all $(EVAL)
 
-# What is recorded of pocket, after its weights have changed: tests look at the short part, RECORDS=--long is all of it.
+# What is recorded of pocket, after its weights have changed: tests look at the short part, RECORDS=all is all of it.
 pocket-records: $(STAMP)
 	@$(BIN)/python benchmarks/pocket_records.py $(RECORDS)
 

@@ -1,9 +1,9 @@
 """Makes again what is recorded of pocket, after its weights have changed.
 
     python benchmarks/pocket_records.py               # the short part: what tests look at, and the README
-    python benchmarks/pocket_records.py --long        # all of it
+    python benchmarks/pocket_records.py all           # the long part, too
+    python benchmarks/pocket_records.py list          # what there is, and what is out of date
     python benchmarks/pocket_records.py --only NAME   # these, whatever they are of
-    python benchmarks/pocket_records.py --list        # what there is, and what is out of date
 
 benchmarks/pocket_records.json says which weights each record is of. What is of those that are here is left alone, so
 that a run that was stopped goes on. Times are measured by the demo and by `forecast-*`: let nothing else run then.
@@ -192,13 +192,12 @@ def main() -> None:
     """Makes what is out of date."""
     known = records()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--long", action="store_true")
+    parser.add_argument("what", nargs="?", choices=["short", "all", "list"], default="short")
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME")
-    parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
 
     here = weights_sha256()
-    if options.list:
+    if options.what == "list":
         for name, record in known.items():
             state = "of these weights" if stamps().get(name) == here else "OUT OF DATE"
             files = ", ".join(str(path.relative_to(ROOT)) for path in record.files)
@@ -206,7 +205,7 @@ def main() -> None:
             print(f"{name:34} {part:5} {record.minutes:5.1f} min  {state:16}  {files}")
         return
     wanted = options.only or [
-        name for name, record in known.items() if (record.short or options.long) and stamps().get(name) != here
+        name for name, record in known.items() if (record.short or options.what == "all") and stamps().get(name) != here
     ]
     for name in wanted:
         known[name].make()
