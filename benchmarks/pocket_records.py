@@ -70,6 +70,14 @@ def make_vectors() -> None:
     _python("-m", "tests.phones.make_vectors")
 
 
+def make_digests() -> None:
+    """Writes the digests of the checkpoint's files, which a checkpoint that training wrote has already."""
+    from export.models.pocket import pocket_folder
+    from training.write import write_digests
+
+    write_digests(pocket_folder())
+
+
 def make_demo() -> None:
     """Runs the demo; its last screen goes into the README, its picture into docs/."""
     print("$ make demo", flush=True)
@@ -148,6 +156,7 @@ def records() -> dict[str, Record]:
     """Every record by its name, in the order in which they are made."""
     rows = [name for name, arguments in BUNDLES.items() if "--model pocket" in arguments]
     return {
+        "digests": Record((ROOT / "export/models/pocket/digests.json",), 0, make_digests, short=True),
         "vectors": Record((ROOT / "tests/phones/vectors/tokens.json",), 0.1, make_vectors, short=True),
         "demo": Record((README, ROOT / "docs/demo.webp"), 3, make_demo, short=True),
         "eval": Record((RESULTS / "eval-pocket.json",), 12, make_evaluation),

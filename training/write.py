@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,15 @@ def write_model(run: Path) -> Path:
     (folder / "generation_config.json").unlink(missing_ok=True)
     for name, data in settings_files(POCKET.config, scene_tokenizer(TEXT["vocab_size"])).items():
         (folder / name).write_bytes(data)
+    write_digests(folder)
     return folder
+
+
+def write_digests(folder: Path) -> None:
+    """Writes digests.json: the sha256 of every other file, by name, so that one that was changed is found."""
+    files = sorted(path for path in folder.iterdir() if path.name != "digests.json")
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (folder / "digests.json").write_bytes(_json(digests))
 
 
 def settings_files(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict[str, bytes]:

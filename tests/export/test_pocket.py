@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def folder() -> Path:
 def test_it_is_small_and_what_the_table_says(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size <= 24e6
     assert json.loads((folder / "config.json").read_text()) == POCKET.config
+
+
+def test_its_files_are_those_that_training_wrote(folder: Path) -> None:
+    digests = json.loads((folder / "digests.json").read_text())
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    del found["digests.json"]
+    assert digests == found
 
 
 def test_geometry_is_the_real_one_in_small(folder: Path) -> None:

@@ -755,14 +755,14 @@ print(json.dumps([*taken, sessions[0].cache_bytes]))
 """
 
 
-def test_second_session_takes_its_cache_and_no_weights(onnx_bundle: Path, root: Path) -> None:
+def test_second_session_takes_its_cache_and_no_weights(bundle: Bundle, root: Path) -> None:
     """In a process of its own, where nothing else comes and goes. Graphs opened again are the counterexample."""
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(onnx_bundle)], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEMORY, str(bundle.path)], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     _, graphs_again, session, cache = json.loads(done.stdout)
-    weights = (onnx_bundle / WEIGHTS).stat().st_size
+    weights = (bundle.path / WEIGHTS).stat().st_size
     assert 0.8 * cache < session < 1.3 * cache + 2e6 < cache + weights / 4
     assert graphs_again > cache + weights / 2
 
