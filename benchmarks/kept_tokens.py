@@ -83,7 +83,7 @@ def main() -> None:
                 quantize(layer, layers[1])
         with torch.no_grad():
             outputs = [
-                dict(zip(encoder.output_names, encoder.from_features(each.features, each.keys), strict=True))
+                dict(zip(encoder.output_names, encoder.from_seen(each), strict=True))
                 for each in features
             ]
         return [(set(out["positions"][0, -KEEP:].tolist()), out[f"key_{CUT - 1}"]) for out in outputs]

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL in small, for tests: all that the real ones have, at a wide image of few tokens."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in small, for tests: all that the real ones have, at a wide image of few tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from export.families.family import ModelEntry
 from export.families.qwen_vl.config import Version
-from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QwenVl
+from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QwenVl
 
 _TOWERS: Mapping[Version, Mapping[str, Any]] = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "hidden_act": "quick_gelu", "mlp_ratio": 2},
@@ -22,13 +22,33 @@ _TOWERS: Mapping[Version, Mapping[str, Any]] = {
         "window_size": 56,
         "fullatt_block_indexes": [1],
     },
+    "qwen3_vl": {
+        "depth": 4,
+        "hidden_size": 32,
+        "out_hidden_size": 48,
+        "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 40,
+        "patch_size": 16,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0, 2, 3],
+    },
+}
+_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+_TEXTS: Mapping[Version, Mapping[str, Any]] = {
+    "qwen2_vl": {"rope_parameters": {**_ROPE, "mrope_section": [1, 2, 3]}},
+    "qwen2_5_vl": {"rope_parameters": {**_ROPE, "mrope_section": [1, 2, 3]}},
+    "qwen3_vl": {
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    },
 }
 
 
 def _config(version: Version) -> Mapping[str, Any]:
     return {
         "model_type": version,
-        "image_token_id": 90,
+        "image_token_id": 94,
         "video_token_id": 91,
         "vision_start_token_id": 92,
         "vision_end_token_id": 93,
@@ -55,7 +75,7 @@ def _config(version: Version) -> Mapping[str, Any]:
             "vocab_size": 96,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2, 3]},
+            **_TEXTS[version],
         },
     }
 
@@ -75,6 +95,8 @@ def _entry(family: QwenVl, image_size: tuple[int, int]) -> ModelEntry:
 
 TINY_QWEN2_VL = _entry(QWEN2_VL, (112, 140))
 TINY_QWEN2_5_VL = _entry(QWEN2_5_VL, (112, 168))
+TINY_QWEN3_VL = _entry(QWEN3_VL, (128, 160))
+TINY_QWENS = (TINY_QWEN2_VL, TINY_QWEN2_5_VL, TINY_QWEN3_VL)
 
 
 # What a published folder holds: one token a byte, the special ones behind them, and a template that pastes.
