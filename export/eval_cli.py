@@ -66,7 +66,7 @@ def run_eval(args: argparse.Namespace) -> int:
     keeps = [whole_number("keep", word, 1, tokens) for word in dict.fromkeys(args.keep.split(","))]
     class_token, least = entry.family.class_token, checkpoint.geometry.least_cut
     cut = None if args.cut is None else whole_number("cut", args.cut, least, checkpoint.geometry.text.layers - 1)
-    methods = _methods(args.method, class_token=class_token, least_cut=least)
+    methods = _methods(args.method, class_token=class_token)
     cells = wanted_cells(methods, keeps, cut, class_token=class_token, least_cut=least)
     out_dir = Path(args.output_dir or Path("evaluations") / entry.name)
     try:
@@ -102,12 +102,12 @@ def _questions(given: str | None, entry: ModelEntry) -> Path:
     return entry.questions
 
 
-def _methods(words: str, *, class_token: bool, least_cut: int) -> list[str]:
-    from export.evaluation.run import suits
+def _methods(words: str, *, class_token: bool) -> list[str]:
+    from export.evaluation.run import looks_at_class_token
     from pruning import METHODS
 
     if words == "all":
-        return [name for name, method in METHODS.items() if suits(method, class_token=class_token, least_cut=least_cut)]
+        return [name for name, method in METHODS.items() if class_token or not looks_at_class_token(method)]
     return list(dict.fromkeys(words.split(",")))
 
 

@@ -859,10 +859,9 @@ def _method(word: str | None, cut: int, entry: ModelEntry, backend: Backend, *, 
     if not method.cuts.allow(cut):
         nearest = cut if method.cuts.least <= cut else method.cuts.least
         nearest = nearest if method.cuts.most is None else min(nearest, method.cuts.most)
-        least = entry.geometry.least_cut
-        way_out = f"take --cut {nearest}, or" if nearest >= least else f"{entry.name} at {least} or more:"
         raise RequestError(
-            f"method={word} cannot prune at cut={cut}; it can at {method.cuts}: {way_out} leave --method out"
+            f"method={word} cannot prune at cut={cut}; it can at {method.cuts}: take --cut {nearest}, "
+            "or leave --method out"
         )
     return word
 

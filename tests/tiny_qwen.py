@@ -101,13 +101,28 @@ TINY_QWENS = (TINY_QWEN2_VL, TINY_QWEN2_5_VL, TINY_QWEN3_VL)
 
 # What a published folder holds: one token a byte, the special ones behind them, and a template that pastes.
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+_SYSTEM = "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
 TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    f"{{% for message in messages %}}{_SYSTEM}<|im_start|>{{{{ message['role'] }}}}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Photos down to the size of the tests' stay as they are.
+_PROCESSOR_2: Mapping[str, Any] = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136}
+PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_vl": _PROCESSOR_2,
+    "qwen2_5_vl": _PROCESSOR_2,
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 4096, "longest_edge": 16777216},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
 
 
 def special(token: str) -> int:
@@ -151,16 +166,30 @@ def write_checkpoint(folder: Path, entry: ModelEntry) -> Any:
     made.save(str(folder / "tokenizer.json"))
     written = {
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
-        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136},
+        "preprocessor_config.json": PROCESSORS[entry.family.model_type],
     }
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    # Qwen3-VL has no system prompt of its own.
+    template = TEMPLATE.replace(_SYSTEM, "") if entry.family.model_type == "qwen3_vl" else TEMPLATE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return model
 
 
 def as_published(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as the hub has it: the decoder's keys at the top, the sections of its rotary embedding as mrope."""
+    """A config.json as the hub has it: the decoder's keys at the top, the sections of its rotary embedding as mrope.
+
+    Qwen3-VL's keep the decoder in a section, and call the tower's type as the whole model's.
+    """
+    if config["model_type"] == "qwen3_vl":
+        decoder = dict(config["text_config"])
+        sections = dict(decoder.pop("rope_parameters"))
+        decoder |= {"rope_theta": sections.pop("rope_theta"), "rope_scaling": sections}
+        return {
+            **config,
+            "text_config": decoder,
+            "vision_config": {**config["vision_config"], "model_type": "qwen3_vl"},
+        }
     flat = {key: value for key, value in config.items() if key != "text_config"}
     text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
     rope = text.pop("rope_parameters")

@@ -116,12 +116,6 @@ def looks_at_class_token(method: Method) -> bool:
     return "attention" in method.needs and "question" not in method.needs
 
 
-def suits(method: Method, *, class_token: bool, least_cut: int) -> bool:
-    """Whether a method can prune a model with such a tower, at one cut or another."""
-    reaches = method.cuts.most is None or method.cuts.most >= least_cut
-    return reaches and (class_token or not looks_at_class_token(method))
-
-
 def wanted_cells(
     methods: Sequence[str], keeps: Sequence[int], cut: int | None, *, class_token: bool = True, least_cut: int = 0
 ) -> list[Wanted]:
@@ -147,8 +141,8 @@ def wanted_cells(
         at = usual_cut(METHODS[name], least_cut) if cut is None else cut
         if at < least_cut:
             raise RequestError(
-                f"{name} may prune at {cuts}, this model at {least_cut} or more: its tower adds features to every image "
-                f"token behind the first {least_cut} decoder layers; leave the method out, or give another --cut"
+                f"{name} may prune at {cuts}, this model at {least_cut} or more: its tower adds features to every "
+                f"image token behind the first {least_cut} decoder layers; leave the method out, or give another --cut"
             )
         cells += [Wanted(name, keep, at) for keep in keeps]
     return cells

@@ -39,11 +39,13 @@ class VisionEncoder(Graph):
     At cut 0 no decoder layer has run, so its keys do not exist yet; in their place stand the keys of the tower's last
     layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far from each other. Keys of
     the layer that made the features answer it in the same terms as in the decoder, they are there already, and they are
-    4 to 5 times narrower than the projected features. Features that a tower adds behind the first decoder layers are
-    added to all image tokens, so that the cut lies behind these layers (`Geometry.least_cut`). A method that asks for attention gets the class token's in the
+    4 to 5 times narrower than the projected features. A method that asks for attention gets the class token's in the
     tower's last layer. The paper does not treat this cut; how well it keeps answers is not measured here. Without
     `framed`, the prompt is left to whoever runs the graph, which is possible at cut 0 alone.
     Outputs then: `image_features` (1, keep, D) float32 and `kept_indices` (1, keep) int64.
+
+    Where a tower has features for the first decoder layers, too (`Seen.planes`), these are added to every image token
+    behind them, and the cut lies no earlier.
 
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.

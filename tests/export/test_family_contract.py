@@ -257,9 +257,7 @@ def test_features_equal_the_desktop(entry: ModelEntry, pruned: bool, photo: NDAr
 @every_pruning
 @pytest.mark.usefixtures("short_answers")
 @torch.no_grad()
-def test_static_graphs_equal_the_desktop(
-    entry: ModelEntry, pruned: bool, cut: int, photo: NDArray[np.uint8]
-) -> None:
+def test_static_graphs_equal_the_desktop(entry: ModelEntry, pruned: bool, cut: int, photo: NDArray[np.uint8]) -> None:
     checkpoint, pixels, spec = RandomCheckpoint(entry, seed=1), _pixels(entry, photo), _spec(entry) if pruned else None
     golden = make_golden(checkpoint, entry, spec, cut=cut, pixel_values=pixels, text=TEXT)
     encoder = build_vision_encoder(checkpoint, entry, spec, cut=cut)

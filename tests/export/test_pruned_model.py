@@ -165,7 +165,12 @@ def masked(model: Any, inputs: Inputs, dropped: list[int], cut: int, tokens: int
 
 @pytest.mark.parametrize(
     ("family", "cut", "attention"),
-    [(family, cut, how) for family in FAMILIES for cut, how in ((0, "eager"), (2, "sdpa")) if cut or family != "qwen3_vl"],
+    [
+        (family, cut, how)
+        for family in FAMILIES
+        for cut, how in ((0, "eager"), (2, "sdpa"))
+        if cut or family != "qwen3_vl"
+    ],
 )
 def test_dropped_tokens_are_as_if_masked(family: str, cut: int, attention: str) -> None:
     model, inputs = FAMILIES[family]()

@@ -175,13 +175,13 @@ class TowerGeometry:
         ):
             if any(not 0 <= index < self.layers for index in layers):
                 raise CheckpointError(
-                    f"config.json: vision_config.{name}={list(layers)} names layers beyond the {self.layers} that there "
-                    "are; download the file again"
+                    f"config.json: vision_config.{name}={list(layers)} names layers beyond the {self.layers} that "
+                    "there are; download the file again"
                 )
         if list(self.planes) != sorted(set(self.planes)):
             raise CheckpointError(
-                f"config.json: vision_config.deepstack_visual_indexes={list(self.planes)} must ascend: the first merger "
-                "belongs to the first of these layers; download the file again"
+                f"config.json: vision_config.deepstack_visual_indexes={list(self.planes)} must ascend: the first "
+                "merger belongs to the first of these layers; download the file again"
             )
 
     @property

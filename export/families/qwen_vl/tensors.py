@@ -1,4 +1,4 @@
-"""The tensors of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model: what the graphs call them, and how files spell their names."""
+"""The tensors of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL: what the graphs call them, and how files spell their names."""
 
 from __future__ import annotations
 
