@@ -114,6 +114,22 @@ def test_model_may_be_what_a_folder_describes(folders: Mapping[str, tuple[Path, 
         model_entry("auto", "random")
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen3_vl_moe", "a router picks a few of many MLPs"),
+        ("qwen3_5", "three of four decoder layers are linear attention"),
+        ("gemma4", "share keys and values"),
+        ("gemma3n", "share keys and values"),
+        ("lfm2_vl", "most decoder layers are convolutions"),
+    ],
+)
+def test_families_that_graphs_cannot_hold_are_refused_with_the_reason(kind: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=f"model_type='{kind}' is no family that can be exported .*{words}"):
+        model_entry("auto", str(tmp_path))
+
+
 @every_family
 def test_prompt_ends_in_front_of_the_image_and_goes_on_behind_its_end(
     entry: ModelEntry, folders: Mapping[str, tuple[Path, Any]]
@@ -374,9 +390,7 @@ def _loop(pruned: PrunedModel, view: View, keep: int, features: Features) -> tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "backend"), [("qwen2-vl", "onnx"), ("qwen3-vl", "onnx"), ("qwen3-vl", "xnnpack")], ids="-".join
-)
+@pytest.mark.parametrize(("family", "backend"), [("qwen2-vl", "onnx"), ("qwen3-vl", "onnx"), ("qwen3-vl", "xnnpack")])
 def test_answers_of_a_bundle_are_those_of_transformers_generate(
     family: str,
     backend: str,
@@ -411,11 +425,9 @@ def test_answers_of_a_bundle_are_those_of_transformers_generate(
 
     frame = entry.family.frame(made.bundle.manifest.prompt.prefix_ids, entry.geometry)
     ids = torch.tensor([[*frame.ids, *question]])
-    prepare: Any = Qwen2VLImageProcessorPil
-    settings = {
-        key: value for key, value in PROCESSORS[entry.family.model_type].items() if key != "image_processor_type"
-    }
-    pictures = prepare(**settings)(photo, input_data_format="channels_last", return_tensors="pt")
+    settings = dict(PROCESSORS[entry.family.model_type])
+    del settings["image_processor_type"]
+    pictures = Qwen2VLImageProcessorPil(**settings)(photo, input_data_format="channels_last", return_tensors="pt")
     assert pictures["image_grid_thw"].tolist() == [[1, 8, 10]]  # as large as the graph's, by its own choice
     inputs = {**pictures, "input_ids": ids, "mm_token_type_ids": (ids == entry.geometry.image_token_id).int()}
     model.generation_config.eos_token_id = None
