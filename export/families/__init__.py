@@ -21,7 +21,7 @@ NOT_YET: Mapping[str, str] = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), f"three of four decoder layers are linear attention, {_NO_CACHE}"),
     **dict.fromkeys(
         ("gemma4", "gemma4_unified", "gemma3n"),
-        "decoder layers see windows of the text, share keys and values, and have embeddings of their own for each token",
+        "decoder layers see windows of the text, share keys and values, and have embeddings of their own for a token",
     ),
     "lfm2_vl": f"most decoder layers are convolutions over the last tokens, {_NO_CACHE}",
 }
