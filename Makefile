@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed-$(PINS)
 DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed-$(PINS)
 DEMO_DIR := bundles/demo
+# Pictures that pocket never saw in its training.
+SCENES := export/models/pocket-questions
 
 # The authors' vectors of Qwen2-VL, where they lie beside the checkout: in PyTorch, because each case is a graph of its own.
 QWEN_GOLDEN ?= ../shared/golden-qwen2-vl
@@ -16,10 +18,11 @@ QWEN_GOLDEN ?= ../shared/golden-qwen2-vl
 # Float32 sums in another order, as another processor makes them: PyTorch's products on CPUs are MKL's, which takes these.
 ARITHMETIC := MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: help venv demo test test-slow test-golden test-arithmetic lint docs clean
+.PHONY: help venv demo eval test test-slow test-golden test-arithmetic lint docs clean
 
 help:
 	@echo "make demo         export the pocket model, pruned and unpruned, check both, print the table"
+	@echo "make eval         what pruning costs pocket in answers, method by method"
 	@echo "make test         the test suite"
 	@echo "make test-slow    the tests marked slow"
 	@echo "make test-golden  the golden vectors in \$$PRUNEPORT_GOLDEN, in every engine; Qwen2-VL's in PyTorch"
@@ -38,7 +41,15 @@ $(STAMP):
 # The demo writes into a folder of its own, and only that folder is cleared: other bundles are never overwritten.
 demo: $(STAMP)
 	@rm -rf $(DEMO_DIR)
-	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --output-dir $(DEMO_DIR)
+	@$(BIN)/python export.py --model pocket --keep 64 --target android --twin --image $(SCENES)/035.webp --output-dir $(DEMO_DIR)
+	@$(BIN)/python -m pruneport ask --compare $(DEMO_DIR)/pocket-keep64-android-xnnpack $(SCENES)/035.webp \
+	"Read the word on the sign." "Which number is printed?" "Which colour is the triangle?" \
+	"Which shape is the white thing?" "Tell me in which corner the purple square is." \
+	"Tell me, is the white cross above the orange circle?" "Yes or no, is there a yellow circle?"
+
+# Goes on where it was stopped; EVAL="--method vlm-pruner --photos 40" is shorter.
+eval: $(STAMP)
+	@$(BIN)/python -m pruneport eval --model pocket --keep 192,128,64,32,16 --method all $(EVAL)
 
 # Tests and converters keep one core busy each: they run side by side. Files stay whole, because their tests share exports.
 test: $(STAMP)

@@ -78,7 +78,7 @@ def open_checkpoint(
     """The checkpoint of `model`, with everything checked that can be known without reading the weights themselves.
 
     `weights` is a folder in Hugging Face's layout, or "random"; None looks in the local hub cache and then on the hub
-    (`pocket` is made instead). `seed` matters for random weights only. `bars` shows a download on a terminal.
+    (`pocket` comes with the package). `seed` matters for random weights only. `bars` shows a download on a terminal.
 
     Raises RequestError for an unknown model, CheckpointError when there are no usable weights.
     """
@@ -94,7 +94,7 @@ def open_checkpoint(
 
         if entry is not POCKET:
             raise CheckpointError(f"{entry.name} has no place on the hub; give its folder with --weights DIR")
-        return FolderCheckpoint(pocket_folder(), entry, label=f"{entry.name} (seeded, untrained)")
+        return FolderCheckpoint(pocket_folder(), entry, label=entry.name)
     return FolderCheckpoint(_hub_folder(entry, entry.hub_id, bars=bars), entry, label=entry.hub_id)
 
 

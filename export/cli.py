@@ -12,7 +12,18 @@ from typing import NoReturn
 
 from export.device_cli import add_device, add_report, run_device, run_report
 from export.eval_cli import add_eval, run_eval
-from export.outcome import BAD_REQUEST, FAILED, INTERRUPTED, NOT_CHECKED, PASSED, Parser, command, exit_code, show
+from export.outcome import (
+    BAD_REQUEST,
+    FAILED,
+    INTERRUPTED,
+    NOT_CHECKED,
+    PASSED,
+    Parser,
+    command,
+    exit_code,
+    show,
+    show_answers,
+)
 from export.progress import ended_by_any_signal
 from export.request import nearest
 from export.streams import Stream, standard_streams
@@ -440,7 +451,9 @@ def _ask(args: argparse.Namespace, output: Stream) -> int:
             print(line, file=sys.stderr, flush=True)
 
     with library_noise(shown=args.verbose):
-        ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
+        told = ask(Path(args.bundle), inquiry, compare=args.compare, say=say, tell=tell)
+    if args.compare and not args.quiet:
+        show_answers(told)
     return PASSED
 
 

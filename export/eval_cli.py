@@ -50,7 +50,7 @@ def run_eval(args: argparse.Namespace) -> int:
     """Runs `pruneport eval`; returns the exit code."""
     from export.checkpoints import open_checkpoint
     from export.evaluation.bundles import ask_bundle, bundle_at
-    from export.evaluation.page import PAGES, terminal_scores, write_pages
+    from export.evaluation.page import PAGES, terminal_categories, terminal_scores, write_pages
     from export.evaluation.questions import read_questions
     from export.evaluation.run import evaluate, save, scores, wanted_cells
     from export.progress import library_noise
@@ -86,7 +86,9 @@ def run_eval(args: argparse.Namespace) -> int:
         from rich.console import Console
 
         console = Console()
-        console.print(terminal_scores(scores(record)))
+        rows = scores(record)
+        console.print(terminal_scores(rows))
+        console.print(terminal_categories(rows))
         console.print(f"page: {out_dir / PAGES[1]}", soft_wrap=True)
     return PASSED
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 from runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from runtime.ask import Said
     from runtime.bundle import Bundle
     from runtime.check.verdict import Verdict
 
@@ -39,6 +42,37 @@ def show(bundle: Bundle, verdict: Verdict, *, next_command: str) -> None:
     console.print(terminal_table(bundle, verdict))
     # On one line, however long: it is there to be copied.
     console.print(Text.assemble("next: ", (next_command, "bold cyan")), soft_wrap=True)
+
+
+def show_answers(told: Sequence[Said]) -> None:
+    """Prints what a bundle and its unpruned twin said to the same questions side by side, and what it took them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    ours, twin = (
+        [said for said in told if said.bundle == name] for name in dict.fromkeys(said.bundle for said in told)
+    )
+    table = Table(show_header=True)
+    for head in ("", ours[0].bundle, twin[0].bundle):
+        table.add_column(Text(head), overflow="fold")
+    for one, other in zip(ours, twin, strict=True):
+        # As they are: what a user or a model wrote in brackets is no markup.
+        table.add_row(*(Text(words.strip()) for words in (one.question, one.answer, other.answer)))
+    table.add_section()
+    both = (ours, twin)
+    table.add_row("image ready", *(f"{side[0].took.image_ready_ms:.0f} ms" for side in both))
+    table.add_row("TTFT, middle", *(_middle([said.took.ttft_ms for said in side]) for side in both))
+    table.add_row("KV cache", *(f"{side[-1].took.kv_cache_bytes / 1e6:.1f} MB" for side in both))
+    table.add_row("peak RSS", *(f"{side[-1].took.peak_rss_bytes / 1e6:.0f} MB" for side in both))
+    Console(stderr=True).print(table)
+
+
+def _middle(times: Sequence[float | None]) -> str:
+    from statistics import median
+
+    known = [ms for ms in times if ms is not None]
+    return f"{median(known):.1f} ms" if known else ""
 
 
 def command(*words: str) -> str:

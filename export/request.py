@@ -466,7 +466,7 @@ def describe(plan: Plan) -> str:
     if plan.weights == "random":
         weights = f"random, seed {plan.seed} (true geometry, meaningless answers)"
     else:
-        weights = plan.weights or plan.entry.hub_id or "made here, seeded"
+        weights = plan.weights or plan.entry.hub_id or "come with pruneport"
         if plan.weights is None and plan.entry.hub_id:
             weights = f"local hub cache, else the hub: {weights}"
     height, width = plan.photo.shape[:2]

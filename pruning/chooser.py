@@ -45,11 +45,15 @@ class Chooser(nn.Module):
             self.register_buffer(name, value.clone(memory_format=torch.contiguous_format), persistent=False)
 
     def decided(self, features: Features) -> tuple[Tensor, Tensor | None]:
-        """Chooses `keep` tokens: a column of that many ones, and what each token becomes, (B, N, N) times hidden.
-
-        None in its place leaves tokens as they are.
-        """
+        """Chooses `keep` tokens: a column of that many ones, and the (B, N, N) that `mix` makes of it."""
         raise NotImplementedError
+
+    def mix(self, pick: Tensor, chosen: Tensor, becomes: Tensor | None) -> Tensor:
+        """What kept tokens are made of, (B, keep, N) times hidden, where `pick` is one-hot and `chosen` the column.
+
+        By default `becomes` says what each token becomes, and None in its place leaves them as they are.
+        """
+        return pick if becomes is None else torch.bmm(pick, becomes)
 
     def forward(self, features: Features) -> Kept:
         """What the method needs of the features -> tokens (B, keep, D), indices (B, keep), filled (B, 1)"""
@@ -63,10 +67,9 @@ class Chooser(nn.Module):
         images = len(chosen)
         place = torch.bmm(self.many(self.tie, images), chosen) + (1.0 - chosen) * (4.0 * self.spec.tokens)
         pick = equal(place.view(images, 1, self.spec.tokens), self.place_kept)  # one-hot rows in ascending position
-        mix = pick if becomes is None else torch.bmm(pick, becomes)
         indices = torch.bmm(pick, self.many(self.position, images)).view(images, self.spec.keep)
         return Kept(
-            torch.bmm(mix, given.hidden).to(dtype),
+            torch.bmm(self.mix(pick, chosen, becomes), given.hidden).to(dtype),
             indices if torch.compiler.is_exporting() else indices.long(),
             self.filled.expand(images, -1),
         )

@@ -16,6 +16,7 @@ from pruning.method import Features, Method, settings_of
 from pruning.pool import POOL
 from pruning.random_tokens import RANDOM
 from pruning.spec import PruneSpec, SpecError
+from pruning.standout import STANDOUT
 from pruning.uniform import UNIFORM
 from pruning.visionzip import VISIONZIP
 from pruning.vlm_pruner.method import NO_BSS, NO_RECOVERY, NORM_PIVOTS, VLM_PRUNER
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "vlm-pruner-no-bss": NO_BSS,
     "vlm-pruner-no-recovery": NO_RECOVERY,
     "vlm-pruner-norm-pivots": NORM_PIVOTS,
+    "standout": STANDOUT,
     "uniform": UNIFORM,
     "random": RANDOM,
     "pool": POOL,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pruning.arithmetic import COARSE, LEAST_NORM
 from pruning.method import Recovery, Trace
+from pruning.recovery import CANCELLATION, recovered
 
 
 class Choice(NamedTuple):
@@ -52,19 +53,23 @@ def best_free(score: Tensor, free: Tensor) -> tuple[int, float]:
     return best, lead
 
 
-def trace_of(hidden: Tensor, choices: list[Choice], similarity: list[Tensor]) -> Trace:
-    """The trace of tokens that stay as they are: hidden (B, N, D), similarity (N, N) of each image.
+def trace_of(hidden: Tensor, choices: list[Choice], similarity: list[Tensor], *, share: float = 0.0) -> Trace:
+    """The trace of a choice whose tokens are recovered: hidden (B, N, D), similarity (N, N) of each image.
 
-    Nothing is mixed, but with the similarity the rows of any other choice are told too.
+    Where `share` is 0 they stay as they are, but with the similarity the rows of any other choice are told too.
     """
     order = torch.tensor([choice.order for choice in choices])
     indices = order.sort().values
-    width = hidden.shape[2]
+    if share:
+        images = zip(similarity, precise(hidden), indices, strict=True)
+        tokens = torch.stack([recovered(to, x, kept, share) for to, x, kept in images]).to(hidden.dtype)
+    else:
+        tokens = hidden.cpu().gather(1, indices[..., None].expand(-1, -1, hidden.shape[2])).to(hidden.device)
     return Trace(
-        tokens=hidden.cpu().gather(1, indices[..., None].expand(-1, -1, width)).to(hidden.device),
+        tokens=tokens,
         indices=indices,
         order=order,
         margin=torch.tensor([choice.margin for choice in choices], dtype=torch.float32),
         marks=torch.tensor([choice.marks for choice in choices], dtype=torch.int64).view(len(choices), -1),
-        recovery=Recovery(similarity=torch.stack(similarity), share=0.0, least_share=1.0),
+        recovery=Recovery(similarity=torch.stack(similarity), share=share, least_share=CANCELLATION if share else 1.0),
     )

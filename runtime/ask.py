@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -56,6 +56,15 @@ class Took:
             f"{'' if self.ttft_ms is None else f'{speed}, '}"
             f"KV cache {self.kv_cache_bytes / 1e6:.1f} MB, peak RSS {self.peak_rss_bytes / 1e6:.0f} MB"
         )
+
+
+class Said(NamedTuple):
+    """One bundle's whole answer to a question."""
+
+    bundle: str
+    question: str
+    answer: str
+    took: Took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +329,7 @@ def made_by(bundle: Bundle, photo: Prefill, keep: int | None) -> Bundle:
 
 def ask(
     path: Path, inquiry: Inquiry, *, compare: bool, say: Callable[[str], None], tell: Callable[[str], None]
-) -> tuple[Took, ...]:
+) -> tuple[Said, ...]:
     """Asks a bundle, and with `compare` its unpruned twin beside it; answers go to `say` piece by piece.
 
     `tell` gets whole lines about what happens and what it took. Everything that can be refused is refused before a
@@ -342,7 +351,7 @@ def ask(
         bundles[0] = bundle = made_by(bundle, seen, inquiry.keep)
     for each in bundles:
         each.check_files()
-    took: list[Took] = []
+    told: list[Said] = []
     sampling = inquiry.sampling
     written: list[Path] = []
     try:
@@ -366,16 +375,18 @@ def ask(
                         seed=sampling.seed,
                         stop=inquiry.stops,
                     )
+                    pieces = []
                     for piece in answer:
                         say(piece)
+                        pieces.append(piece)
                     say("\n")
                     tell(str(answer.took))
-                    took.append(answer.took)
+                    told.append(Said(each.title, question, "".join(pieces), answer.took))
     except KeyboardInterrupt as stop:
         for path_written in written:
             stop.add_note(f"the prefill was written before that: {path_written}")
         raise
-    return tuple(took)
+    return tuple(told)
 
 
 def check_stops(stops: Sequence[str]) -> None:

@@ -198,8 +198,7 @@ def _found_rows(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
     if verdict.answer is not None:
         text = f"{verdict.answer.same} of {verdict.answer.expected_count} greedy tokens as on the desktop"
         for read in (graph.text for graph in verdict.graphs if graph.text is not None):
-            perplexities = _number(read.got_perplexity, ".4g"), _number(read.expected_perplexity, ".4g")
-            text += f"; perplexity {perplexities[0]}, desktop {perplexities[1]}"
+            text += f", and {read.same_top1:.1%} of the next tokens of a fixed text"
         rows.append(("answer", text))
     for entry in verdict.latency:
         # What the others take is in the report; here it is in the answer's times.

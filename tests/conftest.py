@@ -129,7 +129,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
         [sys.executable, *shlex.split(line.lstrip("@"))[1:]],
         cwd=ROOT,
         # Wide enough that no line of the table is broken.
-        env={**os.environ, "PRUNEPORT_CACHE": str(folder / "cache"), "COLUMNS": "250"},
+        env={**os.environ, "COLUMNS": "250"},
         capture_output=True,
         text=True,
         timeout=880,
@@ -150,6 +150,6 @@ def onnx_bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandL
     """The pocket model with 64 image tokens, exported for ONNX Runtime; not to be changed."""
     folder = tmp_path_factory.mktemp("onnx")
     words = ["export", "--model", "pocket", "--keep", "64", "--target", "android", "--backend", "onnx", "-q"]
-    done = command_line(*words, "--output-dir", folder, env={"PRUNEPORT_CACHE": str(folder / "cache")})
+    done = command_line(*words, "--output-dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return Path(done.stdout.strip())

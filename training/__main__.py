@@ -11,7 +11,7 @@ import torch
 def main() -> None:
     """Runs one stage."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("stage", choices=("tower", "answers", "whole", "write", "held-out"))
+    parser.add_argument("stage", choices=("tower", "answers", "whole", "finish", "write", "held-out"))
     parser.add_argument("--run", type=Path, default=Path("build/training"), help="folder of the checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=2500)
@@ -31,6 +31,10 @@ def main() -> None:
         from training.answers import train_whole
 
         train_whole(asked.run)
+    elif asked.stage == "finish":
+        from training.answers import train_finish
+
+        train_finish(asked.run)
     elif asked.stage == "write":
         from training.write import write_model
 
@@ -38,7 +42,7 @@ def main() -> None:
     else:
         from training.held_out import write_held_out
 
-        print(write_held_out(asked.run / "held-out"))
+        print(write_held_out(asked.run / "pocket-questions"))
 
 
 main()

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from export.models.pocket import SYSTEM
 from training.model import TEXT, pocket_model
 from training.optimiser import Optimiser
 from training.pictures import pixel_values
 from training.questions import KINDS, Question, questions_about
 from training.scenes import GRID, PATCH, Mixture, make_scene
-from training.tokenizer import scene_tokenizer
+from training.tokenizer import SYSTEM, scene_tokenizer
 from training.tower import Seer, loss_of, places_of
 
 WHOLES = (Mixture(things=(3, 9), signs=(1, 2)), Mixture(things=(5, 12), signs=(1, 3)))
@@ -73,20 +72,30 @@ PHASES = (
 
 
 # Where things are, and how many, is learnt by all parts together.
-_HARD = (*KINDS, "count", "relation", "direction", "place")
+_HARD = (*KINDS, "count", "relation", "relation", "direction", "direction")
 LAST = (
     Phase(
-        steps=700,
+        steps=900,
         patches=12,
         size=10,
         room=240,
         mixtures=(Mixture(things=(2, 7), signs=(0, 1)), Mixture(things=(1, 5), signs=(1, 3))),
         kinds=_HARD,
     ),
-    Phase(steps=500, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=_HARD),
+    Phase(
+        steps=1800,
+        patches=GRID,
+        size=5,
+        room=300,
+        mixtures=WHOLES,
+        kinds=(*KINDS, "count", "count", "direction", "colour", "shape"),
+    ),
 )
-# What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less. So does that
-# of where a thing stands that a question names, read off in the middle of the decoder: layers above can then compare.
+# How many there are is what is learnt last: half of the questions ask for it in the end.
+FINISH = (Phase(steps=450, patches=GRID, size=5, room=300, mixtures=WHOLES, kinds=(*KINDS, *["count"] * 8)),)
+# What a patch shows and where it stands stays asked for beside the answers; its loss counts so much less. So do the
+# steps to an answer, each asked for at the last token of a thing's name, a layer higher each: where the thing stands,
+# how it lies to the thing named before, and what the answer will be. Without them comparing is not learnt.
 _DENSE = 0.2
 _NAMED = 0.1
 _NAMED_LAYER = 2
@@ -114,6 +123,7 @@ class Asked(NamedTuple):
     goals    (B, T) int64, what the token is to be followed by where that is answer, else -100
     labels   (B, h, w, 5) uint8, what is in each patch
     named    (B, T, 2) int64, row and column of the thing whose name ends there, else -100
+    early    (B, T) int64, the first token of the answer where a question's last name ends, else -100
     weights  (B, T) float32, how much a goal counts
     """
 
@@ -125,6 +135,7 @@ class Asked(NamedTuple):
     goals: Tensor
     labels: Tensor
     named: Tensor
+    early: Tensor
     weights: Tensor
 
 
@@ -158,12 +169,16 @@ class _Asked(Dataset[Asked]):
                 goals = [-100] * (len(asked.ids) - 1) + said
                 spots = _spots(question, asked.offsets)
                 nowhere = (-100, -100)
-                row += [(tokens[k], block, k, goals[k], *spots.get(k, nowhere)) for k in range(len(tokens) - 1)]
+                last = max(spots, default=-1)
+                row += [
+                    (tokens[k], block, k, goals[k], said[0] if k == last else -100, *spots.get(k, nowhere))
+                    for k in range(len(tokens) - 1)
+                ]
                 heavy += [_HEAVY.get(question.category, 1.0)] * (len(tokens) - 1)
             left = phase.room - len(row)
-            rows.append(row + [(0, 0, 0, -100, -100, -100)] * left)
+            rows.append(row + [(0, 0, 0, -100, -100, -100, -100)] * left)
             weights.append(heavy + [0.0] * left)
-        ids, blocks, places, all_goals, *named = torch.tensor(rows).unbind(-1)
+        ids, blocks, places, all_goals, early, *named = torch.tensor(rows).unbind(-1)
         return Asked(
             torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])),
             torch.tensor([corner for _, corner, _ in pictures]),
@@ -173,6 +188,7 @@ class _Asked(Dataset[Asked]):
             all_goals,
             torch.from_numpy(np.stack([labels for _, _, labels in pictures])),
             torch.stack(named, -1),
+            early,
             torch.tensor(weights),
         )
 
@@ -205,11 +221,12 @@ class Talker(torch.nn.Module):
         self.seer = Seer(model.model.vision_tower, model.config.vision_config.num_hidden_layers - 1)
         self.seer.requires_grad_(not frozen_tower)
         width = model.config.text_config.hidden_size
-        self.where_norm, self.lies_norm = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.where_norm, self.lies_norm, self.early_norm = (torch.nn.LayerNorm(width) for _ in range(3))
         self.where = torch.nn.ModuleList(torch.nn.Linear(width, GRID) for _ in range(2))
         self.lies = torch.nn.ModuleList(torch.nn.Linear(width, 2) for _ in range(2))
+        self.early = torch.nn.Linear(width, model.config.text_config.vocab_size)
         self.hidden: dict[int, Tensor] = {}
-        for index in (_NAMED_LAYER, _NAMED_LAYER + 1):
+        for index in range(_NAMED_LAYER, _NAMED_LAYER + 3):
             layer = model.model.language_model.layers[index]
             layer.register_forward_hook(partial(self._keep, index))
         prefix = open_tokenizer().encode(f"{SYSTEM} USER: ").ids
@@ -260,7 +277,7 @@ class Talker(torch.nn.Module):
         return loss + _DENSE * loss_of(*self.seer.told(seen), asked.labels, asked.corners)
 
     def _of_names(self, asked: Asked, end: int) -> Tensor:
-        """-> the loss of where named things stand, and of how one lies to the one that its question names before it."""
+        """-> the loss of where named things stand, of how one lies to the one named before it, and of early answers."""
         named = asked.named[..., 0] >= 0
         spots, blocks = asked.named[named], asked.blocks[named]
         picture = torch.arange(len(named))[:, None].expand_as(named)[named]
@@ -275,7 +292,9 @@ class Talker(torch.nn.Module):
             told = after & (far[:, axis].abs() > 1)
             turned = F.cross_entropy(lies(pairs[told]).float(), (far[told, axis] > 0).long(), reduction="sum")
             loss = loss + missed / max(len(spots), 1) + 2 * turned / max(int(told.sum()), 1)
-        return loss
+        ended = asked.early >= 0
+        answers = self.early(self.early_norm(self.hidden[_NAMED_LAYER + 2][:, end:][ended]))
+        return loss + 3 * F.cross_entropy(answers.float(), asked.early[ended])
 
 
 def train_answers(run: Path, *, phases: tuple[Phase, ...] = PHASES, rate: float = 2e-3) -> None:
@@ -299,6 +318,15 @@ def train_whole(run: Path, *, phases: tuple[Phase, ...] = LAST, rate: float = 1.
         talker.seer.load_state_dict(heads)
         talker.model.load_state_dict(torch.load(run / "answers.pt")["model"])
     _train(run / "whole.pt", talker, phases, rate=rate, seed=31)
+
+
+def train_finish(run: Path, *, phases: tuple[Phase, ...] = FINISH, rate: float = 5e-4) -> None:
+    """Goes on from where `train_whole` ended, at a lower rate, with more to count; goes on where it stopped."""
+    torch.manual_seed(4)
+    talker = Talker(pocket_model(), frozen_tower=False)
+    if not (run / "finish.pt").exists():
+        talker.load_state_dict(torch.load(run / "whole.pt")["talker"])
+    _train(run / "finish.pt", talker, phases, rate=rate, seed=41)
 
 
 def _train(state: Path, talker: Talker, phases: tuple[Phase, ...], *, rate: float, seed: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_systems import rows as peer_rows
+from docs.tables import methods
 from docs.tables.markdown import code
 from docs.tables.markdown import table as markdown_table
 
@@ -324,6 +325,72 @@ def kept_tokens() -> str:
     return _made(result) + markdown_table(header, rows)
 
 
+def _share(part: Mapping[str, float]) -> str:
+    return f"{100 * part['value']:.1f} ({100 * part['low']:.1f} to {100 * part['high']:.1f})"
+
+
+def accuracy_by_method() -> str:
+    """Returns what each method at each keep leaves of pocket's right answers."""
+    (result,) = results("eval-*.json")
+    asked = result["questions"]
+    (whole, *pruned) = result["rows"]
+    keeps = sorted({row["keep"] for row in pruned}, reverse=True)
+    known = methods.named()
+    names = dict.fromkeys(row["name"] for row in pruned if row["name"] in known)
+    found = {(row["name"], row["keep"]): _share(row["accuracy"]) for row in pruned}
+    table = [(f"`{name}`", *(found.get((name, keep), "") for keep in keeps)) for name in names]
+    return (
+        f"Made by `make eval`, from {asked['count']} questions about {asked['photos']} pictures. Right answers in %, "
+        f"with 95 % intervals; the unpruned model with {whole['keep']} tokens: {_share(whole['accuracy'])}.\n\n"
+        + markdown_table(("method", *(f"keep {keep}" for keep in keeps)), table)
+    )
+
+
+def accuracy_of_bundles() -> str:
+    """Returns what bundles answer beside the desktop model with the same tokens kept."""
+    (result,) = results("eval-*.json")
+    known = methods.named()
+    asked = [row for row in result["rows"] if row["name"] in (*known, "unpruned")]
+    rows = [
+        (f"`{row['name']}`", _share(row["accuracy"]), *(_share(own["accuracy"]) for own in asked if _same(own, row)))
+        for row in result["rows"]
+        if row not in asked
+    ]
+    return markdown_table(("bundle", "right answers, %", "of the desktop model, %"), rows)
+
+
+def _same(desktop: Mapping[str, Any], bundle: Mapping[str, Any]) -> bool:
+    """Whether both keep as many tokens in front of the same layer, VLM-Pruner's or all."""
+    return desktop["name"] in ("vlm-pruner", "unpruned") and all(desktop[key] == bundle[key] for key in ("keep", "cut"))
+
+
+def other_tokens() -> str:
+    """Returns what it costs in answers that other tokens are kept than should be."""
+    (result,) = results("kept_overlap.json")
+    rows = [
+        (str(row["keep"]), f"{row['overlap']:.1%}", _share(row["accuracy"]), _share(row["loss"]))
+        for row in result["rows"]
+    ]
+    return _made(result) + markdown_table(("keep", "tokens in common", "right answers, %", "lost, %"), rows)
+
+
+def accuracy_by_category() -> str:
+    """Returns the same by what is asked, unpruned and by each method at 64 tokens."""
+    (result,) = results("eval-*.json")
+    known = methods.named()
+    rows = [row for row in result["rows"] if row["name"] == "unpruned" or (row["name"] in known and row["keep"] == 64)]
+    names = list(result["rows"][0]["categories"])
+    table = [
+        (
+            row["name"] if row["cut"] is None else f"`{row['name']}`",
+            str(row["keep"]),
+            *(f"{100 * row['categories'][name]['value']:.1f}" for name in names),
+        )
+        for row in rows
+    ]
+    return markdown_table(("method", "keep", *names), table)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "cost of pruning": cost_of_pruning,
     "gain of pruning": gain_of_pruning,
@@ -338,4 +405,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "selections on the NPU": selections,
     "answers by delegate": answers_by_delegate,
     "kept tokens by scheme": kept_tokens,
+    "accuracy by method": accuracy_by_method,
+    "accuracy by category": accuracy_by_category,
+    "accuracy of bundles": accuracy_of_bundles,
+    "other tokens": other_tokens,
 }

@@ -61,6 +61,20 @@ def terminal_scores(rows: Sequence[Score]) -> RenderableType:
     return table
 
 
+def terminal_categories(rows: Sequence[Score]) -> RenderableType:
+    """Accuracy by category, one row a method and keep."""
+    from rich.table import Table as RichTable
+
+    names = tuple(dict.fromkeys(name for row in rows for name in row.categories))
+    table = RichTable(title_justify="left")
+    for head in ("method", "keep", *names):
+        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
+    for row in rows:
+        shares = (f"{100 * row.categories[name].value:.1f}" if name in row.categories else "" for name in names)
+        table.add_row(row.name, str(row.keep), *shares)
+    return table
+
+
 def _cells(row: Score) -> tuple[str, ...]:
     return (
         row.name,

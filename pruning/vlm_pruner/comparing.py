@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pruning.method import Features, check_features, check_shapes
+from pruning.recovery import CANCELLATION
 from pruning.spec import PruneSpec, SpecError
-from pruning.vlm_pruner.reference import CANCELLATION, squared_distances
+from pruning.vlm_pruner.reference import squared_distances
 from pruning.vlm_pruner.settings import RANK_EVERY, Settings
 
 BEYOND = 16384.0  # above every place and score, and far from float16's largest number

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from pruning.method import Features, Recovery, Trace, check_features
+from pruning.recovery import CANCELLATION, recovered
 from pruning.spec import PruneSpec
 from pruning.vlm_pruner.settings import Settings
-
-# A kept token is mixed with the tokens it stands for only while their similarities do not cancel: weights are
-# similarities over their sum, so a sum this small against the absolute sum would amplify the mean a thousandfold.
-CANCELLATION = 2.0**-10
 
 
 def prune(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, Tensor]:
@@ -55,7 +52,7 @@ def _prune_one(keys: Tensor, hidden: Tensor, spec: PruneSpec) -> tuple[Tensor, .
     selection = torch.tensor(order, device=keys.device)
     kept = selection.sort().values
     deciding = torch.tensor(margin, device=keys.device)
-    return _recover(similarity, hidden, kept, spec), kept, selection, deciding, similarity
+    return recovered(similarity, hidden, kept, Settings.of(spec).recovery), kept, selection, deciding, similarity
 
 
 def _pivots(K: Tensor, spec: PruneSpec) -> tuple[list[int], list[float]]:
@@ -130,17 +127,3 @@ def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -
                 near = torch.minimum(near, torch.full_like(near, gap))
             order.extend(batch[accepted].tolist())
             margin.extend(near[accepted].tolist())
-
-
-def _recover(S: Tensor, H: Tensor, kept: Tensor, spec: PruneSpec) -> Tensor:
-    """Mix what was dropped into its most similar kept token (section 3.4): (N, D) -> (keep, D)."""
-    settings = Settings.of(spec)
-    dropped = torch.ones(len(H), dtype=torch.bool, device=H.device)
-    dropped[kept] = False
-    to_kept = S[:, kept]
-    stands_for = torch.nn.functional.one_hot(to_kept.argmax(1), len(kept)).bool() & dropped[:, None]
-    weight = torch.where(stands_for, to_kept, torch.zeros_like(to_kept))
-    total = weight.sum(0)
-    mixed = total > CANCELLATION * weight.abs().sum(0)
-    mean = (weight / total.clamp(min=1e-8)).T @ H
-    return torch.where(mixed[:, None], (1.0 - settings.recovery) * H[kept] + settings.recovery * mean, H[kept])

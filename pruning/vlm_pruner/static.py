@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from pruning.arithmetic import APART, GRAIN, HUGE, above, equal, first_largest, outer_difference, product
 from pruning.method import Features, check_features, check_shapes
+from pruning.recovery import recovering
 from pruning.spec import PruneSpec, SpecError
-from pruning.vlm_pruner.reference import CANCELLATION
 from pruning.vlm_pruner.settings import RANK_EVERY, Settings
 
 UNIT = HUGE  # adjusted similarities, thresholds and scores are kept times this: clamping a difference then compares
@@ -354,14 +354,14 @@ class TokenPruner(nn.Module):
         """The matrix that picks the kept tokens and mixes the dropped ones into them: (B, keep, N)."""
         if not self.settings.recovery:
             return pick
-        _, keep, count = pick.shape
-        to_kept = torch.bmm(similarity, pick.transpose(1, 2))  # (B, N, keep)
-        stands_for = first_largest(to_kept, self._places(keep))
-        weight = (stands_for * to_kept * (1.0 - chosen)).transpose(1, 2)  # (B, keep, N)
-        ones = self._add_up(weight, count)
-        total = torch.bmm(weight, ones)
-        mixed = above(total, torch.bmm(weight.abs(), ones) * CANCELLATION) * self.settings.recovery
-        return pick * (1.0 - mixed) + weight * (mixed / total.clamp(min=1e-8))
+        return recovering(
+            similarity,
+            chosen,
+            pick,
+            self.settings.recovery,
+            ones=self._add_up(pick, self.spec.tokens),
+            places=self._places(self.spec.keep),
+        )
 
     def _count_before(self, mask: Tensor) -> Tensor:
         """How many ones stand before each place: (B, 1, W) -> (B, 1, W), in two levels so that nothing is W x W."""

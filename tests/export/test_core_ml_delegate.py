@@ -145,8 +145,7 @@ def test_plan(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path) -> None:
     words = ["--model", "pocket", "--keep", "16", "--target", "ios", "--backend", "executorch", "--precision", "fp16"]
-    env = {"PRUNEPORT_CACHE": str(tmp_path / "cache")}
-    done = command_line("export", *words, "-q", "--output-dir", tmp_path / "out", env=env, timeout_s=1000)
+    done = command_line("export", *words, "-q", "--output-dir", tmp_path / "out", timeout_s=1000)
     assert done.returncode == 0, done.stdout + done.stderr
     bundle = read_bundle(Path(done.stdout.strip()))
     for graph in bundle.manifest.graphs:
@@ -158,7 +157,7 @@ def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path)
     assert vision["kept"]["exact"]
     assert not any(placed["executed"] for placed in parity["placements"])
     assert json.loads((bundle.path / "latency.json").read_text())["graphs"] == []
-    asked = command_line("ask", bundle.path, "photo.jpg", "What is this?", env=env)
+    asked = command_line("ask", bundle.path, "photo.jpg", "What is this?")
     assert asked.returncode == 2
     assert "answers on a Mac or an iPhone and not here" in asked.stderr
     found = explain(bundle.path).lints

@@ -345,7 +345,7 @@ def ios_bundle(tmp_path_factory: pytest.TempPathFactory, command_line: CommandLi
     """The pocket model with 64 image tokens, exported for Core ML in fp32; not to be changed."""
     folder = tmp_path_factory.mktemp("ios")
     words = ["export", "--model", "pocket", "--keep", "64", "--target", "ios", "-q"]
-    done = command_line(*words, "--output-dir", folder, env={"PRUNEPORT_CACHE": str(folder / "cache")}, timeout_s=600)
+    done = command_line(*words, "--output-dir", folder, timeout_s=600)
     assert (done.returncode, done.stderr) == (0, "")
     return Path(done.stdout.strip())
 
@@ -431,9 +431,7 @@ def test_a_bundle_for_an_earlier_version(tmp_path: Path, command_line: CommandLi
     """Each graph a package, the cache in the caller's hands though it is fp16, weights in int8."""
     words = ["export", "--model", "pocket", "--keep", "16", "--target", "ios", "--min-ios", "17", "-q"]
     words += ["--precision", "fp16", "--quant-text", "int8"]
-    done = command_line(
-        *words, "--output-dir", tmp_path, env={"PRUNEPORT_CACHE": str(tmp_path / "cache")}, timeout_s=600
-    )
+    done = command_line(*words, "--output-dir", tmp_path, timeout_s=600)
     assert (done.returncode, done.stderr) == (0, "")
     bundle = read_bundle(Path(done.stdout.strip()))
     assert bundle.path.name == "pocket-keep16-ios-coreml-ios17-fp16-text-int8"

@@ -161,7 +161,7 @@ def test_another_method_goes_all_the_way(
 def test_weights_of_all_graphs_are_stored_once(tmp_path: Path, one_thread: None) -> None:
     """Five graphs hold the decoder's layers, quantised in the vision graph as in the others, and the file one copy."""
     scheme = "8da4w-g32"
-    checkpoint = FolderCheckpoint(pocket_folder(tmp_path / "cache"), POCKET)
+    checkpoint = FolderCheckpoint(pocket_folder(), POCKET)
     # A limit that everything is below, and batches of the whole image: few steps, so that lowering takes seconds.
     spec = PruneSpec(keep=64, settings=Settings(threshold=2.0, token_batch=64, steps=4))
     vision = build_vision_encoder(checkpoint, POCKET, spec, quant_layers=scheme)

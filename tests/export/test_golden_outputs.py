@@ -34,7 +34,7 @@ def test_golden_is_the_whole_model_cut_at_the_layer(model: str, tmp_path: Path) 
     from transformers import DynamicCache, LlavaForConditionalGeneration
 
     entry: ModelEntry = POCKET if model == "pocket" else TINY
-    folder = pocket_folder(tmp_path) if model == "pocket" else write_tiny(tmp_path)
+    folder = pocket_folder() if model == "pocket" else write_tiny(tmp_path)
     checkpoint = FolderCheckpoint(folder, entry)
     pixels = _pixels(entry.geometry.pixel_values[-1])
     golden = make_golden(checkpoint, entry, None, pixel_values=pixels)

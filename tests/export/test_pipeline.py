@@ -557,7 +557,6 @@ def test_real_signal_leaves_nothing(after: str, during: str, sent: signal.Signal
     with subprocess.Popen(
         [sys.executable, "-c", program, *words],
         cwd=root,
-        env={**os.environ, "PRUNEPORT_CACHE": str(tmp_path.with_name(tmp_path.name + "-cache"))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

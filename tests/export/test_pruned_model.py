@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from export.evaluation.questions import Line
 from export.evaluation.views import View, image_views, shares
 from export.models.pocket import POCKET
 from runtime.errors import RequestError
+from tests.talkative import talkative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,9 +195,9 @@ def test_dropped_tokens_are_as_if_masked(family: str, cut: int, attention: str) 
     assert model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, -6:].tolist() == whole
 
 
-def test_answers_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is generated is what `pruneport eval` takes for right, from the same kept tokens, method by method."""
-    checkpoint = open_checkpoint("pocket")
+    checkpoint = open_checkpoint(POCKET, weights=str(talkative(tmp_path / "model")))
     model = EagerModel(checkpoint, POCKET)
     photo = np.random.default_rng(0).integers(0, 255, (340, 360, 3), dtype=np.uint8)
     question = model._tokenizer.question_ids("How many are there?")

@@ -635,10 +635,7 @@ def test_pruner_at_full_width(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path) -> None:
     words = ["--model", "pocket", "--keep", "16", "--target", "android", "--backend", "qnn", "--only", "vision"]
-    env = {"PRUNEPORT_CACHE": str(tmp_path / "cache")}
-    done = command_line(
-        "export", *words, "--soc", SOC.name, "-q", "--output-dir", tmp_path / "out", env=env, timeout_s=1500
-    )
+    done = command_line("export", *words, "--soc", SOC.name, "-q", "--output-dir", tmp_path / "out", timeout_s=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     bundle = read_bundle(Path(done.stdout.strip()))
     (graph,) = bundle.manifest.graphs

@@ -29,17 +29,20 @@ from export.families.family import Checkpoint
 from export.golden import make_golden
 from export.graphs.merged_decoder import build_merged_decoder
 from export.graphs.vision import VisionEncoder, build_vision_encoder
-from export.models.pocket import POCKET, pocket_cache, pocket_folder
+from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import read_prompt
 from export.quantize import SCHEMES, quantize
 from pruning import PruneSpec
 from runtime.bundle import GraphInfo
 from runtime.errors import CheckpointError, ExportError
 from tests.conftest import HEADLESS_CHROMIUM, needs_chromium, needs_node
+from tests.phones.machines import CACHE
+from tests.talkative import talkative
 from tests.tiny_llava import TINY, in_fp32, write_tiny
 
 KEEP = 64
 TOKENS = 15
+LEAD = {"fp32": 0.01, "int4": 0.032}
 PROGRAMS = Path(__file__).parent / "transformers_js"
 ASKED = [("china", "where is the ball?"), ("flower", "where is the ball?"), ("flower", "is there a tree?")]
 
@@ -58,7 +61,7 @@ def test_decoder_is_transformers_own(model: str, tiny: Path, tmp_path: Path) -> 
     """With 2 of 6 and with 6 of 6 key heads: a prompt, more of it, then one token, all three through the cache."""
     from transformers import LlavaForConditionalGeneration
 
-    folder, entry = (tiny, TINY) if model == "tiny" else (pocket_folder(tmp_path), POCKET)
+    folder, entry = (tiny, TINY) if model == "tiny" else (pocket_folder(), POCKET)
     whole: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     decoder = build_merged_decoder(FolderCheckpoint(folder, entry))
     embeds, mask, _, *past = decoder.example_inputs(tokens=9, past=0)
@@ -78,10 +81,10 @@ def test_decoder_is_transformers_own(model: str, tiny: Path, tmp_path: Path) -> 
 @torch.no_grad()
 def test_decoder_in_half_precision(tmp_path: Path) -> None:
     """Caches are float16, what goes in and comes out is float32, and the difference is that of the precision."""
-    checkpoint = FolderCheckpoint(pocket_folder(tmp_path), POCKET)
+    checkpoint = FolderCheckpoint(pocket_folder(), POCKET)
     whole, half = build_merged_decoder(checkpoint), build_merged_decoder(checkpoint, precision="fp16")
     expected, got = (graph(*graph.example_inputs(tokens=20, past=7)) for graph in (whole, half))
-    assert [part.dtype for part in got] == [torch.float32] + [torch.float16] * 8
+    assert [part.dtype for part in got] == [torch.float32] + [torch.float16] * 2 * POCKET.geometry.text.layers
     assert (got[0] - expected[0]).norm() / expected[0].norm() < 5e-3
 
 
@@ -132,7 +135,7 @@ def test_random_weights_have_no_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", [("tokenizer.json",), ("tokenizer_config.json",), ("tokenizer.json", "config")])
 def test_checkpoint_without_tokenizer(tmp_path: Path, missing: Sequence[str]) -> None:
-    folder = shutil.copytree(pocket_folder(tmp_path / "cache"), tmp_path / "checkpoint")
+    folder = shutil.copytree(pocket_folder(), tmp_path / "checkpoint")
     names = [name if name.endswith(".json") else f"tokenizer_{name}.json" for name in missing]
     for name in names:
         (folder / name).unlink()
@@ -149,7 +152,7 @@ def test_checkpoint_without_tokenizer(tmp_path: Path, missing: Sequence[str]) ->
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FolderCheckpoint:
-    return FolderCheckpoint(pocket_folder(tmp_path_factory.mktemp("cache")), POCKET)
+    return FolderCheckpoint(talkative(tmp_path_factory.mktemp("talkative") / "model"), POCKET)
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int4"])
@@ -164,7 +167,7 @@ def exported(
     quant = request.param if request.param in SCHEMES else None
     vision = _vision(checkpoint, precision="fp32" if quant else request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_js, "_INLINE_LIMIT_BYTES", 10 * 2**20)
+        patch.setattr(transformers_js, "_INLINE_LIMIT_BYTES", 16 * 2**20)
         return folder, write_transformers_js(checkpoint, POCKET, vision, folder, quant_text=quant, arithmetic=in_fp32)
 
 
@@ -186,7 +189,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packages() -> Path:
     """A folder with the programs and the npm packages that package-lock.json pins; made once for each such file."""
     lock = (PROGRAMS / "package-lock.json").read_bytes()
-    folder = pocket_cache() / f"transformers_js-{hashlib.sha256(lock).hexdigest()[:16]}"
+    folder = CACHE / f"transformers_js-{hashlib.sha256(lock).hexdigest()[:16]}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -207,10 +210,12 @@ def expected(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Prompt, pixels and greedy answer of everything in ASKED in float32, by nothing of ours but the paper's loop.
 
-    The best token of these answers leads by 0.01 or more; float16 moves the logits by a tenth of that. With 4-bit
-    weights it leads by 0.032 or more, and the engine's 8-bit activations move the lead of such a token by 0.02 at most.
+    They are compared up to the first token that leads by less than LEAD: float16 moves the logits by a tenth of that,
+    and with 4-bit weights the engine's 8-bit activations move such a lead by 0.02 at most.
     """
-    return {(photo, question): _eager(exported[0], checkpoint, photos, photo, question) for photo, question in ASKED}
+    told = {(photo, question): _eager(exported[0], checkpoint, photos, photo, question) for photo, question in ASKED}
+    assert sum(case["sure"] for case in told.values()) >= TOKENS
+    return told
 
 
 @torch.no_grad()
@@ -231,7 +236,9 @@ def _eager(folder: Path, checkpoint: FolderCheckpoint, photos: Path, photo: str,
     whole: Any = LlavaForConditionalGeneration.from_pretrained(
         checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
     )
+    lead = LEAD["fp32"]
     if (folder / "onnx" / "decoder_model_merged_q4.onnx").exists():
+        lead = LEAD["int4"]
         quantize(whole.model.language_model, "int4")
         whole.lm_head = NBitsLinear(whole.lm_head, bits=4, group=32)
     ids = torch.from_numpy(inputs["input_ids"])
@@ -240,13 +247,18 @@ def _eager(folder: Path, checkpoint: FolderCheckpoint, photos: Path, photo: str,
     assert image.shape == (1, KEEP, POCKET.geometry.text.hidden)
     embeds[ids == POCKET.geometry.image_token_id] = image[0]
     answer: list[int] = []
+    sure: int | None = None
     while len(answer) < TOKENS:
         hidden = whole.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        answer.append(int(whole.lm_head(hidden[0, -1]).argmax()))
+        best = whole.lm_head(hidden[0, -1]).topk(2)
+        if sure is None and float(best.values[0] - best.values[1]) < lead:
+            sure = len(answer)
+        answer.append(int(best.indices[0]))
         embeds = torch.cat([embeds, whole.model.language_model.embed_tokens(torch.tensor([answer[-1:]]))], 1)
     return {
         "prompt_ids": ids[0].tolist(),
         "answer_ids": answer,
+        "sure": TOKENS if sure is None else sure,
         "answer": processor.tokenizer.decode(answer, skip_special_tokens=True),
         "pixel_values": pixel_values,
     }
@@ -262,8 +274,10 @@ def _compare(got: dict[str, Any], expected: dict[str, Any]) -> None:
     pixels = np.asarray(got["pixel_values"]).reshape(got["pixel_shape"])
     np.testing.assert_allclose(pixels, expected["pixel_values"], rtol=0, atol=1e-6)
     assert len(got["answer_ids"]) == TOKENS
-    assert got["answer_ids"] == expected["answer_ids"]
-    assert got["answer"] == expected["answer"]
+    sure = expected["sure"]
+    assert got["answer_ids"][:sure] == expected["answer_ids"][:sure]
+    if sure == TOKENS:
+        assert got["answer"] == expected["answer"]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ TINY_SPEC = PruneSpec(grid=(4, 4), keep=6, settings=Settings(pivots=2, token_bat
 @pytest.fixture(scope="module")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The pocket checkpoint."""
-    return FolderCheckpoint(pocket_folder(tmp_path_factory.mktemp("cache")), POCKET)
+    return FolderCheckpoint(pocket_folder(), POCKET)
 
 
 def _photo(side: int) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_prefix_does_not_depend_on_the_image(pocket: Checkpoint) -> None:
     encoder = build_vision_encoder(pocket, POCKET, None)
     one, other = encoder(_photo(336)), encoder(torch.zeros(1, 3, 336, 336))
     prefix = encoder.prefix_length
-    assert prefix == 35
+    assert prefix == 31
     assert torch.equal(one[0][:, :prefix], other[0][:, :prefix])
     assert not torch.allclose(one[0][:, prefix:], other[0][:, prefix:])
     for index in range(2, 6):
@@ -401,12 +401,9 @@ def test_xnnpack_takes_everything_but_casts(
         assert first <= int(chosen[0])
         assert int(chosen[-1]) < first + encoder.image_tokens
         return
-    tolerance = 1e-4 if precision == "fp32" else 2e-2
     # Where the processor adds float16 up in 16 bits, that is what a phone's kernels are judged by, too.
     sums_in_16_bits = precision == "fp16" and accumulator_bits() == 16
+    bound = BOUNDS[SUMS_IN_16_BITS if sums_in_16_bits else precision]
     for info, one, other in zip(encoder.output_infos(), got, encoder(pixels), strict=True):
-        if sums_in_16_bits:
-            name, expected, found = info.name, other.double().numpy(), one.double().numpy()
-            assert compare(name, expected, found, bound=BOUNDS[SUMS_IN_16_BITS]).passed
-        else:
-            torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, msg=info.name)
+        parity = compare(info.name, other.double().numpy(), one.double().numpy(), bound=bound)
+        assert parity.passed, parity

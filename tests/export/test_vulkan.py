@@ -160,8 +160,7 @@ def test_verify_ends_with_3(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path) -> None:
     """Pruner and all in one partition; nothing is called passed that was not run."""
     words = ["--model", "pocket", "--keep", "16", "--backend", "vulkan", "--only", "vision"]
-    env = {"PRUNEPORT_CACHE": str(tmp_path / "cache")}
-    done = command_line("export", *words, "-q", "--output-dir", tmp_path / "out", env=env, timeout_s=800)
+    done = command_line("export", *words, "-q", "--output-dir", tmp_path / "out", timeout_s=800)
     assert done.returncode == 3, done.stdout + done.stderr
     bundle = read_bundle(Path(done.stdout.strip()))
     (graph,) = bundle.manifest.graphs

@@ -210,7 +210,7 @@ def test_machine_without_an_adapter_checks_nothing(command_line: CommandLine, tm
 @pytest.mark.timeout(900)
 def test_pocket_from_the_command_line(command_line: CommandLine, tmp_path: Path) -> None:
     words = ["--model", "pocket", "--keep", "16", "--target", "android", "--backend", "webgpu", "--only", "vision"]
-    env = {**SOFTWARE_GPU, "PRUNEPORT_CACHE": str(tmp_path / "cache")}
+    env = SOFTWARE_GPU
     done = command_line("export", *words, "-q", "--output-dir", tmp_path / "out", env=env, timeout_s=800)
     assert done.returncode == 0, done.stdout + done.stderr
     bundle = read_bundle(Path(done.stdout.strip()))

@@ -22,6 +22,7 @@ from export.evaluation.chat_model import ChatModel
 from export.evaluation.eager import EagerModel
 from export.evaluation.questions import Line
 from export.models.pocket import POCKET, pocket_folder
+from tests.talkative import talkative
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +90,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
     return paths
 
 
-def answers(python: Path, photos: list[Path], out: Path, *launched: str, arguments: str = "") -> list[str]:
+def answers(python: Path, model: Path, photos: list[Path], out: Path, *launched: str, arguments: str = "") -> list[str]:
     """What lmms-eval wrote down as the answers to the task, in the order of its rows."""
     # Nothing of the checkout may be found by accident, and nothing of the hub be asked for.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -98,7 +99,7 @@ def answers(python: Path, photos: list[Path], out: Path, *launched: str, argumen
     done = subprocess.run(
         [
             *(str(python), *launched, "-m", "lmms_eval", "--model", "pruneport"),
-            *("--model_args", f"pretrained={pocket_folder()},dtype=float32{arguments}"),
+            *("--model_args", f"pretrained={model},dtype=float32{arguments}"),
             *("--tasks", "photos", "--include_path", str(photos[0].parent)),
             *("--output_path", str(out), "--log_samples"),
         ],
@@ -111,7 +112,7 @@ def answers(python: Path, photos: list[Path], out: Path, *launched: str, argumen
 
 
 def test_unpruned_answers_are_those_of_transformers(python: Path, photos: list[Path], tmp_path: Path) -> None:
-    said = answers(python, photos, tmp_path)
+    said = answers(python, pocket_folder(), photos, tmp_path)
     whole: Any = LlavaForConditionalGeneration.from_pretrained(pocket_folder(), dtype=torch.float32)
     chat = ChatModel(str(pocket_folder()), dtype="float32")
     expected = []
@@ -128,9 +129,10 @@ def test_pruned_answers_are_right_to_the_evaluation(
 ) -> None:
     """Two processes share the task; what they say of each photo is what `pruneport eval` takes for right."""
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    said = answers(python, photos, tmp_path, *ranks, arguments=",method=vlm-pruner,keep=16")
-    model = EagerModel(open_checkpoint("pocket"), POCKET)
-    chat = ChatModel(str(pocket_folder()), dtype="float32", method="vlm-pruner", keep=16)
+    folder = talkative(tmp_path / "model")
+    said = answers(python, folder, photos, tmp_path, *ranks, arguments=",method=vlm-pruner,keep=16")
+    model = EagerModel(open_checkpoint(POCKET, weights=str(folder)), POCKET)
+    chat = ChatModel(str(folder), dtype="float32", method="vlm-pruner", keep=16)
     assert chat.pruned is not None
     chooser = evaluation._Chooser(model, evaluation.Wanted("vlm-pruner", 16, 2))
     for number, (path, text) in enumerate(zip(photos, QUESTIONS, strict=True)):

@@ -46,7 +46,7 @@ def export(out: Path, *words: str | Path) -> int:
 
 @pytest.fixture(scope="session")
 def pocket(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return pocket_folder(tmp_path_factory.mktemp("cache"))
+    return pocket_folder()
 
 
 @pytest.fixture

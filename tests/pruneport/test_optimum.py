@@ -201,7 +201,6 @@ def made(bundle: Path) -> dict[str, Any]:
 def test_bundle_is_the_one_pruneport_makes(
     optimum_cli: OptimumCli, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PRUNEPORT_CACHE", str(tmp_path / "cache"))
     words = [*POCKET, "--backend", "onnx", "--only", "vision", "-q"]
     here = optimum_cli("export", "pruneport", *words, tmp_path / "here")
     there = command_line("export", *words, "--output-dir", tmp_path / "there")

@@ -1,4 +1,4 @@
-"""DivPrune and DART against formulas written anew in numpy, and what is said of them beside the contract."""
+"""DivPrune, DART and our own method against formulas written anew in numpy, and what is said beside the contract."""
 
 from __future__ import annotations
 
@@ -62,6 +62,39 @@ def test_divprune_adds_what_is_least_similar_to_all_so_far(shape: tuple[int, int
     assert trace.order[0].tolist() == chosen
     assert trace.recovery is not None
     np.testing.assert_allclose(trace.recovery.similarity[0].numpy(), cosines, atol=2e-6)
+
+
+@quick
+@given(shape=shapes)
+def test_standout_weighs_distance_and_recovers(shape: tuple[int, int, float, int]) -> None:
+    rows, columns, share, seed = shape
+    count = rows * columns
+    keep = max(1, round(share * count))
+    features = _features(count, seed)
+    hidden, cosines = features.hidden[0].double().numpy(), _cosines(features)
+    away = np.linalg.norm(hidden - hidden.mean(0), axis=1)
+    weight = np.sqrt(away / away.mean())
+    chosen = [int(np.argmax(weight))]
+    for _ in range(keep - 1):
+        left = [token for token in range(count) if token not in chosen]
+        chosen.append(max(left, key=lambda token: weight[token] * (1 - cosines[token, chosen].max())))
+    spec = PruneSpec(grid=(rows, columns), keep=keep, method="standout")
+    kept = _kept(spec, features)
+    assert kept == sorted(chosen)
+    trace = METHODS["standout"].choose(features, spec)
+    assert trace.order[0].tolist() == chosen
+    expected = []
+    for own in kept:
+        stood = [t for t in range(count) if t not in kept and kept[int(np.argmax(cosines[t, kept]))] == own]
+        by = cosines[stood, own]
+        if by.sum() > 2.0**-10 * np.abs(by).sum():
+            expected.append(0.5 * hidden[own] + 0.5 * (by @ hidden[stood]) / by.sum())
+        else:
+            expected.append(hidden[own])
+    np.testing.assert_allclose(trace.tokens[0].numpy(), np.array(expected), rtol=2e-4, atol=2e-4)
+    with torch.no_grad():
+        tokens = METHODS["standout"].module(spec, "float32")(features).tokens[0]
+    torch.testing.assert_close(tokens, trace.tokens[0], rtol=1e-4, atol=1e-4)
 
 
 def test_divprune_keeps_one_of_each_kind_before_a_second() -> None:

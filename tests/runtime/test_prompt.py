@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from export.checkpoints import open_checkpoint
 from export.families import MODELS
-from export.models.pocket import POCKET, write_pocket
+from export.models.pocket import POCKET, pocket_folder
 from export.models.prompt import end_ids, read_prompt, read_tokenizer_files
 from runtime.bundle import PromptInfo
 from runtime.errors import CheckpointError
@@ -29,8 +30,7 @@ TEMPLATE = (
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The pocket checkpoint's files, to be changed at will."""
-    write_pocket(tmp_path)
-    return tmp_path
+    return shutil.copytree(pocket_folder(), tmp_path, dirs_exist_ok=True)
 
 
 def read(folder: Path) -> PromptInfo:
@@ -41,7 +41,7 @@ def test_pocket_prompt(folder: Path) -> None:
     prompt = read(folder)
     assert prompt.prefix_text == "A person and their assistant talk about a picture in a few words. USER: "
     assert prompt.suffix_text == "\n{question} ASSISTANT:"
-    assert len(prompt.prefix_ids) == 35
+    assert len(prompt.prefix_ids) == 31
     assert prompt.special_ids == {"bos": 1, "eos": 2, "pad": 0, "image": 3}
 
 
@@ -318,7 +318,7 @@ def ends(folder: Path, generation: object = None, *, outer: object = None, text:
         (None, 7, 2, (7,)),
         (None, None, [2, 5, 2], (2, 5)),
         ({"eos_token_id": 9}, 7, 2, (9,)),
-        ({"eos_token_id": [511]}, None, 2, (511,)),
+        ({"eos_token_id": [639]}, None, 2, (639,)),
         ({"eos_token_id": None}, 7, 2, ()),
         ({"bos_token_id": 1}, 7, 2, ()),
     ],
@@ -334,9 +334,9 @@ def test_answers_end_where_generate_ends(
     assert right == tuple(dict.fromkeys(named if isinstance(named, list) else [] if named is None else [named]))
 
 
-@pytest.mark.parametrize("named", [512, -1, "2", 2.0, True, [], [2, None], [[2]], {"id": 2}])
+@pytest.mark.parametrize("named", [640, -1, "2", 2.0, True, [], [2, None], [[2]], {"id": 2}])
 def test_end_that_is_no_id(folder: Path, named: object) -> None:
-    with pytest.raises(CheckpointError, match=r"generation_config\.json says eos_token_id=.* in 0\.\.511"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json says eos_token_id=.* in 0\.\.639"):
         ends(folder, {"eos_token_id": named})
     (folder / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json says eos_token_id="):
@@ -359,6 +359,5 @@ def test_runner_gets_the_own_tokenizer_without_its_state(
     made = tmp_path_factory.mktemp("runner")
     plain = json.loads((folder / "tokenizer.json").read_text())
     change(folder / "tokenizer.json", padding={**PADDING, "pad_token": "<pad>"}, truncation=TRUNCATION)
-    (folder / "digests.json").unlink()
     _copy_tokenizer(FolderCheckpoint(folder, POCKET), made)
     assert json.loads((made / "tokenizer.json").read_text()) == plain

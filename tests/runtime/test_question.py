@@ -22,7 +22,7 @@ from runtime.prompt import Tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pocket_folder(tmp_path_factory.mktemp("pocket"))
+    return pocket_folder()
 
 
 @pytest.fixture(scope="module")

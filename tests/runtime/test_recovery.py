@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning import PruneSpec, Trace, reference
+from pruning.recovery import CANCELLATION
 from pruning.vlm_pruner.settings import Settings
 from runtime.bundle import GraphInfo, Manifest, TensorInfo
 from runtime.check.parity import BOUNDS, GraphParity, NearTie, graph_parity
@@ -39,7 +40,7 @@ def _recovery(trace: Trace, hidden: torch.Tensor, spec: PruneSpec = SPEC) -> Rec
         hidden=hidden[0].double().numpy(),
         similarity=_similarity(trace)[0].double().numpy(),
         share=Settings.of(spec).recovery,
-        least_share=reference.CANCELLATION,
+        least_share=CANCELLATION,
     )
 
 
@@ -99,7 +100,7 @@ class Judged:
             "recovery.hidden": hidden[0].numpy(),
             "recovery.similarity": _similarity(trace)[0].numpy(),
             "recovery.share": np.full(1, Settings.of(SPEC).recovery),
-            "recovery.least_share": np.full(1, reference.CANCELLATION),
+            "recovery.least_share": np.full(1, CANCELLATION),
         }
         infos = tuple(
             TensorInfo(name=name, shape=array.shape, dtype=str(array.dtype)) for name, array in self.expected.items()

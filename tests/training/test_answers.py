@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.models.pocket import SYSTEM
 from training import answers
 from training.answers import Asked, Phase, Talker, asked_batches, open_tokenizer, train_answers, train_whole
 from training.model import pocket_model
 from training.optimiser import Optimiser
 from training.scenes import COLOURS, GRID, SHAPES, Mixture
+from training.tokenizer import SYSTEM
 from training.tower import Seer, see, train_tower
 
 PHASE = Phase(steps=4, patches=5, size=2, room=60, mixtures=(Mixture(things=(1, 3), signs=(0, 0), radius=(8, 14)),))
@@ -70,7 +70,7 @@ def test_a_packed_question_is_read_as_transformers_reads_the_whole_prompt() -> N
 def test_prompt_is_what_the_chat_template_writes() -> None:
     from jinja2 import Environment
 
-    from export.models.pocket import TEMPLATE
+    from training.tokenizer import TEMPLATE
 
     content = [{"type": "image"}, {"type": "text", "text": "How many rings are there?"}]
     text = (
