@@ -82,10 +82,7 @@ def main() -> None:
                 quantize(layer.get_submodule("self_attn"), layers[0])
                 quantize(layer, layers[1])
         with torch.no_grad():
-            outputs = [
-                dict(zip(encoder.output_names, encoder.from_features(each.features, each.keys), strict=True))
-                for each in features
-            ]
+            outputs = [dict(zip(encoder.output_names, encoder.from_seen(each), strict=True)) for each in features]
         return [(set(out["positions"][0, -KEEP:].tolist()), out[f"key_{CUT - 1}"]) for out in outputs]
 
     features: dict[str | None, list[Any]] = {None: seen()}

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from export.families import FAMILIES, MODELS, family_of, known_model
+from export.families import FAMILIES, MODELS, NOT_YET, family_of, known_model
 from export.families.family import Checkpoint, Family, Geometry, ModelEntry, TensorEntry
 from export.settings import read_object, shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
@@ -110,8 +110,11 @@ def entry_of_folder(folder: Path) -> ModelEntry:
     family = family_of(named)
     if family is None:
         types = ", ".join(family.model_type for family in FAMILIES.values())
+        reason = NOT_YET.get(named) if isinstance(named, str) else None
+        why = f" ({reason})" if reason else ""
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type={shown(named)} is no family that can be exported; supported: {types}"
+            f"{folder / 'config.json'}: model_type={shown(named)} is no family that can be exported{why}; supported: "
+            f"{types}; give a checkpoint of one of these"
         )
     config = dict(family.whole_config(folder, without_nulls(config)))
     try:

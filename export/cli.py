@@ -112,7 +112,7 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
     what.add_argument(
         "--cut",
         metavar="N",
-        help="prune in front of decoder layer N (default 2, as in the paper); 0: behind the projector",
+        help="prune in front of decoder layer N (default 2, as in the paper; Qwen3-VL: 3); 0: behind the projector",
     )
     what.add_argument(
         "--layout",

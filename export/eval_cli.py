@@ -64,9 +64,10 @@ def run_eval(args: argparse.Namespace) -> int:
     bundles = [(Path(name), bundle_at(Path(name), identity or "")) for name in args.bundles]
     tokens = checkpoint.geometry.image_tokens
     keeps = [whole_number("keep", word, 1, tokens) for word in dict.fromkeys(args.keep.split(","))]
-    cut = None if args.cut is None else whole_number("cut", args.cut, 0, checkpoint.geometry.text.layers - 1)
-    class_token = entry.family.class_token
-    cells = wanted_cells(_methods(args.method, class_token=class_token), keeps, cut, class_token=class_token)
+    class_token, least = entry.family.class_token, checkpoint.geometry.least_cut
+    cut = None if args.cut is None else whole_number("cut", args.cut, least, checkpoint.geometry.text.layers - 1)
+    methods = _methods(args.method, class_token=class_token)
+    cells = wanted_cells(methods, keeps, cut, class_token=class_token, least_cut=least)
     out_dir = Path(args.output_dir or Path("evaluations") / entry.name)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

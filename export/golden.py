@@ -121,6 +121,11 @@ def make_golden(
     geometry = checkpoint.geometry
     if pixel_values.shape != geometry.pixel_values:
         raise ExportError(f"pixel_values must have shape {geometry.pixel_values}, got {pixel_values.shape}")
+    if cut < geometry.least_cut:
+        raise ExportError(
+            f"cut={cut}: the first {geometry.least_cut} decoder layers of {entry.name} need every image token; give "
+            f"{geometry.least_cut} or more"
+        )
     with torch.no_grad(), _exact_float32():
         pixels = torch.from_numpy(np.array(pixel_values, dtype=np.float32)).to(device)
         desktop = entry.family.desktop(checkpoint, device)
@@ -197,6 +202,8 @@ class _Decoder:
         for index in range(self._cut):
             hidden = self._run(index, hidden, positions)
             outputs[f"key_{index}"], outputs[f"value_{index}"] = self._past[index]
+            if index < len(seen.planes):
+                hidden = torch.cat([hidden[:, :first], hidden[:, first:] + seen.planes[index]], dim=1)
         enters = seen._replace(features=hidden[:, first:])
         if self._cut:
             keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, image.shape[1], -1)
@@ -363,7 +370,7 @@ def _pruned(enters: Seen, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[
     """tokens (1, keep, D), indices (1, keep), and the trace of the selection without its batch dimension."""
     import torch
 
-    hidden, keys, attention = enters
+    hidden, keys, attention, _ = enters
     count = hidden.shape[1]
     if spec is None or spec.keep == count:
         return hidden, torch.arange(count, device=hidden.device)[None], {}

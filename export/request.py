@@ -361,7 +361,7 @@ def plan(request: Request) -> Plan:
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
         "" if request.image_size is None else "image{}x{}".format(*entry.geometry.pixel_values[2:]),
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
-        f"cut{cut}" if cut != PAPER_CUT and layout is None else "",
+        f"cut{cut}" if cut != _usual_cut(entry) and layout is None else "",
         layout.runtime if layout else "",
         request.only or "",
         "random" if request.weights == "random" else "",
@@ -731,13 +731,20 @@ def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: M
     return made[word]
 
 
+def _usual_cut(entry: ModelEntry) -> int:
+    return max(PAPER_CUT, entry.geometry.least_cut)
+
+
 def _cut(text: str | None, entry: ModelEntry, layout: Layout | None) -> int:
-    """The number of decoder layers that see every image token, by default the paper's."""
+    """The number of decoder layers that see every image token, by default the paper's, or the least of the model."""
     if text is None:
-        return 0 if layout else PAPER_CUT
-    layers = entry.geometry.text.layers
-    why = f" (the decoder layers of {entry.name} that see every image token; 0 prunes behind the projector)"
-    cut = whole_number("cut", text, 0, layers - 1, why)
+        return 0 if layout else _usual_cut(entry)
+    layers, least = entry.geometry.text.layers, entry.geometry.least_cut
+    what = "0 prunes behind the projector"
+    if least:
+        what = f"the tower adds features to every image token behind the first {least} of them"
+    why = f" (the decoder layers of {entry.name} that see every image token; {what})"
+    cut = whole_number("cut", text, least, layers - 1, why)
     if layout and cut:
         raise RequestError(
             f"cut={cut} does not go with layout={layout.runtime}, which takes image features: those of cut 0; "

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL in small, for tests: all that the real ones have, at a wide image of few tokens."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL in small, for tests: all that the real ones have, at a wide image of few tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from export.families.family import ModelEntry
 from export.families.qwen_vl.config import Version
-from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QwenVl
+from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QwenVl
 
 _TOWERS: Mapping[Version, Mapping[str, Any]] = {
     "qwen2_vl": {"embed_dim": 32, "hidden_size": 48, "hidden_act": "quick_gelu", "mlp_ratio": 2},
@@ -22,13 +22,33 @@ _TOWERS: Mapping[Version, Mapping[str, Any]] = {
         "window_size": 56,
         "fullatt_block_indexes": [1],
     },
+    "qwen3_vl": {
+        "depth": 4,
+        "hidden_size": 32,
+        "out_hidden_size": 48,
+        "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 40,
+        "patch_size": 16,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0, 2, 3],
+    },
+}
+_ROPE: Mapping[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+_TEXTS: Mapping[Version, Mapping[str, Any]] = {
+    "qwen2_vl": {"rope_parameters": {**_ROPE, "mrope_section": [1, 2, 3]}},
+    "qwen2_5_vl": {"rope_parameters": {**_ROPE, "mrope_section": [1, 2, 3]}},
+    "qwen3_vl": {
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+    },
 }
 
 
 def _config(version: Version) -> Mapping[str, Any]:
     return {
         "model_type": version,
-        "image_token_id": 90,
+        "image_token_id": 94,
         "video_token_id": 91,
         "vision_start_token_id": 92,
         "vision_end_token_id": 93,
@@ -55,7 +75,7 @@ def _config(version: Version) -> Mapping[str, Any]:
             "vocab_size": 96,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 2, 3]},
+            **_TEXTS[version],
         },
     }
 
@@ -75,17 +95,34 @@ def _entry(family: QwenVl, image_size: tuple[int, int]) -> ModelEntry:
 
 TINY_QWEN2_VL = _entry(QWEN2_VL, (112, 140))
 TINY_QWEN2_5_VL = _entry(QWEN2_5_VL, (112, 168))
+TINY_QWEN3_VL = _entry(QWEN3_VL, (128, 160))
+TINY_QWENS = (TINY_QWEN2_VL, TINY_QWEN2_5_VL, TINY_QWEN3_VL)
 
 
 # What a published folder holds: one token a byte, the special ones behind them, and a template that pastes.
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+_SYSTEM = "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
 TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    f"{{% for message in messages %}}{_SYSTEM}<|im_start|>{{{{ message['role'] }}}}\n"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Photos down to the size of the tests' stay as they are.
+_PROCESSOR_2: Mapping[str, Any] = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136}
+PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_vl": _PROCESSOR_2,
+    "qwen2_5_vl": _PROCESSOR_2,
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 4096, "longest_edge": 16777216},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
 
 
 def special(token: str) -> int:
@@ -129,16 +166,30 @@ def write_checkpoint(folder: Path, entry: ModelEntry) -> Any:
     made.save(str(folder / "tokenizer.json"))
     written = {
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
-        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136},
+        "preprocessor_config.json": PROCESSORS[entry.family.model_type],
     }
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    # Qwen3-VL has no system prompt of its own.
+    template = TEMPLATE.replace(_SYSTEM, "") if entry.family.model_type == "qwen3_vl" else TEMPLATE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return model
 
 
 def as_published(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as the hub has it: the decoder's keys at the top, the sections of its rotary embedding as mrope."""
+    """A config.json as the hub has it: the decoder's keys at the top, the sections of its rotary embedding as mrope.
+
+    Qwen3-VL's keep the decoder in a section, and call the tower's type as the whole model's.
+    """
+    if config["model_type"] == "qwen3_vl":
+        decoder = dict(config["text_config"])
+        sections = dict(decoder.pop("rope_parameters"))
+        decoder |= {"rope_theta": sections.pop("rope_theta"), "rope_scaling": sections}
+        return {
+            **config,
+            "text_config": decoder,
+            "vision_config": {**config["vision_config"], "model_type": "qwen3_vl"},
+        }
     flat = {key: value for key, value in config.items() if key != "text_config"}
     text = {key: value for key, value in config["text_config"].items() if key != "model_type"}
     rope = text.pop("rope_parameters")

@@ -93,6 +93,10 @@ class WideGeometry:
         return height // self.patch, width // self.patch
 
     @property
+    def least_cut(self) -> int:
+        return 0
+
+    @property
     def image_tokens(self) -> int:
         rows, columns = self.grid
         return rows * columns

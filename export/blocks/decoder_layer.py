@@ -24,7 +24,10 @@ class LayerOutput(NamedTuple):
 
 
 class DecoderAttention(nn.Module):
-    """Causal self-attention with rotary positions; fewer key heads than query heads are allowed."""
+    """Causal self-attention with rotary positions; fewer key heads than query heads are allowed.
+
+    With `TextGeometry.qk_norm` each head of queries and keys is normed by itself, all by the same weights.
+    """
 
     scale: Tensor
 
@@ -37,10 +40,27 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(text.hidden, keys, bias=bias, device="meta")
         self.o_proj = nn.Linear(queries, text.hidden, bias=text.out_bias, device="meta")
         self.register_buffer("scale", torch.tensor([text.head_dim**-0.5]), persistent=False)
+        self.q_norm = RmsNorm(text.head_dim, text.norm_eps) if text.qk_norm else None
+        self.k_norm = RmsNorm(text.head_dim, text.norm_eps) if text.qk_norm else None
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries in front of scale and rotary embedding, of normed x (1, T, D): (1, T, H * d)"""
+        return self._each_head(self.q_norm, self.q_proj(x))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys in front of the rotary embedding, of normed x (1, T, D): (1, T, Hkv * d)"""
+        return self._each_head(self.k_norm, self.k_proj(x))
+
+    def _each_head(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        """(1, T, heads * d) -> same"""
+        if norm is None:
+            return x
+        heads: Tensor = norm(x.view(1, -1, self.head_dim))
+        return heads.view(1, -1, x.shape[2])
 
     def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Keys after the rotary embedding, and values, of normed x (1, T, D): (Hkv, T, d) each."""
-        key = rotate(heads_first(self.k_proj(x), self.kv_heads), cos, sin)
+        key = rotate(heads_first(self.keys(x), self.kv_heads), cos, sin)
         return key, heads_first(self.v_proj(x), self.kv_heads)
 
     def forward(
@@ -54,7 +74,7 @@ class DecoderAttention(nn.Module):
         cache: Part | None,
     ) -> LayerOutput:
         """As `DecoderLayer`, with the attention's output as `hidden`."""
-        query = rotate(heads_first(self.q_proj(x) * self.scale, self.heads), cos, sin)
+        query = rotate(heads_first(self.queries(x) * self.scale, self.heads), cos, sin)
         key, value = self.key_value(x, cos, sin)
         keys = key if past_key is None else torch.cat([past_key, key], dim=1)
         values = value if past_value is None else torch.cat([past_value, value], dim=1)

@@ -17,7 +17,8 @@ class Rope:
     """Rotary position embedding: base frequency and how it is stretched.
 
     Where a position has several axes, `sections` are so many frequencies each, the first turned by the first axis, the
-    next by the next; together they are all frequencies of a head.
+    next by the next; together they are all frequencies of a head. With `interleaved` the axes take turns instead: of
+    three frequencies one each, until an axis behind the first has its number, whose turns are the first axis's then.
     """
 
     theta: float = 10000.0
@@ -27,6 +28,7 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
     sections: tuple[int, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         one_of(
@@ -93,7 +95,10 @@ def _rope_number(name: str, got: object) -> float:
 
 @dataclass(frozen=True)
 class TextGeometry:
-    """A decoder of LLaMA's kind: sizes in channels, heads and layers, and where its linear layers have a bias."""
+    """A decoder of LLaMA's kind: sizes in channels, heads and layers, and where its linear layers have a bias.
+
+    With `qk_norm` each head of queries and keys is normed in front of the rotary embedding (arXiv 2505.09388).
+    """
 
     hidden: int
     layers: int
@@ -109,6 +114,7 @@ class TextGeometry:
     out_bias: bool
     mlp_bias: bool
     rope: Rope
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         positive(
@@ -140,6 +146,16 @@ class TextGeometry:
             raise CheckpointError(
                 f"config.json: text_config.rope_parameters.mrope_section={list(self.rope.sections)} must add up to "
                 f"half of head_dim={self.head_dim}; download the file again"
+            )
+        if self.rope.interleaved and any(
+            axis + len(self.rope.sections) * (size - 1) >= self.head_dim // 2
+            for axis, size in enumerate(self.rope.sections)
+            if axis
+        ):
+            raise CheckpointError(
+                f"config.json: text_config.rope_parameters.mrope_section={list(self.rope.sections)} names more than "
+                f"every third of the {self.head_dim // 2} frequencies for one axis behind the first, and the axes take "
+                "turns; download the file again"
             )
         one_of("config.json: text_config.hidden_act", self.activation, ("silu",), _REMEDY)
         number("config.json: text_config.rms_norm_eps", self.norm_eps, above=0, below=1)

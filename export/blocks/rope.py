@@ -14,14 +14,24 @@ from export.blocks.geometry import Rope, TextGeometry
 def rope_tables(text: TextGeometry, *axes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, head_dim) float32 for absolute positions, of one axis or of several.
 
-    With several, `Rope.sections` says which frequencies each of them turns (arXiv 2409.12191, section 2.1).
+    With several, `Rope.sections` says which frequencies each of them turns (arXiv 2409.12191, section 2.1), and
+    `Rope.interleaved` that they take turns in this (arXiv 2511.21631).
     """
     frequencies = _inverse_frequencies(text.rope, text.head_dim)
     angles = [torch.tensor(list(axis), dtype=torch.float32)[:, None] * frequencies for axis in axes]
-    if len(angles) > 1:
-        pieces = zip(*(torch.split(each, list(text.rope.sections), dim=1) for each in angles), strict=True)
-        angles = [torch.cat([each[number % len(axes)] for number, each in enumerate(pieces)], dim=1)]
-    return turns(angles[0])
+    if len(angles) == 1:
+        return turns(angles[0])
+    turned_by = torch.tensor(_axes_of_frequencies(text.rope))
+    return turns(torch.stack(angles).gather(0, turned_by.expand(1, len(axes[0]), -1))[0])
+
+
+def _axes_of_frequencies(rope: Rope) -> list[int]:
+    """The number of the axis that turns each frequency of a head."""
+    if not rope.interleaved:
+        return [axis for axis, count in enumerate(rope.sections) for _ in range(count)]
+    count = len(rope.sections)
+    turn = ((at % count, at // count) for at in range(sum(rope.sections)))
+    return [axis if before < rope.sections[axis] else 0 for axis, before in turn]
 
 
 def turns(angles: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,6 +26,28 @@ class QuickGelu(nn.Module):
         return x * torch.sigmoid(x * self.slope)
 
 
+class TanhGelu(nn.Module):
+    """GELU by its approximation with a hyperbolic tangent, any shape: x * sigmoid(2 u), u the tangent's argument.
+
+    Spelled out, because XNNPACK would take torch's own for the exact form. Beyond 10 the sigmoid is 0 or 1 to the last
+    bit, and a square would leave float16.
+    """
+
+    slope: Tensor
+    cubic: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        slope = 2 * math.sqrt(2 / math.pi)
+        self.register_buffer("slope", torch.tensor([slope]), persistent=False)
+        self.register_buffer("cubic", torch.tensor([slope * 0.044715]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> same shape"""
+        near = x.clamp(-10.0, 10.0)
+        return x * torch.sigmoid(near * (near * near * self.cubic + self.slope))
+
+
 class Gelu(nn.Module):
     """GELU by the error function, any shape; computed in float32, because XNNPACK has no float16 form of it."""
 
@@ -33,7 +56,11 @@ class Gelu(nn.Module):
         return nn.functional.gelu(x.float()).to(x.dtype)
 
 
-ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGelu, "gelu": Gelu}
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGelu,
+    "gelu": Gelu,
+    "gelu_pytorch_tanh": TanhGelu,
+}
 
 
 class TowerAttention(nn.Module):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from export.evaluation.pruned_model import PrunedModel
-from export.evaluation.views import LAYOUTS
+from export.evaluation.views import LAYOUTS, OF_ANY_SIZE
 from export.families import family_of, known_model
 from pruning import DEFAULT_METHOD, METHODS
 from runtime.errors import CheckpointError, PruneportError, RequestError
@@ -30,7 +30,7 @@ DTYPES: Mapping[str, torch.dtype | str] = {
 
 
 class ChatModel:
-    """LLaVA-1.5, LLaVA-NeXT or Qwen2-VL by transformers' own code, unpruned or pruned by one method.
+    """LLaVA-1.5, LLaVA-NeXT or one of Qwen's by transformers' own code, unpruned or pruned by one method.
 
     Photos are prepared by Pillow, as `pruneport eval` and the papers do it, whatever else is installed.
 
@@ -59,7 +59,7 @@ class ChatModel:
 
         `method` None is VLM-Pruner where `keep` is given, and nothing is pruned without; `none` prunes nothing.
         `dtype` auto is that of the files. `system_prompt` None is that of `pruneport export --model` for models that
-        it knows, and what the chat template does for others. `min_pixels` and `max_pixels` are Qwen2-VL's.
+        it knows, and what the chat template does for others. `min_pixels` and `max_pixels` are Qwen's.
 
         Raises RequestError for arguments that contradict each other or are not known, CheckpointError for what
         transformers cannot load.
@@ -79,8 +79,10 @@ class ChatModel:
                 raise RequestError(
                     f"pretrained={pretrained} is a model of type {config.model_type!r}; allowed: {', '.join(LAYOUTS)}"
                 )
-            if pixels and config.model_type != "qwen2_vl":
-                raise RequestError(f"{', '.join(pixels)}: only qwen2_vl takes it, and this is {config.model_type}")
+            if pixels and config.model_type not in OF_ANY_SIZE:
+                raise RequestError(
+                    f"{', '.join(pixels)}: only {', '.join(OF_ANY_SIZE)} take it, and this is {config.model_type}"
+                )
             load: Any = AutoProcessor.from_pretrained
             self.processor: Any = load(pretrained, backend="pil", **source, **pixels)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(

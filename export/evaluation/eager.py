@@ -87,6 +87,8 @@ class EagerModel:
                 break
             image, text, key, looks = self._run(index, image, positions, text, places, block)
             slots = slice(prefix, prefix + seen.features.shape[1])
+            if index < len(seen.planes):
+                image = torch.cat([image[:, :prefix], image[:, slots] + seen.planes[index]], 1)
             keys = key[0, :, slots].transpose(0, 1).flatten(1)[None]
             attention = looks[:, :, slots.stop + asked - 1, slots].mean(1)
         return reading

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PrunedModel:
-    """generate() of transformers' LLaVA-1.5, LLaVA-NeXT or Qwen2-VL, with fewer image tokens from layer `cut` on.
+    """generate() of transformers' LLaVA-1.5, LLaVA-NeXT or Qwen-VL, with fewer image tokens from layer `cut` on.
 
     Layers in front of the cut see every token. Those behind it see the kept ones, which keep their positions, and all
     of the text, whose positions are those of the unpruned prompt. The model itself is not changed.
@@ -46,11 +46,13 @@ class PrunedModel:
         if method not in METHODS:
             raise RequestError(f"method={method} is not known; allowed: {', '.join(METHODS)}")
         cuts, needs = METHODS[method].cuts, METHODS[method].needs
-        self.cut = usual_cut(METHODS[method]) if cut is None else cut
-        if type(self.cut) is not int or not cuts.allow(self.cut) or self.cut >= text.num_hidden_layers:
+        # Behind the first layers of Qwen3-VL features of the tower are added to all image tokens.
+        least = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+        self.cut = usual_cut(METHODS[method], least) if cut is None else cut
+        if type(self.cut) is not int or not cuts.allow(self.cut) or not least <= self.cut < text.num_hidden_layers:
             raise RequestError(
-                f"cut={cut}: {method} may prune at {cuts}, and the model has the layers "
-                f"0..{text.num_hidden_layers - 1}; leave cut out, or give one that both allow"
+                f"cut={cut}: {method} may prune at {cuts}, and the model at {least}..{text.num_hidden_layers - 1}; "
+                "leave cut out, or give one that both allow"
             )
         if type(keep) not in (int, float) or not keep > 0 or (type(keep) is float and keep >= 1):
             raise RequestError(

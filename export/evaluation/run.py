@@ -117,11 +117,12 @@ def looks_at_class_token(method: Method) -> bool:
 
 
 def wanted_cells(
-    methods: Sequence[str], keeps: Sequence[int], cut: int | None, *, class_token: bool = True
+    methods: Sequence[str], keeps: Sequence[int], cut: int | None, *, class_token: bool = True, least_cut: int = 0
 ) -> list[Wanted]:
-    """Each method at each keep, at `cut`, or where that is None at the paper's if the method may prune there.
+    """Each method at each keep, at `cut`, or where that is None at the paper's if method and model may prune there.
 
-    RequestError for a method that is not known, may not prune at `cut`, or looks at a class token where there is none.
+    RequestError for a method that is not known, may not prune at `cut`, looks at a class token where there is none, or
+    prunes in front of `Geometry.least_cut` alone.
     """
     from pruning import METHODS
 
@@ -137,14 +138,20 @@ def wanted_cells(
         cuts = METHODS[name].cuts
         if cut is not None and not cuts.allow(cut):
             raise RequestError(f"--cut {cut}: {name} may prune at {cuts}; leave --cut or the method out")
-        at = usual_cut(METHODS[name]) if cut is None else cut
+        at = usual_cut(METHODS[name], least_cut) if cut is None else cut
+        if at < least_cut:
+            raise RequestError(
+                f"{name} may prune at {cuts}, this model at {least_cut} or more: its tower adds features to every "
+                f"image token behind the first {least_cut} decoder layers; leave the method out, or give another --cut"
+            )
         cells += [Wanted(name, keep, at) for keep in keeps]
     return cells
 
 
-def usual_cut(method: Method) -> int:
-    """The paper's cut, or where the method may not prune there the first at which it may."""
-    return DEFAULT_CUT if method.cuts.allow(DEFAULT_CUT) else method.cuts.least
+def usual_cut(method: Method, least_cut: int = 0) -> int:
+    """The paper's cut or a model's least, or where the method may not prune there the first at which it may."""
+    usual = max(DEFAULT_CUT, least_cut)
+    return usual if method.cuts.allow(usual) else method.cuts.least
 
 
 def evaluate(
@@ -164,7 +171,7 @@ def evaluate(
     identity = checkpoint.identity().sha256 or ""
     record = _record(out_dir, entry.name, identity, questions)
     tokens = checkpoint.geometry.image_tokens
-    every = [Wanted(UNPRUNED, tokens, 0), *cells]
+    every = [Wanted(UNPRUNED, tokens, checkpoint.geometry.least_cut), *cells]
     missing = [want for want in every if not any(cell.key == _key(record, want) for cell in record.cells)]
     if not missing:
         return record

@@ -113,7 +113,7 @@ def _llava_next(config: Any, inputs: Inputs) -> list[list[_Layout]]:
     return found
 
 
-def _qwen2_vl(config: Any, inputs: Inputs) -> list[list[_Layout]]:
+def _qwen_vl(config: Any, inputs: Inputs) -> list[list[_Layout]]:
     """One grid of merged patches an image, of its own size."""
     merged = config.vision_config.spatial_merge_size
     return [[_Layout(rows // merged, columns // merged)] for _, rows, columns in inputs["image_grid_thw"].tolist()]
@@ -122,8 +122,12 @@ def _qwen2_vl(config: Any, inputs: Inputs) -> list[list[_Layout]]:
 LAYOUTS: Mapping[str, Callable[[Any, Inputs], list[list[_Layout]]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
-    "qwen2_vl": _qwen2_vl,
+    "qwen2_vl": _qwen_vl,
+    "qwen2_5_vl": _qwen_vl,
+    "qwen3_vl": _qwen_vl,
 }
+OF_ANY_SIZE = tuple(name for name, layout in LAYOUTS.items() if layout is _qwen_vl)
+"""The types of model whose processor makes as many image tokens as the pixels of a photo are worth."""
 
 
 def layout_of(model_type: str) -> Callable[[Any, Inputs], list[list[_Layout]]]:

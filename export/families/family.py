@@ -46,6 +46,10 @@ class Geometry(Protocol):
     def image_token_id(self) -> int:
         """The id that stands for an image token in a prompt."""
 
+    @property
+    def least_cut(self) -> int:
+        """The number of decoder layers that need every image token: those behind which `Seen.planes` are added."""
+
     def numbers(self) -> Mapping[str, object]:
         """The numbers by which one model of the family is told from another, by what an error calls them."""
 
@@ -68,12 +72,14 @@ class Seen(NamedTuple):
     """What a tower makes of an image, in the decoder's width, and the keys of its last layer, heads side by side.
 
     Where the family has a class token and it is asked for, `attention` is what this gives to each image token in that
-    layer, averaged over heads.
+    layer, averaged over heads. `planes` are added to the image tokens behind decoder layer 0, layer 1 and so on
+    (DeepStack, arXiv 2406.04334).
     """
 
     features: Tensor  # (1, N, D)
     keys: Tensor  # (1, N, Dk)
     attention: Tensor | None = None  # (1, N)
+    planes: tuple[Tensor, ...] = ()  # (1, N, D) each, `Geometry.least_cut` of them
 
 
 @dataclass(frozen=True)
@@ -327,6 +333,9 @@ def decoder_tensors(text: TextGeometry) -> Iterator[tuple[str, tuple[int, ...]]]
         yield from linear(f"{base}.self_attn.k_proj", text.hidden, keys, bias=text.qkv_bias)
         yield from linear(f"{base}.self_attn.v_proj", text.hidden, keys, bias=text.qkv_bias)
         yield from linear(f"{base}.self_attn.o_proj", queries, text.hidden, bias=text.out_bias)
+        if text.qk_norm:
+            yield f"{base}.self_attn.q_norm.weight", (text.head_dim,)
+            yield f"{base}.self_attn.k_norm.weight", (text.head_dim,)
         yield f"{base}.post_attention_layernorm.weight", (text.hidden,)
         yield from linear(f"{base}.mlp.gate_proj", text.hidden, text.mlp, bias=text.mlp_bias)
         yield from linear(f"{base}.mlp.up_proj", text.hidden, text.mlp, bias=text.mlp_bias)

@@ -54,8 +54,8 @@ class OpenLayer(nn.Module):
         attention = self.layer.self_attn
         heads, shared, width = attention.heads, attention.kv_heads, attention.head_dim
         normed = self.layer.input_layernorm(hidden)
-        query = self._rotated(attention.q_proj(normed) * attention.scale, heads // shared, cos, sin)
-        key = self._rotated(attention.k_proj(normed), 1, cos, sin)
+        query = self._rotated(attention.queries(normed) * attention.scale, heads // shared, cos, sin)
+        key = self._rotated(attention.keys(normed), 1, cos, sin)
         value = attention.v_proj(normed).view(-1, shared, width).permute(1, 0, 2)
         known_keys, known_values = (entries.view(shared, -1, width) for entries in past)
         beyond, ahead = masks

@@ -51,8 +51,8 @@ class CachedLayer(nn.Module):
         """hidden (1, T, D) of the tokens from entry `start` on, tables (1, T, 1, d) -> (1, T, D)"""
         attention = self.layer.self_attn
         normed = self.layer.input_layernorm(hidden)
-        query = self.rotate(self.heads(attention.q_proj(normed)), cos, sin)
-        key = self.rotate(self.heads(attention.k_proj(normed)), cos, sin)
+        query = self.rotate(self.heads(attention.queries(normed)), cos, sin)
+        key = self.rotate(self.heads(attention.keys(normed)), cos, sin)
         torch.ops.llama.update_cache(key, self.key_cache, start)
         torch.ops.llama.update_cache(self.heads(attention.v_proj(normed)), self.value_cache, start)
         mixed = torch.ops.llama.custom_sdpa(query, self.key_cache, self.value_cache, start, None, 0.0, True)

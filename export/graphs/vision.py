@@ -17,7 +17,7 @@ from export.weights import at_once, fill
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
-    from export.families.family import Checkpoint, Family, Frame, Geometry, ModelEntry
+    from export.families.family import Checkpoint, Family, Frame, Geometry, ModelEntry, Seen
     from pruning import Arithmetic, PruneSpec
     from runtime.bundle import TensorInfo
 
@@ -43,6 +43,9 @@ class VisionEncoder(Graph):
     tower's last layer. The paper does not treat this cut; how well it keeps answers is not measured here. Without
     `framed`, the prompt is left to whoever runs the graph, which is possible at cut 0 alone.
     Outputs then: `image_features` (1, keep, D) float32 and `kept_indices` (1, keep) int64.
+
+    Where a tower has features for the first decoder layers, too (`Seen.planes`), these are added to every image token
+    behind them, and the cut lies no earlier.
 
     With a pruner the last output is `filled` (1, 1) float32: how many tokens its fill rule had to choose because the
     fixed number of steps ran out. The golden holds 0, so that parity fails if that ever happens.
@@ -182,10 +185,11 @@ class VisionEncoder(Graph):
         """(1, C, H, W) float32 -> the outputs that `output_infos` lists."""
         pixel_values = pixel_values.to(self.dtype)
         seen = self.tower(pixel_values, attention=True) if self.attends else self.tower(pixel_values)
-        return self.from_features(seen.features, seen.keys, seen.attention)
+        return self.from_seen(seen)
 
-    def from_features(self, hidden: Tensor, keys: Tensor, attention: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Image features (1, N, D) and, for cut 0, the tower's keys (1, N, Dk) and attention (1, N) -> outputs"""
+    def from_seen(self, seen: Seen) -> tuple[Tensor, ...]:
+        """What the tower saw -> outputs; its keys and attention count at cut 0 alone."""
+        hidden, keys, attention, planes = seen
         if not self.framed:
             if self.pruner is None:
                 return hidden.float(), self.all_positions
@@ -196,6 +200,8 @@ class VisionEncoder(Graph):
         for index, layer in enumerate(self.decoder_layers):
             past_key, past_value = getattr(self, f"prefix_key_{index}"), getattr(self, f"prefix_value_{index}")
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
+            if index < len(planes):
+                hidden = hidden + planes[index].to(self.layers_dtype)
             keys = key.permute(1, 0, 2).reshape(1, self.image_tokens, -1)
             attention = None  # it was the tower's
             caches += [part.reshape(1, *part.shape).to(self.cache_dtype) for part in (all_keys, all_values)]
@@ -284,10 +290,10 @@ def _check_request(
 ) -> None:
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
-    if not 0 <= cut < geometry.text.layers:
+    if not geometry.least_cut <= cut < geometry.text.layers:
         raise ExportError(
-            f"cut={cut} must lie in 0..{geometry.text.layers - 1}: pruning happens in front of one of the "
-            f"{geometry.text.layers} decoder layers of {entry.name}"
+            f"cut={cut} must lie in {geometry.least_cut}..{geometry.text.layers - 1}: pruning happens in front of one "
+            f"of the {geometry.text.layers} decoder layers of {entry.name}, behind those that every image token enters"
         )
     if cut and not framed:
         raise ExportError(f"cut={cut} needs the prompt in front of the image inside the graph; cut 0 alone does not")

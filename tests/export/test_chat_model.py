@@ -62,7 +62,7 @@ def test_a_pruned_answer_in_other_dtypes(dtype: str, expected: torch.dtype) -> N
         ({"method": "divprune"}, "method=divprune needs keep"),
         ({"method": "best", "keep": 64}, "method=best is not known; allowed: none, vlm-pruner"),
         ({"dtype": "int8"}, "dtype=int8 is not known; allowed: auto, float32"),
-        ({"max_pixels": 5}, "max_pixels: only qwen2_vl takes it, and this is llava"),
+        ({"max_pixels": 5}, "max_pixels: only qwen2_vl, qwen2_5_vl, qwen3_vl take it, and this is llava"),
     ],
 )
 def test_arguments_that_mean_nothing(arguments: dict[str, Any], words: str) -> None:

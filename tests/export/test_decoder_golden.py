@@ -23,7 +23,7 @@ from export.backends.backend import LoweredGraph
 from export.backends.onnx import ONNX
 from export.backends.xnnpack import XNNPACK
 from export.checkpoints import RandomCheckpoint
-from export.families.family import ModelEntry
+from export.families.family import ModelEntry, Seen
 from export.families.llava.family import LLAVA
 from export.families.qwen_vl.family import QWEN2_VL
 from export.graphs.decoder import (
@@ -194,7 +194,7 @@ class _FromFeatures(Graph):
         return self.encoder.output_infos()
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.encoder.from_features(features, features)
+        return self.encoder.from_seen(Seen(features, features))
 
 
 @functools.cache

@@ -28,14 +28,14 @@ from export.graphs.open_decoder import open_text_parts
 from export.graphs.vision import build_vision_encoder
 from export.models.prompt import SampleText, read_prompt
 from export.progress import Progress
-from export.request import Request, _method, plan
+from export.request import Request, _method, _usual_cut, plan
 from pruning import PruneSpec
 from runtime.bundle import OWN_LAYOUT, GraphInfo
 from runtime.errors import RequestError
 from runtime.golden import graph_inputs, output_key, steps
 from runtime.image import preprocess
 from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
-from tests.tiny_qwen import TINY_QWEN2_5_VL, TINY_QWEN2_VL
+from tests.tiny_qwen import TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_QWENS
 from tests.wide_family import TINY_WIDE
 
 ATOL = 1e-4
@@ -54,7 +54,7 @@ def test_attention_of_a_class_token_is_asked_only_of_towers_that_have_one() -> N
 
 def _smallest(family: Family[Any]) -> ModelEntry:
     """The one that a test can hold whole: of a family whose models are all large, one that is made for tests."""
-    small = {entry.family.name: entry for entry in (TINY_QWEN2_VL, TINY_QWEN2_5_VL)}
+    small = {entry.family.name: entry for entry in TINY_QWENS}
     return small.get(family.name) or min(
         family.models, key=lambda entry: entry.vision_parameter_count(0) + entry.text_parameter_count()
     )
@@ -68,9 +68,28 @@ def _name(entry: object) -> str:
 
 
 every_family = pytest.mark.parametrize("entry", [*PRODUCTS, TINY_WIDE], ids=_name)
-# The tests' own family is exported with every change; a product's takes as long as its other exports.
+# In front of a layer, and behind the projector where the decoder is given nothing later.
+every_cut = pytest.mark.parametrize(
+    ("entry", "cut"),
+    [
+        pytest.param(entry, cut, id=f"{_name(entry)}-cut{cut}")
+        for entry in (*PRODUCTS, TINY_WIDE)
+        for cut in ((2, 0) if entry.geometry.least_cut == 0 else (entry.geometry.least_cut,))
+    ],
+)
+# The tests' own family is exported with every change; a product's takes as long as its other exports. Some are made
+# where their bundles' answers are compared (test_qwen_vl.py).
 every_export = pytest.mark.parametrize(
-    "entry", [*(pytest.param(entry, marks=pytest.mark.slow) for entry in PRODUCTS), TINY_WIDE], ids=_name
+    "entry",
+    [
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in PRODUCTS
+            if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL)
+        ),
+        TINY_WIDE,
+    ],
+    ids=_name,
 )
 
 
@@ -112,7 +131,8 @@ def _photo_inputs(entry: ModelEntry, ids: torch.Tensor, pixels: NDArray[np.float
         "do_normalize": False,
         "input_data_format": "channels_first",
     }
-    made = Qwen2VLImageProcessorPil()(pixels[0], return_tensors="pt", **as_it_is)
+    patch = entry.config["vision_config"]["patch_size"]
+    made = Qwen2VLImageProcessorPil(patch_size=patch)(pixels[0], return_tensors="pt", **as_it_is)
     return {**made, "mm_token_type_ids": (ids == entry.geometry.image_token_id).int()}
 
 
@@ -192,7 +212,7 @@ def test_phone_and_desktop_prepare_the_same_pixels(entry: ModelEntry, photo: NDA
 @torch.no_grad()
 def test_desktop_equals_transformers_whole_model(entry: ModelEntry, photo: NDArray[np.uint8]) -> None:
     checkpoint, frame, pixels = RandomCheckpoint(entry, seed=1), _frame(entry), _pixels(entry, photo)
-    golden = make_golden(checkpoint, entry, None, pixel_values=pixels, text=TEXT)
+    golden = make_golden(checkpoint, entry, None, cut=_usual_cut(entry), pixel_values=pixels, text=TEXT)
     model = _transformers_model(entry)
     spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
     state = {name: checkpoint.tensor(spelled[name]).float() for name, _ in model.named_parameters()}
@@ -229,22 +249,30 @@ def _same(graph: str, got: Mapping[str, torch.Tensor], golden: Mapping[str, NDAr
         np.testing.assert_allclose(got[name], value, atol=ATOL, err_msg=f"{graph} {name}")
 
 
-@every_family
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "unpruned"])
-@pytest.mark.parametrize(("cut", "framed"), [(2, True), (0, True), (0, False)], ids=["cut2", "cut0", "features"])
+every_pruning = pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "unpruned"])
+
+
+@pytest.mark.parametrize(
+    "entry", [entry for entry in (*PRODUCTS, TINY_WIDE) if entry.geometry.least_cut == 0], ids=_name
+)
+@every_pruning
+@torch.no_grad()
+def test_features_equal_the_desktop(entry: ModelEntry, pruned: bool, photo: NDArray[np.uint8]) -> None:
+    checkpoint, pixels, spec = RandomCheckpoint(entry, seed=1), _pixels(entry, photo), _spec(entry) if pruned else None
+    golden = make_golden(checkpoint, entry, spec, cut=0, framed=False, pixel_values=pixels)
+    _same(VISION_ENCODER, _run(build_vision_encoder(checkpoint, entry, spec, cut=0, framed=False), pixels), golden)
+
+
+@every_cut
+@every_pruning
 @pytest.mark.usefixtures("short_answers")
 @torch.no_grad()
-def test_static_graphs_equal_the_desktop(
-    entry: ModelEntry, pruned: bool, cut: int, framed: bool, photo: NDArray[np.uint8]
-) -> None:
+def test_static_graphs_equal_the_desktop(entry: ModelEntry, pruned: bool, cut: int, photo: NDArray[np.uint8]) -> None:
     checkpoint, pixels, spec = RandomCheckpoint(entry, seed=1), _pixels(entry, photo), _spec(entry) if pruned else None
-    text = TEXT if framed else None
-    golden = make_golden(checkpoint, entry, spec, cut=cut, framed=framed, pixel_values=pixels, text=text)
-    encoder = build_vision_encoder(checkpoint, entry, spec, cut=cut, framed=framed)
+    golden = make_golden(checkpoint, entry, spec, cut=cut, pixel_values=pixels, text=TEXT)
+    encoder = build_vision_encoder(checkpoint, entry, spec, cut=cut)
     seen = _run(encoder, pixels)
     _same(VISION_ENCODER, seen, golden)
-    if not framed:
-        return
     context = Context(entry.geometry, encoder.frame, keep=encoder.keep, cut=cut, text=len(TEXT.ids))
     graphs = build_text_graphs(checkpoint, context, chunk=len(TEXT.ids) - 1)
     image = _run(graphs[IMAGE_PREFILL], seen["hidden"], seen["positions"])
@@ -265,9 +293,8 @@ def test_static_graphs_equal_the_desktop(
     _same(TEXT_DECODER, _run(graphs[TEXT_DECODER], last, golden["text_decoder.in.positions"], *past), golden)
 
 
-@every_family
-@pytest.mark.parametrize("pruned", [True, False], ids=["pruned", "unpruned"])
-@pytest.mark.parametrize("cut", [2, 0])
+@every_cut
+@every_pruning
 @pytest.mark.usefixtures("short_answers")
 @torch.no_grad()
 def test_open_graphs_equal_the_desktop(entry: ModelEntry, pruned: bool, cut: int, photo: NDArray[np.uint8]) -> None:

@@ -15,8 +15,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from export.checkpoints import open_checkpoint
@@ -92,19 +96,19 @@ def llava_next() -> tuple[Any, Inputs]:
     }
 
 
-def qwen2_vl() -> tuple[Any, Inputs]:
+def qwen_vl(model: Any, config: Any, vision: dict[str, Any], *, patch: int = 14, **text: Any) -> tuple[Any, Inputs]:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    config = Qwen2VLConfig(
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
-        text_config={**TEXT, "rope_parameters": rope},
+    config = config(
+        vision_config={"hidden_size": 32, "num_heads": 2, "out_hidden_size": 32, **vision},
+        text_config={**TEXT, "rope_parameters": rope, **text},
         image_token_id=IMAGE,
         video_token_id=61,
         vision_start_token_id=62,
         vision_end_token_id=63,
     )
     ids = torch.tensor([[1, 7, 62, *[IMAGE] * 24, 63, 9, 62, *[IMAGE] * 6, 63, 10, 11]])
-    patches = torch.randn(8 * 12 + 4 * 6, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))
-    return seeded(Qwen2VLForConditionalGeneration, config), {
+    patches = torch.randn(8 * 12 + 4 * 6, 3 * 2 * patch * patch, generator=torch.Generator().manual_seed(1))
+    return seeded(model, config), {
         "input_ids": ids,
         "pixel_values": patches,
         "image_grid_thw": torch.tensor([[1, 8, 12], [1, 4, 6]]),
@@ -112,7 +116,23 @@ def qwen2_vl() -> tuple[Any, Inputs]:
     }
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Inputs]]] = {"llava": llava, "llava_next": llava_next, "qwen2_vl": qwen2_vl}
+def qwen2_vl() -> tuple[Any, Inputs]:
+    return qwen_vl(Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"depth": 2, "embed_dim": 32, "mlp_ratio": 2})
+
+
+def qwen2_5_vl() -> tuple[Any, Inputs]:
+    vision = {"depth": 2, "intermediate_size": 40, "window_size": 56, "fullatt_block_indexes": [1]}
+    return qwen_vl(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, vision)
+
+
+def qwen3_vl() -> tuple[Any, Inputs]:
+    vision = {"depth": 2, "intermediate_size": 40, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
+    return qwen_vl(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, patch=16, head_dim=8)
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Inputs]]] = {
+    make.__name__: make for make in (llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl)
+}
 
 
 @torch.no_grad()
@@ -135,14 +155,25 @@ def masked(model: Any, inputs: Inputs, dropped: list[int], cut: int, tokens: int
                 closed = closed | torch.isin(at, torch.tensor(dropped))[None]
             mask = torch.zeros(closed.shape).masked_fill(closed, torch.finfo(torch.float32).min)
             hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=tables)
-        said.append(int(model.lm_head(decoder.norm(hidden[0, -1])).argmax()))
+            if index < len(planes := seen.get("deepstack_visual_embeds") or ()):
+                hidden[:, : inputs["input_ids"].shape[1]][:, inputs["input_ids"][0] == IMAGE] += planes[index]
+        logits = model.lm_head(decoder.norm(hidden[0, -1]))
+        logits[TEXT["eos_token_id"]] = -torch.inf  # as min_new_tokens has it
+        said.append(int(logits.argmax()))
         embedded = torch.cat([embedded, decoder.embed_tokens(torch.tensor([said[-1:]]))], 1)
         positions = torch.cat([positions, positions.amax() + torch.ones_like(positions[..., :1])], -1)
     return said
 
 
-@pytest.mark.parametrize(("cut", "attention"), [(0, "eager"), (2, "sdpa")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "cut", "attention"),
+    [
+        (family, cut, how)
+        for family in FAMILIES
+        for cut, how in ((0, "eager"), (2, "sdpa"))
+        if cut or family != "qwen3_vl"
+    ],
+)
 def test_dropped_tokens_are_as_if_masked(family: str, cut: int, attention: str) -> None:
     model, inputs = FAMILIES[family]()
     model.set_attn_implementation(attention)
@@ -250,9 +281,11 @@ def test_views_share_what_is_kept(keep: int | float, sizes: list[int], expected:
         ("llava", {"method": "uniform", "keep": float("nan")}, "keep=nan must be"),
         ("llava", {"method": "uniform", "keep": True}, "keep=True must be"),
         ("llava", {"method": "uniform", "keep": 17}, "keep=17: an image has 16 tokens"),
-        ("llava", {"method": "uniform", "keep": 4, "cut": 4}, r"cut=4: uniform may prune at .* layers 0\.\.3"),
+        ("llava", {"method": "uniform", "keep": 4, "cut": 4}, r"cut=4: uniform may prune at .* the model at 0\.\.3"),
         ("llava", {"method": "visionzip", "keep": 4, "cut": 1}, "cut=1: visionzip may prune at 0"),
         ("qwen2_vl", {"method": "visionzip", "keep": 4}, "looks at attention and keys of the tower's last layer"),
+        ("qwen3_vl", {"method": "uniform", "keep": 4, "cut": 1}, r"the model at 2\.\.3"),
+        ("qwen3_vl", {"method": "holov", "keep": 4}, r"holov may prune at 0\.\.0, and the model at 2\.\.3"),
         ("llava_next", {"method": "vlm-pruner", "keep": 4, "cut": 0}, "and this is llava_next; prune at 1 or later"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL in folders as they are published: what is read of them, what is refused, what is answered."""
+"""Qwen's models in folders as they are published: what is read of them, what is refused, what is answered."""
 
 from __future__ import annotations
 
@@ -18,30 +18,37 @@ import export.golden
 from export import pipeline
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, entry_of_folder
 from export.evaluation.eager import EagerModel
+from export.evaluation.pruned_model import PrunedModel
 from export.evaluation.questions import Line
 from export.evaluation.run import wanted_cells
+from export.evaluation.views import View
 from export.families import MODELS
 from export.families.family import ModelEntry
-from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL
+from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from export.golden import make_golden
+from export.graphs.vision import build_vision_encoder
 from export.models.prompt import SampleText, end_ids, read_prompt
 from export.progress import Progress
 from export.request import Request, model_entry, plan
-from runtime.ask import open_bundle
+from pruning import DEFAULT_METHOD, METHODS, Features, PruneSpec
 from runtime.errors import CheckpointError, ExportError, NotYetError, RequestError
+from runtime.generation import open_graphs, start_answers
+from runtime.image import preprocess
 from runtime.prompt import open_tokenizer
 from tests.tiny_qwen import (
-    TINY_QWEN2_5_VL,
+    PROCESSORS,
     TINY_QWEN2_VL,
+    TINY_QWENS,
     as_published,
     special,
     with_tokenizer,
     write_checkpoint,
 )
 
-TIED = {entry.family.name: with_tokenizer(entry) for entry in (TINY_QWEN2_VL, TINY_QWEN2_5_VL)}
+TIED = {entry.family.name: with_tokenizer(entry) for entry in TINY_QWENS}
 QUESTION = "How many?"
-ANSWER = 6
+ANSWER = 64
+KEEP = 7
 
 every_family = pytest.mark.parametrize("entry", TIED.values(), ids=lambda entry: entry.family.name)
 
@@ -53,12 +60,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path
     return {name: (folder, write_checkpoint(folder, TIED[name])) for name, folder in made.items()}
 
 
-@pytest.fixture(scope="module")
-def photo() -> NDArray[np.uint8]:
+def _photo(entry: ModelEntry) -> NDArray[np.uint8]:
     """Blocks of colour, as large as the graphs' images are, so that nothing is resized on the way."""
-    height, width = TINY_QWEN2_VL.geometry.pixel_values[2:]
-    blocks = np.random.default_rng(3).integers(0, 255, (height // 14, width // 14, 3), dtype=np.uint8)
-    return np.repeat(np.repeat(blocks, 14, axis=0), 14, axis=1)
+    height, width = entry.geometry.pixel_values[2:]
+    patch = entry.config["vision_config"]["patch_size"]
+    blocks = np.random.default_rng(3).integers(0, 255, (height // patch, width // patch, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(blocks, patch, axis=0), patch, axis=1)
 
 
 def _with_config(folder: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -98,17 +105,35 @@ def test_model_may_be_what_a_folder_describes(folders: Mapping[str, tuple[Path, 
         assert FolderCheckpoint(folder, entry).geometry == entry.geometry
     (tmp_path / "config.json").write_text(json.dumps(as_published(MODELS["qwen2-vl-7b"].config)))
     assert entry_of_folder(tmp_path) is MODELS["qwen2-vl-7b"]
-    (tmp_path / "config.json").write_text('{"model_type": "gemma4"}')
+    (tmp_path / "config.json").write_text(json.dumps(as_published(MODELS["qwen3-vl-4b"].config)))
+    assert entry_of_folder(tmp_path) is MODELS["qwen3-vl-4b"]
+    (tmp_path / "config.json").write_text('{"model_type": "smolvlm"}')
     with pytest.raises(CheckpointError, match="is no family that can be exported; supported: llava, qwen2_vl, "):
         entry_of_folder(tmp_path)
     with pytest.raises(RequestError, match="model=auto is what the config"):
         model_entry("auto", "random")
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen3_vl_moe", "a router picks a few of many MLPs"),
+        ("qwen3_5", "three of four decoder layers are linear attention"),
+        ("gemma4", "share keys and values"),
+        ("gemma3n", "share keys and values"),
+        ("lfm2_vl", "most decoder layers are convolutions"),
+    ],
+)
+def test_families_that_graphs_cannot_hold_are_refused_with_the_reason(kind: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match=f"model_type='{kind}' is no family that can be exported .*{words}"):
+        model_entry("auto", str(tmp_path))
+
+
+@every_family
 def test_prompt_ends_in_front_of_the_image_and_goes_on_behind_its_end(
-    folders: Mapping[str, tuple[Path, Any]],
+    entry: ModelEntry, folders: Mapping[str, tuple[Path, Any]]
 ) -> None:
-    (entry, *_) = TIED.values()
     prompt = read_prompt(folders[entry.family.name][0], entry.geometry, entry)
     assert (prompt.prefix_text or "").endswith("user\n<|vision_start|>")
     assert prompt.prefix_ids[-1] == special("<|vision_start|>")
@@ -136,7 +161,7 @@ def _quantised(config: dict[str, Any]) -> None:
 
 
 def _other(config: dict[str, Any]) -> None:
-    config["model_type"] = "qwen3_vl"
+    config["model_type"] = "qwen2_5_vl"
 
 
 def _narrow(config: dict[str, Any]) -> None:
@@ -147,29 +172,59 @@ def _turned(config: dict[str, Any]) -> None:
     config["vision_config"]["rope_parameters"]["rope_type"] = "default"
 
 
+def _no_turns(config: dict[str, Any]) -> None:
+    config["text_config"]["rope_parameters"]["mrope_interleaved"] = False
+
+
+def _too_many_turns(config: dict[str, Any]) -> None:
+    config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
+
+
+def _falling(config: dict[str, Any]) -> None:
+    config["vision_config"]["deepstack_visual_indexes"] = [2, 0]
+
+
+def _beyond(config: dict[str, Any]) -> None:
+    config["vision_config"]["deepstack_visual_indexes"] = [0, 4]
+
+
+def _shallow(config: dict[str, Any]) -> None:
+    config["text_config"]["num_hidden_layers"] = 3
+
+
+def _no_square(config: dict[str, Any]) -> None:
+    config["vision_config"]["num_position_embeddings"] = 24
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("family", "change", "words"),
     [
-        (_no_rows, "mrope_section must be three whole numbers"),
-        (_uneven, "must add up to half of head_dim=12"),
-        (_stretched, "rope_type"),
-        (_sliding, "use_sliding_window=true; a decoder whose layers see a window"),
-        (_quantised, "already quantised"),
-        (_other, "model_type"),
-        (_narrow, "the tower gives 64 channels, but text_config.hidden_size is 48"),
-        (_turned, "allowed: rope_type axial"),
+        ("qwen3-vl", _no_turns, "mrope_interleaved=false is not what qwen3_vl is built like"),
+        ("qwen3-vl", _too_many_turns, "more than every third of the 8 frequencies"),
+        ("qwen3-vl", _falling, r"deepstack_visual_indexes=\[2, 0\] must ascend"),
+        ("qwen3-vl", _beyond, r"deepstack_visual_indexes=\[0, 4\] names layers beyond the 4"),
+        ("qwen3-vl", _shallow, "features for 3 decoder layers, and there are 3: none is left to prune in front of"),
+        ("qwen3-vl", _no_square, "num_position_embeddings=24 is no square"),
+        ("qwen2-vl", _no_rows, "mrope_section must be three whole numbers"),
+        ("qwen2-vl", _uneven, "must add up to half of head_dim=12"),
+        ("qwen2-vl", _stretched, "rope_type"),
+        ("qwen2-vl", _sliding, "use_sliding_window=true; a decoder whose layers see a window"),
+        ("qwen2-vl", _quantised, "already quantised"),
+        ("qwen2-vl", _other, "model_type"),
+        ("qwen2-vl", _narrow, "the tower gives 64 channels, but text_config.hidden_size is 48"),
+        ("qwen2-vl", _turned, "allowed: rope_type axial"),
     ],
 )
 def test_config_that_is_not_understood_is_refused(
+    family: str,
     change: Callable[[dict[str, Any]], object],
     words: str,
     folders: Mapping[str, tuple[Path, Any]],
     tmp_path: Path,
 ) -> None:
-    (entry, *_) = TIED.values()
-    folder = _with_config(folders[entry.family.name][0], tmp_path, change)
+    folder = _with_config(folders[family][0], tmp_path, change)
     with pytest.raises(CheckpointError, match=words):
-        FolderCheckpoint(folder, entry)
+        FolderCheckpoint(folder, TIED[family])
 
 
 @pytest.mark.parametrize(
@@ -207,9 +262,14 @@ def test_image_size_is_chosen_when_a_graph_is_made(tmp_path: Path) -> None:
     assert "image448x672" in wide.bundle.name
     square = plan(Request(model="qwen2.5-vl-3b", image_size="448", **words))
     assert square.entry.geometry.grid == (16, 16)
+    third = plan(Request(model="qwen3-vl-2b", image_size="512x768", **words))
+    assert third.entry.geometry.grid == (16, 24)
+    assert third.cut == 3
+    assert "cut" not in third.bundle.name
     for model, size, complaint in (
         ("qwen2-vl-2b", "450", "height and width must be multiples of 28"),
         ("qwen2.5-vl-3b", "448x700", "height and width must be multiples of 112"),
+        ("qwen3-vl-2b", "450x768", "height and width must be multiples of 32"),
         ("qwen2-vl-2b", "1x2x3", "is no size; write N, or HxW"),
         ("qwen2-vl-2b", "wide", "is not a whole number"),
         ("pocket", "448", "leave --image-size out"),
@@ -220,6 +280,7 @@ def test_image_size_is_chosen_when_a_graph_is_made(tmp_path: Path) -> None:
 
 def test_published_models_have_the_grid_of_the_paper() -> None:
     sizes = {"qwen2-vl-2b": 2.2, "qwen2-vl-7b": 8.3, "qwen2.5-vl-3b": 3.8, "qwen2.5-vl-7b": 8.3}
+    sizes |= {"qwen3-vl-2b": 2.1, "qwen3-vl-4b": 4.4}
     for name, billions in sizes.items():
         entry = MODELS[name]
         assert entry.geometry.grid == (24, 24)
@@ -229,7 +290,7 @@ def test_published_models_have_the_grid_of_the_paper() -> None:
         assert round(count / 1e9, 1) == billions
 
 
-@pytest.mark.parametrize("name", [entry.name for family in (QWEN2_VL, QWEN2_5_VL) for entry in family.models])
+@pytest.mark.parametrize("name", [entry.name for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL) for entry in family.models])
 def test_tensors_of_published_models_are_those_of_transformers(name: str) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -245,9 +306,9 @@ def test_tower_stays_unquantised_where_groups_do_not_divide_its_layers(tmp_path:
     words: dict[str, Any] = {"keep": "64", "target": "android", "weights": "random", "output_dir": str(tmp_path)}
     made = {
         model: plan(Request(model=model, backend="onnx", force=True, **words)).vision.scheme
-        for model in ("qwen2-vl-2b", "qwen2.5-vl-3b")
+        for model in ("qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b")
     }
-    assert made == {"qwen2-vl-2b": "int8", "qwen2.5-vl-3b": None}
+    assert made == {"qwen2-vl-2b": "int8", "qwen2.5-vl-3b": None, "qwen3-vl-2b": "int8"}
     assert plan(Request(model="qwen2.5-vl-3b", backend="xnnpack", force=True, **words)).vision.scheme == "8da8w"
     with pytest.raises(RequestError, match=r"tower\.layers\.0\.mlp\.down_proj \(3420 inputs\)"):
         plan(Request(model="qwen2.5-vl-3b", backend="onnx", force=True, quant_vision="int8", **words))
@@ -282,6 +343,22 @@ def test_backends_that_were_not_tried_are_refused(target: str, backend: str, way
         plan(request)
 
 
+def test_no_image_token_is_dropped_in_front_of_the_layers_that_planes_are_for(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"keep": "64", "target": "android", "weights": "random", "output_dir": str(tmp_path)}
+    words |= {"model": "qwen3-vl-2b", "force": True}
+    assert plan(Request(cut="5", **words)).cut == 5
+    with pytest.raises(
+        RequestError, match=r"cut=2 must lie in 3\.\.27 .*features to every image token behind the first 3"
+    ):
+        plan(Request(cut="2", **words))
+    checkpoint = RandomCheckpoint(TIED["qwen3-vl"], seed=0)
+    with pytest.raises(ExportError, match=r"cut=2 must lie in 3\.\.4"):
+        build_vision_encoder(checkpoint, TIED["qwen3-vl"], None, cut=2)
+    with pytest.raises(RequestError, match=r"holov may prune at 0\.\.0, this model at 3 or more"):
+        wanted_cells(["holov"], [64], None, least_cut=3)
+    assert {cell.cut for cell in wanted_cells(["vlm-pruner", "divprune"], [64], None, least_cut=3)} == {3}
+
+
 def test_methods_that_look_at_a_class_token_are_no_cells_of_an_evaluation() -> None:
     with pytest.raises(RequestError, match="--method visionzip chooses by the attention of the tower's class token"):
         wanted_cells(["visionzip"], [64], None, class_token=False)
@@ -289,57 +366,85 @@ def test_methods_that_look_at_a_class_token_are_no_cells_of_an_evaluation() -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("entry", [TIED["qwen2-vl"], TIED["qwen3-vl"]], ids=lambda entry: entry.family.name)
 def test_evaluation_reads_as_the_desktop_does(
-    folders: Mapping[str, tuple[Path, Any]], photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+    entry: ModelEntry, folders: Mapping[str, tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export.golden, "ANSWER_TOKENS", 1)
-    (entry, *_) = TIED.values()
+    cut, photo = max(2, entry.geometry.least_cut), _photo(entry)
     checkpoint = FolderCheckpoint(folders[entry.family.name][0], entry)
     model = EagerModel(checkpoint, entry)
-    reading = model.read(photo, [Line(image="", question=QUESTION, answer="7")], [0, 2])
+    reading = model.read(photo, [Line(image="", question=QUESTION, answer="7")], [cut])
     asked = model._tokenizer.question_ids(QUESTION)
     text = SampleText(ids=(*asked, *model._tokenizer.answer_ids("7"), 0), question=tuple(asked))
     pixels = entry.family.desktop(checkpoint, "cpu").pixels(photo)
-    golden = make_golden(checkpoint, entry, None, cut=2, pixel_values=pixels, text=text)
-    np.testing.assert_allclose(reading.image[2], golden["vision_encoder.out.hidden"], atol=1e-5)
-    np.testing.assert_allclose(reading.text[2], golden["text_prefill.out.hidden"], atol=1e-5)
-    assert reading.features[0].attention is None
+    golden = make_golden(checkpoint, entry, None, cut=cut, pixel_values=pixels, text=text)
+    np.testing.assert_allclose(reading.image[cut], golden["vision_encoder.out.hidden"], atol=1e-5)
+    np.testing.assert_allclose(reading.text[cut], golden["text_prefill.out.hidden"], atol=1e-5)
+
+
+def _loop(pruned: PrunedModel, view: View, keep: int, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """The choice as the paper tells it, in the place of the form that graphs hold."""
+    trace = METHODS[DEFAULT_METHOD].choose(features, PruneSpec(grid=view.grid, keep=keep))
+    return trace.tokens, trace.indices[0]
 
 
 @pytest.mark.slow
-def test_answer_of_a_bundle_is_that_of_transformers_generate(
+@pytest.mark.parametrize(
+    ("family", "backend", "keeps"),
+    [
+        ("qwen2-vl", "onnx", f"{KEEP},all"),
+        ("qwen3-vl", "onnx", f"{KEEP},all"),
+        ("qwen3-vl", "xnnpack", f"{KEEP}"),  # the text graphs are the same ones without pruning
+    ],
+)
+def test_answers_of_a_bundle_are_those_of_transformers_generate(
+    family: str,
+    backend: str,
+    keeps: str,
     folders: Mapping[str, tuple[Path, Any]],
-    photo: NDArray[np.uint8],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (entry, *_) = TIED.values()
-    folder, model = folders[entry.family.name]
+    entry, photo = TIED[family], _photo(TIED[family])
+    folder, model = folders[family]
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     monkeypatch.setattr(export.families, "MODELS", {entry.name: entry})
     request = Request(
         model=entry.name,
-        keep="all",
+        keep=keeps,
         target="android",
-        backend="onnx",
+        backend=backend,
         weights=str(folder),
         text_tokens="192",
         output_dir=str(tmp_path),
     )
     made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
     assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
-    tokenizer = open_tokenizer(made.bundle)
-    with open_bundle(made.bundle.path) as bundle:
-        said = "".join(bundle.ask(photo, QUESTION, max_new_tokens=ANSWER))
+    question = open_tokenizer(made.bundle).question_ids(QUESTION)
+    said = {}
+    for keep in [entry.geometry.image_tokens if word == "all" else int(word) for word in keeps.split(",")]:
+        view = made.bundle.at(keep)
+        with open_graphs(view) as graphs:
+            answers = start_answers(view, graphs)
+            seen = answers.see(preprocess(photo, view.manifest.image))
+            said[keep] = [each.id for each in answers.answer(seen, question, max_new_tokens=ANSWER, past_end=True)]
 
     frame = entry.family.frame(made.bundle.manifest.prompt.prefix_ids, entry.geometry)
-    ids = torch.tensor([[*frame.ids, *tokenizer.question_ids(QUESTION)]])
-    seen = Qwen2VLImageProcessorPil(min_pixels=3136)(photo, input_data_format="channels_last", return_tensors="pt")
-    assert seen["image_grid_thw"].tolist() == [[1, 8, 10]]  # as large as the graph's, by its own choice
-    kinds = (ids == entry.geometry.image_token_id).int()
+    ids = torch.tensor([[*frame.ids, *question]])
+    settings = dict(PROCESSORS[entry.family.model_type])
+    del settings["image_processor_type"]
+    pictures = Qwen2VLImageProcessorPil(**settings)(photo, input_data_format="channels_last", return_tensors="pt")
+    assert pictures["image_grid_thw"].tolist() == [[1, 8, 10]]  # as large as the graph's, by its own choice
+    inputs = {**pictures, "input_ids": ids, "mm_token_type_ids": (ids == entry.geometry.image_token_id).int()}
+    model.generation_config.eos_token_id = None
     with torch.no_grad():
-        theirs = model.generate(input_ids=ids, mm_token_type_ids=kinds, **seen, max_new_tokens=ANSWER, do_sample=False)[
-            0, ids.shape[1] :
-        ]
-    assert said == "".join(tokenizer.text(theirs.tolist()))
+        whole = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[0, ids.shape[1] :].tolist()
+    monkeypatch.setattr(PrunedModel, "select", _loop)
+    fewer = PrunedModel(model, method=DEFAULT_METHOD, keep=KEEP)
+    pruned = fewer.generate(inputs, max_new_tokens=ANSWER, do_sample=False)[0].tolist()
+    assert len(whole) == len(pruned) == ANSWER
+    assert whole != pruned, "the case cannot tell pruned from whole"
+    expected = {KEEP: pruned, entry.geometry.image_tokens: whole}
+    assert said == {keep: expected[keep] for keep in said}

@@ -178,6 +178,11 @@ class LlavaGeometry:
         return self.vision.grid
 
     @property
+    def least_cut(self) -> int:
+        """0: the decoder is given the projector's features alone."""
+        return 0
+
+    @property
     def image_tokens(self) -> int:
         """Image tokens before pruning."""
         return self.vision.tokens

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL by transformers' own modules: what their graphs are compared with."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL by transformers' own modules: what their graphs are compared with."""
 
 from __future__ import annotations
 
@@ -16,49 +16,52 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.vision_utils import get_vision_window_index
 
 from export.families.desktop import eager, filled
 from export.families.family import Checkpoint, Seen
 from export.families.qwen_vl.config import QwenGeometry, Version, decisive_part
 from export.families.qwen_vl.preprocessor import read_preprocessor
+from export.families.qwen_vl.tensors import tensors
 
-_CONFIGS: Mapping[Version, Any] = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}
+_CONFIGS: Mapping[Version, Any] = {
+    "qwen2_vl": Qwen2VLConfig,
+    "qwen2_5_vl": Qwen2_5_VLConfig,
+    "qwen3_vl": Qwen3VLConfig,
+}
 _TOWERS: Mapping[Version, Any] = {
     "qwen2_vl": qwen2_vl.Qwen2VisionTransformerPretrainedModel,
     "qwen2_5_vl": qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel,
+    "qwen3_vl": qwen3_vl.Qwen3VLVisionModel,
 }
 _LAYERS: Mapping[Version, Any] = {
     "qwen2_vl": qwen2_vl.Qwen2VLDecoderLayer,
     "qwen2_5_vl": qwen2_5_vl.Qwen2_5_VLDecoderLayer,
+    "qwen3_vl": qwen3_vl.Qwen3VLTextDecoderLayer,
 }
-_NORMS: Mapping[Version, Any] = {"qwen2_vl": qwen2_vl.Qwen2VLRMSNorm, "qwen2_5_vl": qwen2_5_vl.Qwen2_5_VLRMSNorm}
+_NORMS: Mapping[Version, Any] = {
+    "qwen2_vl": qwen2_vl.Qwen2VLRMSNorm,
+    "qwen2_5_vl": qwen2_5_vl.Qwen2_5_VLRMSNorm,
+    "qwen3_vl": qwen3_vl.Qwen3VLTextRMSNorm,
+}
 _ROTARIES: Mapping[Version, Any] = {
     "qwen2_vl": qwen2_vl.Qwen2VLRotaryEmbedding,
     "qwen2_5_vl": qwen2_5_vl.Qwen2_5_VLRotaryEmbedding,
+    "qwen3_vl": qwen3_vl.Qwen3VLTextRotaryEmbedding,
 }
-# The parts of transformers' tower, by what the graphs call them, and what is called otherwise inside a layer.
-_PARTS = {
-    "patch_embed.proj": "patch_embedding",
-    "merger.ln_q": "norm",
-    "merger.mlp.0": "projector.linear_1",
-    "merger.mlp.2": "projector.linear_2",
-}
-_IN_LAYERS = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv_proj"}
-_IN_LAYERS |= {"attn.proj": "self_attn.out_proj"}
 
 
 class QwenDesktop:
     """Modules that are filled when they are asked for, so that memory holds one layer and not the model."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, geometry: QwenGeometry, version: Version, device: torch.device | str
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, geometry: QwenGeometry, device: torch.device | str) -> None:
         """Raises CheckpointError for a config.json that transformers does not take."""
         self._checkpoint, self._geometry, self._device = checkpoint, geometry, device
-        self._version: Version = version
-        self._config = eager_config(checkpoint.config, version)
-        self._rotary = _ROTARIES[version](self._config.text_config).to(device)
+        self._version: Version = geometry.version
+        self._config = eager_config(checkpoint.config, self._version)
+        self._rotary = _ROTARIES[self._version](self._config.text_config).to(device)
         settings = read_preprocessor(checkpoint.folder, geometry)
         self._processor = Qwen2VLImageProcessorPil(**settings)
 
@@ -75,7 +78,7 @@ class QwenDesktop:
         return np.asarray(pixels, dtype=np.float32)[None]
 
     def see(self, pixel_values: Tensor) -> Seen:
-        """(1, 3, H, W) -> features (1, N, D) and the last layer's keys (1, N, merge * merge * Dv)."""
+        """(1, 3, H, W) -> features and planes (1, N, D), and the last layer's keys (1, N, merge * merge * Dv)."""
         tower, vision = self._tower(), self._config.vision_config
         patches, rows, columns = self._processor.patchify(
             pixel_values[0].cpu().numpy(),
@@ -103,7 +106,8 @@ class QwenDesktop:
                 patch_size=vision.patch_size,
             )
             keys = keys[torch.argsort(order)]
-        return Seen(out.pooler_output[None], keys[None])
+        planes = getattr(out, "deepstack_features", None) or ()
+        return Seen(out.pooler_output[None], keys[None], planes=tuple(plane[None] for plane in planes))
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for hidden (1, T, D) at positions (3, 1, T), or (1, T) where the axes are equal."""
@@ -130,24 +134,19 @@ class QwenDesktop:
         with torch.device("meta"):
             tower = _TOWERS[self._version](config)
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(self._device)  # made of numbers, not of weights
-        parts = {path: (tower.get_submodule(path), f"tower.{ours}.") for path, ours in _PARTS.items()}
-        parts |= {f"blocks.{at}": (block, f"tower.layers.{at}.") for at, block in enumerate(tower.blocks)}
-        for module, prefix in parts.values():
-            module.register_forward_pre_hook(self._filling(prefix))
-            module.register_forward_hook(lambda module, _inputs, _out: module.to("meta") and None)
+        spelled = {spelling: name for name, entry in tensors(self._geometry).items() for spelling in entry.stored}
+
+        def filling(path: str) -> Any:
+            def fill(module: nn.Module, _inputs: object) -> None:
+                self._filled(module, lambda name: spelled[f"model.visual.{path}.{name}"])
+
+            return fill
+
+        for path, module in tower.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(filling(path))
+                module.register_forward_hook(lambda module, _inputs, _out: module.to("meta") and None)
         return tower.eval()
-
-    def _filling(self, prefix: str) -> Any:
-        def canonical(name: str) -> str:
-            for theirs, ours in _IN_LAYERS.items():
-                if name.startswith(f"{theirs}."):
-                    return f"{prefix}{ours}.{name.removeprefix(f'{theirs}.')}"
-            return f"{prefix}{name}"
-
-        def fill(module: nn.Module, _inputs: object) -> None:
-            self._filled(module, canonical)
-
-        return fill
 
     def _filled(self, module: nn.Module, canonical: Any) -> nn.Module:
         return filled(module, self._checkpoint, self._device, canonical)

@@ -1,4 +1,4 @@
-"""The families Qwen2-VL and Qwen2.5-VL, which share all but the layers of their towers; an entry per known model."""
+"""The families Qwen2-VL, Qwen2.5-VL and Qwen3-VL, which differ in their layers alone; an entry per known model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from runtime.bundle import ImageInfo
 
 # 24 x 24 image tokens, as many as LLaVA-1.5 has.
-IMAGE_SIZE = (672, 672)
+_TOKENS_OF_AN_EDGE = 24
 
 
 @dataclass(frozen=True)
 class QwenVl:
-    """Qwen2-VL (arXiv 2409.12191) or Qwen2.5-VL (arXiv 2502.13923) at one size of image, (height, width) in pixels.
+    """Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) or Qwen3-VL (2511.21631) at one size of image.
 
     The models take photos of any size. A graph is static, so that one size is chosen when it is made, and photos are
     squeezed into it. Each prompt is a prefix, one image, whose tokens have the positions (t, row, column), and the
-    question, which goes on at the position behind the largest of these.
+    question, which goes on at the position behind the largest of these. `image_size` is (height, width) in pixels.
     """
 
     name: str
     version: Version
-    image_size: tuple[int, int] = IMAGE_SIZE
+    image_size: tuple[int, int]
 
     @property
     def model_type(self) -> str:
@@ -105,7 +105,7 @@ class QwenVl:
         return QwenTower(geometry)
 
     def layer(self, geometry: QwenGeometry) -> DecoderLayer:
-        """A layer of Qwen2: LLaMA's, with biases on queries, keys and values."""
+        """A layer of Qwen2: LLaMA's, with biases on queries, keys and values; or of Qwen3, which norms its heads."""
         from export.blocks.decoder_layer import DecoderLayer
 
         return DecoderLayer(geometry.text)
@@ -114,7 +114,7 @@ class QwenVl:
         """The same model by transformers' own modules."""
         from export.families.qwen_vl.desktop import QwenDesktop
 
-        return QwenDesktop(checkpoint, self.geometry(checkpoint.config), self.version, device)
+        return QwenDesktop(checkpoint, self.geometry(checkpoint.config), device)
 
     def hub_files(self, checkpoint: Checkpoint, *, image_token: str, keep: int) -> dict[str, dict[str, Any]]:
         """Raises ExportError: Hugging Face's runtimes compute three axes of positions from the size of the image."""
@@ -124,11 +124,19 @@ class QwenVl:
         )
 
 
-QWEN2_VL = QwenVl("qwen2-vl", "qwen2_vl")
-QWEN2_5_VL = QwenVl("qwen2.5-vl", "qwen2_5_vl")
+def _family(name: str, version: Version, *, step: int) -> QwenVl:
+    edge = _TOKENS_OF_AN_EDGE * step
+    return QwenVl(name, version, (edge, edge))
+
+
+QWEN2_VL = _family("qwen2-vl", "qwen2_vl", step=28)
+QWEN2_5_VL = _family("qwen2.5-vl", "qwen2_5_vl", step=28)
+QWEN3_VL = _family("qwen3-vl", "qwen3_vl", step=32)
 
 # <|im_start|>system ... <|im_start|>user <|vision_start|>: what the published chat template puts before the image.
 _PREFIX_TOKENS = 15
+# <|im_start|>user <|vision_start|>: no system prompt.
+_PREFIX_TOKENS_3 = 4
 
 
 def _config(
@@ -144,6 +152,23 @@ def _config(
             "window_size": 112,
             "fullatt_block_indexes": [7, 15, 23, 31],
         },
+        "qwen3_vl": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "out_hidden_size": hidden,
+            "hidden_act": "gelu_pytorch_tanh",
+            "intermediate_size": 4096,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    }
+    third = version == "qwen3_vl"
+    sections = {"mrope_section": [24, 20, 20], "mrope_interleaved": True} if third else {"mrope_section": [16, 24, 24]}
+    decoder: Mapping[Version, Mapping[str, Any]] = {
+        "qwen2_vl": {"max_position_embeddings": 32768},
+        "qwen2_5_vl": {"max_position_embeddings": 128000},
+        "qwen3_vl": {"max_position_embeddings": 262144, "head_dim": 128, "attention_bias": False},
     }
     return {
         "model_type": version,
@@ -169,12 +194,12 @@ def _config(
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
-            "max_position_embeddings": 32768 if version == "qwen2_vl" else 128000,
+            **decoder[version],
             "rms_norm_eps": 1e-6,
             "vocab_size": vocab,
             "bos_token_id": 151643,
             "eos_token_id": 151645,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6 if third else 1e6, **sections},
         },
     }
 
@@ -211,5 +236,21 @@ _MODELS: tuple[ModelEntry, ...] = (
         hub_id="Qwen/Qwen2.5-VL-7B-Instruct",
         config=_config("qwen2_5_vl", hidden=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
         prefix_tokens=_PREFIX_TOKENS,
+    ),
+    ModelEntry(
+        family=QWEN3_VL,
+        name="qwen3-vl-2b",
+        summary="Qwen3-VL 2B: an image token for each 32 x 32 pixels, 28 layers of width 2048",
+        hub_id="Qwen/Qwen3-VL-2B-Instruct",
+        config=_config("qwen3_vl", hidden=2048, mlp=6144, layers=28, heads=16, kv_heads=8, vocab=151936, tied=True),
+        prefix_tokens=_PREFIX_TOKENS_3,
+    ),
+    ModelEntry(
+        family=QWEN3_VL,
+        name="qwen3-vl-4b",
+        summary="Qwen3-VL 4B: an image token for each 32 x 32 pixels, 36 layers of width 2560",
+        hub_id="Qwen/Qwen3-VL-4B-Instruct",
+        config=_config("qwen3_vl", hidden=2560, mlp=9728, layers=36, heads=32, kv_heads=8, vocab=151936, tied=True),
+        prefix_tokens=_PREFIX_TOKENS_3,
     ),
 )

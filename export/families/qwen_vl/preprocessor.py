@@ -1,4 +1,4 @@
-"""The image settings of a Qwen2-VL folder, read for a size of image that is fixed when a graph is made."""
+"""The image settings of a Qwen folder, read for a size of image that is fixed when a graph is made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.families.qwen_vl.config import QwenGeometry
+from export.families.qwen_vl.config import QwenGeometry, Version
 from export.settings import flag, number, read_object, shown
 from runtime.errors import CheckpointError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from runtime.bundle import ImageInfo
 
 # What transformers' class takes where a file names nothing else: CLIP's mean and deviation of RGB in 0..1.
-PUBLISHED: Mapping[str, Any] = {
+_USUAL: Mapping[str, Any] = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
@@ -28,25 +28,32 @@ PUBLISHED: Mapping[str, Any] = {
     "temporal_patch_size": 2,
     "merge_size": 2,
 }
+# What published files name otherwise.
+_PUBLISHED: Mapping[Version, Mapping[str, Any]] = {
+    "qwen2_vl": {},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+}
 _KIND = "Qwen2VLImageProcessor"
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
 def read_preprocessor(folder: Path | None, geometry: QwenGeometry) -> dict[str, Any]:
-    """The settings in `folder`, those of PUBLISHED for keys that it leaves out, and for no folder or none in it.
+    """The settings in `folder`, and those of transformers' class for keys that it leaves out; as published without any.
 
     The image part of processor_config.json, else preprocessor_config.json. How large and how small a photo may be has
     no say: the size is fixed. Raises CheckpointError for what is no setting of transformers' class, or not of this
     model.
     """
-    given, where = _given(folder)
+    found, where = _given(folder)
+    given = _PUBLISHED[geometry.version] if found is None else found
     named = given.get("image_processor_type", _KIND)
     if not isinstance(named, str) or named.removesuffix("Fast").removesuffix("Pil") != _KIND:
         raise CheckpointError(
             f"{where}: image_processor_type is {shown(named)}; supported: {_KIND}; other processors show the model "
-            "other pixels: give a checkpoint of Qwen2-VL or Qwen2.5-VL"
+            f"other pixels: give a checkpoint of {geometry.version}"
         )
-    settings = {**PUBLISHED, **{key: value for key, value in given.items() if key in PUBLISHED}}
+    settings = {**_USUAL, **{key: value for key, value in given.items() if key in _USUAL}}
     for name in _STEPS:
         if not flag(f"{where}: {name}", settings[name] if settings[name] is not None else False):
             raise CheckpointError(
@@ -74,14 +81,14 @@ def read_preprocessor(folder: Path | None, geometry: QwenGeometry) -> dict[str, 
     return settings
 
 
-def _given(folder: Path | None) -> tuple[Mapping[str, Any], str]:
+def _given(folder: Path | None) -> tuple[Mapping[str, Any] | None, str]:
     if folder is None:
-        return {}, "image settings"
+        return None, "image settings"
     path = folder / "processor_config.json"
     nested = (read_object(path) or {}).get("image_processor")
     if nested is None:
         path = folder / "preprocessor_config.json"
-        return read_object(path) or {}, str(path)
+        return read_object(path), str(path)
     if not isinstance(nested, dict):
         raise CheckpointError(
             f"{path}: image_processor must be an object, got {shown(nested)}; download the file again"

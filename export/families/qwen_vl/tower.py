@@ -1,4 +1,4 @@
-"""Qwen2-VL's vision tower with the merger behind it, for one size of image, as one static module."""
+"""The vision towers of Qwen2-VL and its successors with their mergers, for one size of image, as one static module."""
 
 from __future__ import annotations
 
@@ -25,15 +25,53 @@ class StillEmbedding(nn.Module):
 
     as_read: Mapping[str, tuple[str, Change]] = {"weight": ("frames summed", _of_a_still)}
 
-    def __init__(self, *, channels: int, width: int, frames: int, patch_size: int) -> None:
+    def __init__(self, *, channels: int, width: int, frames: int, patch_size: int, bias: bool) -> None:
         super().__init__()
         self.patch_size = patch_size
         stored = torch.empty(width, channels, frames, patch_size, patch_size, device="meta")
         self.weight = nn.Parameter(stored, requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width, device="meta"), requires_grad=False) if bias else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(1, 3, H, W) -> (1, D, rows, columns)"""
-        return nn.functional.conv2d(pixel_values, self.weight, stride=self.patch_size)
+        return nn.functional.conv2d(pixel_values, self.weight, self.bias, stride=self.patch_size)
+
+
+class StretchedPositions(nn.Module):
+    """Positions learnt for a square of patches, stretched over `rows` x `columns` of them when they are read."""
+
+    def __init__(self, *, table: int, width: int, rows: int, columns: int) -> None:
+        super().__init__()
+        stored = torch.empty(table * table, width, device="meta")
+        self.weight = nn.Parameter(stored, requires_grad=False)
+
+        def stretched(weight: Tensor) -> Tensor:
+            """(table * table, D) -> (rows * columns, D)"""
+            square = weight.t().reshape(1, width, table, table)
+            spread = nn.functional.interpolate(square, (rows, columns), mode="bilinear", align_corners=True)
+            return spread.reshape(width, rows * columns).t().contiguous()
+
+        self.as_read: Mapping[str, tuple[str, Change]] = {
+            "weight": (f"stretched over {rows} x {columns} patches", stretched)
+        }
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(1, T, D) -> (1, T, D)"""
+        return patches + self.weight
+
+
+class PlaneMerger(nn.Module):
+    """Makes of a layer's output what a decoder layer's output is added: patches of an image token as one, normed."""
+
+    def __init__(self, *, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = tower_norm(width, TOWER_NORM_EPS, gated=False)
+        self.projector = Projector(width=width, inner=width, out=out, activation="gelu", bias=True)
+
+    def forward(self, merged: Tensor) -> Tensor:
+        """(1, N, merge * merge * Dv) -> (1, N, D)"""
+        out: Tensor = self.projector(self.norm(merged))
+        return out
 
 
 class QwenTower(nn.Module):
@@ -52,8 +90,18 @@ class QwenTower(nn.Module):
         self.rows, self.columns = geometry.grid
         self.merge, self.window = tower.merge, tower.window
         self.patch_embedding = StillEmbedding(
-            channels=tower.channels, width=tower.hidden, frames=tower.frames, patch_size=tower.patch_size
+            channels=tower.channels,
+            width=tower.hidden,
+            frames=tower.frames,
+            patch_size=tower.patch_size,
+            bias=tower.patch_bias,
         )
+        self.position_embedding: nn.Module | None = None
+        if tower.table is not None:
+            rows, columns = self.rows * tower.merge, self.columns * tower.merge
+            self.position_embedding = StretchedPositions(
+                table=tower.table, width=tower.hidden, rows=rows, columns=columns
+            )
         self.layers = nn.ModuleList(
             RotaryTowerLayer(
                 width=tower.hidden,
@@ -69,6 +117,8 @@ class QwenTower(nn.Module):
         self.norm = tower_norm(tower.hidden, TOWER_NORM_EPS, gated=tower.gated)
         merged = tower.hidden * tower.merge**2
         self.projector = Projector(width=merged, inner=merged, out=geometry.text.hidden, activation="gelu", bias=True)
+        self.planes = nn.ModuleList(PlaneMerger(width=merged, out=geometry.text.hidden) for _ in tower.planes)
+        self.behind = tower.planes
         # Half of a head's angles are turned by the row, half by the column.
         spatial = tower.hidden // tower.heads // 2
         frequencies = 1.0 / (tower.theta ** (torch.arange(0, spatial, 2, dtype=torch.float) / spatial))
@@ -86,13 +136,19 @@ class QwenTower(nn.Module):
         The keys of an image token are those of its patches side by side, after the rotary embedding.
         """
         patches = self.patch_embedding(pixel_values)
-        hidden = self._together(patches.reshape(1, patches.shape[1], -1).permute(0, 2, 1))
-        keys = hidden
-        for layer in self.layers:
+        hidden = patches.reshape(1, patches.shape[1], -1).permute(0, 2, 1)
+        if self.position_embedding is not None:
+            hidden = self.position_embedding(hidden)
+        hidden = self._together(hidden)
+        keys, planes, tokens = hidden, [], self.rows * self.columns
+        for index, layer in enumerate(self.layers):
             hidden, keys = layer(hidden, self.cos, self.sin)
-        tokens = self.rows * self.columns
+            if index in self.behind:
+                merger = self.planes[self.behind.index(index)]
+                planes.append(self._in_rows(merger(hidden.reshape(1, tokens, -1))))
         features = self.projector(self.norm(hidden).reshape(1, tokens, -1))
-        return Seen(self._in_rows(features), self._in_rows(keys.reshape(1, tokens, -1)))
+        in_rows = self._in_rows(keys.reshape(1, tokens, -1))
+        return Seen(self._in_rows(features), in_rows, planes=tuple(planes))
 
     def _together(self, x: Tensor) -> Tensor:
         """Patches row by row -> those of an image token, and image tokens of a window, together: (1, T, D) -> same."""
