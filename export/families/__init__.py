@@ -7,12 +7,15 @@ from typing import Any
 
 from export.families.family import Family, Geometry, ModelEntry
 from export.families.llava.family import LLAVA
+from export.families.llava_tiles.family import LLAVA_NEXT, LLAVA_ONEVISION
 from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL
 
 FAMILIES: Mapping[str, Family[Any]] = {
     "llava": LLAVA,
     "qwen2-vl": QWEN2_VL,
     "qwen2.5-vl": QWEN2_5_VL,
+    "llava-onevision": LLAVA_ONEVISION,
+    "llava-next": LLAVA_NEXT,
 }
 MODELS: Mapping[str, ModelEntry] = {entry.name: entry for family in FAMILIES.values() for entry in family.models}
 
