@@ -35,7 +35,7 @@ _TEXT: Mapping[str, Any] = {
 _PINPOINTS = [[TILE * rows, TILE * columns] for rows in range(1, 4) for columns in range(1, 4)]
 
 
-def _entry(family: LlavaTiles, text_type: str, vision: Mapping[str, Any], **config: Any) -> ModelEntry:
+def _entry(family: LlavaTiles, text: Mapping[str, Any], vision: Mapping[str, Any], **config: Any) -> ModelEntry:
     return ModelEntry(
         name=f"tiny-{family.name}",
         family=family,
@@ -46,7 +46,7 @@ def _entry(family: LlavaTiles, text_type: str, vision: Mapping[str, Any], **conf
             "image_token_index": 90,
             "image_grid_pinpoints": _PINPOINTS,
             "vision_config": {**_VISION, **vision},
-            "text_config": {"model_type": text_type, **_TEXT},
+            "text_config": {**_TEXT, **text},
             **config,
         },
         prefix_tokens=5,
@@ -56,12 +56,16 @@ def _entry(family: LlavaTiles, text_type: str, vision: Mapping[str, Any], **conf
 
 
 TINY_NEXT = _entry(
-    LLAVA_NEXT, "mistral", {"model_type": "clip_vision_model"}, image_seq_length=16, vision_feature_layer=-2
+    LLAVA_NEXT,
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "clip_vision_model"},
+    image_seq_length=16,
+    vision_feature_layer=-2,
 )
 # Of more than two tiles tokens are averaged.
 TINY_ONEVISION = _entry(
     LLAVA_ONEVISION,
-    "qwen2",
+    {"model_type": "qwen2"},
     {"model_type": "siglip_vision_model", "vision_use_head": False},
     video_token_index=91,
     vision_aspect_ratio="anyres_max_2",

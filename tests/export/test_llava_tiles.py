@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ from export import pipeline
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, entry_of_folder
 from export.families import MODELS
 from export.families.family import ModelEntry
-from export.families.llava_tiles.family import LLAVA_NEXT, LLAVA_ONEVISION
+from export.families.llava_tiles.family import LLAVA_NEXT, LLAVA_ONEVISION, LlavaTiles
 from export.golden import make_golden
 from export.models.prompt import SampleText, read_prompt
 from export.progress import Progress
@@ -52,6 +50,12 @@ every_base = pytest.mark.parametrize("base", BASES.values(), ids=lambda entry: e
 every_entry = pytest.mark.parametrize(
     "entry", [TINY_NEXT, TILED_NEXT, TINY_ONEVISION, TILED_ONEVISION], ids=lambda entry: entry.name
 )
+
+
+def _size(entry: ModelEntry) -> tuple[int, int] | None:
+    """The size of photo that the entry is for; None for the view of the whole alone."""
+    assert isinstance(entry.family, LlavaTiles)
+    return entry.family.image_size
 
 
 def _photo(height: int, width: int) -> NDArray[np.uint8]:
@@ -119,7 +123,7 @@ def _whole_model(checkpoint: RandomCheckpoint, entry: ModelEntry) -> Any:
 
 def _seen_by(model: Any, entry: ModelEntry, pixels: torch.Tensor) -> dict[str, Any]:
     """What transformers' whole model takes of a photo: its pixels and size, or of a view alone what it packs."""
-    size = entry.family.image_size
+    size = _size(entry)
     if size is not None:
         return {"pixel_values": pixels[None], "image_sizes": torch.tensor([size])}
     if entry.family.name == "llava-onevision":  # one of several images: a view each
@@ -321,7 +325,7 @@ def test_model_may_be_what_a_folder_describes(base: ModelEntry, tmp_path: Path) 
         (TINY_ONEVISION, {"vision_config": {"model_type": "clip_vision_model"}}, "supported: siglip_vision_model"),
         (TINY_ONEVISION, {"model_type": "llava_next"}, "supported: llava_onevision"),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, ModelEntry) else None,
 )
 def test_config_that_is_not_understood_is_refused(base: ModelEntry, changed: dict[str, Any], words: str) -> None:
     merged = {
@@ -334,7 +338,7 @@ def test_config_that_is_not_understood_is_refused(base: ModelEntry, changed: dic
 def test_backends_and_runtimes_that_were_not_tried_are_refused(tmp_path: Path) -> None:
     words: dict[str, Any] = {"keep": "64", "weights": "random", "output_dir": str(tmp_path), "force": True}
     with pytest.raises(
-        NotYetError, match="llava-next-7b on backend vulkan: not yet, .*; take --backend xnnpack or onnx"
+        NotYetError, match=r"llava-next-7b on backend vulkan: not yet, .*; take --backend xnnpack or onnx"
     ):
         plan(Request(model="llava-next-7b", target="android", backend="vulkan", **words))
     with pytest.raises(RequestError, match="where its rows end; leave --layout out"):
@@ -376,13 +380,12 @@ def test_answer_of_a_bundle_is_that_of_transformers_generate(
     made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
     assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
     manifest = made.bundle.manifest
-    assert len(manifest.frame.breaks) == (1 if entry.family.image_size is None else entry.geometry.grid[0])
-    assert manifest.image.tiles == (
-        None if entry.geometry.tiling is None else entry.family.image(None, entry.geometry).tiles
-    )
+    assert len(manifest.frame.breaks) == (1 if _size(entry) is None else entry.geometry.grid[0])
+    assert manifest.image.tiles == (None if _size(entry) is None else entry.family.image(None, entry.geometry).tiles)
     if keep != "all":
         return
-    size = entry.family.image_size
+    size = _size(entry)
+    assert size is not None
     photo, tokenizer = _photo(*size), open_tokenizer(made.bundle)
     with open_bundle(made.bundle.path) as bundle:
         said = "".join(bundle.ask(photo, QUESTION, max_new_tokens=12))
