@@ -57,6 +57,10 @@ RAM_PER_LARGEST_WEIGHT = 12
 _TOKENS_IN_CHECK = 1100
 # A number of the token embedding in 8 bits, with its share of a scale in 32 bits for each 32.
 _BYTES_PER_ROW_NUMBER = 1.125
+# All here was measured at so many image tokens. Where there are more, these matrices over pairs of them, counted and
+# not measured, come on top: for each head a layer's scores, masked, and behind the softmax; and the pruner's own.
+_MEASURED_TOKENS = 576
+_SCORES, _PRUNER_MATRICES = 3, 12
 # Golden tensors, reports and the photo beside the graphs, for each keep; all that several keeps do not share.
 KEEP_EXTRA_BYTES = 64 * 2**20
 # A sentence of them, and a folder's name, hold so many.
@@ -991,10 +995,12 @@ def _needs(
             text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
         ram_bytes = backend.ram_factor * RAM_PER_GRAPH_BYTE * graph_bytes + text_backend.ram_factor * text_ram_bytes
         bundle_bytes = graph_bytes + text_bytes
+    pairs = 4 * max(0, entry.geometry.image_tokens**2 - _MEASURED_TOKENS**2)
+    ram_bytes += pairs * (_SCORES * entry.geometry.text.heads + _PRUNER_MATRICES)
     return Needs(
         ram_bytes=BASE_RAM_BYTES + int(ram_bytes),
         ram_available_bytes=available_bytes(),
-        disk_bytes=int(bundles * bundle_bytes + goldens * KEEP_EXTRA_BYTES),
+        disk_bytes=int(bundles * bundle_bytes + goldens * (KEEP_EXTRA_BYTES + pairs)),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
 

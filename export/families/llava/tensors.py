@@ -35,8 +35,6 @@ _BUILT_PARTS = (
     "vision_model.",
     "image_newline",
 )
-# SigLIP's pooling head, which no graph needs.
-_UNREAD_PARTS = ("vision_tower.head.",)
 # The keys of config.json that announce biases, by the published names of these.
 _BIAS_KEYS: Mapping[str, str] = {
     r"language_model\.layers\.\d+\.self_attn\.[qkvo]_proj\.bias": "text_config.attention_bias",
@@ -73,7 +71,7 @@ def stray(stored: str) -> str | None:
         if name.startswith(old):
             name = new + name.removeprefix(old)
             break
-    if not name.startswith(_BUILT_PARTS) or name.startswith(_UNREAD_PARTS):
+    if not name.startswith(_BUILT_PARTS):
         return None
     for pattern, key in _BIAS_KEYS.items():
         if re.fullmatch(pattern, name):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from export.blocks.decoder_layer import DecoderLayer
     from runtime.bundle import ImageInfo
 
+_HEADS = ("vision_tower.head.", "vision_tower.vision_model.head.")
+
 
 @dataclass(frozen=True)
 class LlavaTiles:
@@ -87,7 +89,9 @@ class LlavaTiles:
 
     def stray(self, stored: str) -> str | None:
         """Says what to do about a stored tensor that no model of the family has; None for no part of a model."""
-        return stray(stored)
+        # SigLIP's pooling head, which no graph needs.
+        head = not self.class_token and stored.removeprefix("model.").startswith(_HEADS)
+        return None if head else stray(stored)
 
     def other_layout(self, stored: Sequence[str]) -> str | None:
         """Recognises what LLaVA's authors publish."""
