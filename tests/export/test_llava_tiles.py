@@ -354,10 +354,14 @@ def test_backends_and_runtimes_that_were_not_tried_are_refused(tmp_path: Path) -
         LLAVA_NEXT.hub_files(RandomCheckpoint(TINY_NEXT, seed=0), image_token="<image>", keep=64)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "backend", "keep"),
-    [(TILED_ONEVISION, "onnx", "all"), (TILED_NEXT, "xnnpack", "all"), (TILED_ONEVISION, "xnnpack", "7")],
+    [
+        pytest.param(TILED_ONEVISION, "onnx", "all", marks=pytest.mark.slow),
+        pytest.param(TILED_NEXT, "xnnpack", "all", marks=pytest.mark.slow),
+        # Lowering the pruner takes as long as all else here.
+        pytest.param(TILED_ONEVISION, "xnnpack", "7", marks=pytest.mark.full),
+    ],
     ids=lambda value: value.name if isinstance(value, ModelEntry) else value,
 )
 def test_answer_of_a_bundle_is_that_of_transformers_generate(
