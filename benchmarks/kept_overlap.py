@@ -67,7 +67,7 @@ def main() -> None:
                 indices = torch.from_numpy(np.sort(np.concatenate([order[gone:], others[:gone]])))[None]
                 # Both choices hand on plain rows, so that the choice alone differs.
                 tokens = features.hidden[:, indices[0]]
-                right[keep, share].append(model.right(reading, CUT, tokens, indices))
+                right[keep, share].append(model.right(reading, CUT, (tokens, indices)))
         print(f"{number + 1} of {len(questions.photos)} pictures", end="\r", file=sys.stderr, flush=True)
     rows = [
         {

@@ -105,9 +105,7 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
         metavar="Q",
         help="text graphs: 8da4w[-g64|-g32] or 8da8w; onnx: int4[-g64|-g128], int8; coreml: int4, int8, pal4",
     )
-    what.add_argument(
-        "--image-size", metavar="N|HxW", help="pixels of the image, where the model takes any (default 672)"
-    )
+    what.add_argument("--image-size", metavar="N|HxW", help="pixels of the photo, for models that take any size")
     what.add_argument("--text-tokens", default="512", metavar="N", help="room for question and answer (default 512)")
     what.add_argument(
         "--cut",

@@ -139,7 +139,7 @@ def make_golden(
             if text is not None:
                 golden |= decoder.read(outputs, text)
         else:
-            outputs, kept = _unframed(seen, spec)
+            outputs, kept = _unframed(seen, spec, frame)
             if text is not None:
                 golden |= decoder.answer_behind(frame, outputs["image_features"], text)
     if kept:
@@ -162,9 +162,9 @@ def _exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def _unframed(seen: Seen, spec: PruneSpec | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    tokens, indices, kept = _pruned(seen, spec)
-    return {"image_features": tokens, "kept_indices": indices}, kept
+def _unframed(seen: Seen, spec: PruneSpec | None, frame: Frame) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    tokens, numbers, kept = _pruned(seen, spec, frame)
+    return {"image_features": tokens, "kept_indices": numbers}, kept
 
 
 class _Decoder:
@@ -206,12 +206,12 @@ class _Decoder:
                 hidden = torch.cat([hidden[:, :first], hidden[:, first:] + seen.planes[index]], dim=1)
         enters = seen._replace(features=hidden[:, first:])
         if self._cut:
-            keys = self._past[self._cut - 1][0][0, :, first:].transpose(0, 1).reshape(1, image.shape[1], -1)
+            keys = self._past[self._cut - 1][0][0][:, list(frame.slots)].transpose(0, 1).flatten(1)[None]
             enters = enters._replace(keys=keys, attention=None)
-        tokens, indices, kept = _pruned(enters, spec)
+        tokens, numbers, kept = _pruned(enters, spec, frame)
         states = {
             "hidden": torch.cat([hidden[:, :first], tokens], dim=1),
-            "positions": torch.cat([positions[:, :first], indices + first], dim=1),
+            "positions": torch.cat([positions[:, :first], numbers + first], dim=1),
         }
         return states | outputs, kept
 
@@ -366,14 +366,15 @@ class _Decoder:
         return self._held[index]
 
 
-def _pruned(enters: Seen, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """tokens (1, keep, D), indices (1, keep), and the trace of the selection without its batch dimension."""
+def _pruned(enters: Seen, spec: PruneSpec | None, frame: Frame) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """tokens (1, keep, D), their numbers in the image (1, keep), and the trace of the selection without its batch."""
     import torch
 
     hidden, keys, attention, _ = enters
-    count = hidden.shape[1]
-    if spec is None or spec.keep == count:
-        return hidden, torch.arange(count, device=hidden.device)[None], {}
+    if spec is None or spec.keep == len(frame.slots):
+        return hidden, torch.arange(hidden.shape[1], device=hidden.device)[None], {}
+    numbers = torch.tensor(frame.slots, device=hidden.device) - len(frame.prefix_ids)
+    hidden = hidden[:, numbers]  # row ends are no candidates
     from pruning import Features, method_named
 
     # The loop is a definition, not a kernel: it runs on the CPU, on features from whatever device made them.
@@ -394,7 +395,7 @@ def _pruned(enters: Seen, spec: PruneSpec | None) -> tuple[Tensor, Tensor, dict[
             recovery_key("share"): torch.tensor([trace.recovery.share]),
             recovery_key("least_share"): torch.tensor([trace.recovery.least_share]),
         }
-    return trace.tokens.to(hidden.device), trace.indices.to(hidden.device), kept
+    return trace.tokens.to(hidden.device), numbers[trace.indices.to(hidden.device)], kept
 
 
 def _alternatives(method: Method, features: Features, spec: PruneSpec, kept: Tensor) -> Tensor:

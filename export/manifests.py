@@ -71,7 +71,9 @@ def manifest_of(
         graphs=graphs,
         image=image,
         prompt=prompt,
-        frame=FrameInfo(before=len(frame.prefix_ids), image=len(frame.slots), first_text=len(frame.ids)),
+        frame=FrameInfo(
+            before=len(frame.prefix_ids), image=len(frame.slots), first_text=len(frame.ids), breaks=frame.breaks
+        ),
         golden=golden,
         tools={"pruneport": version, **tool_versions()},
         text=text,
@@ -112,6 +114,7 @@ def _prune_info(plan: Plan, keep: KeepPlan) -> PruneInfo:
         image_tokens=geometry.image_tokens,
         keep=keep.keep,
         grid=geometry.grid,
+        overview=geometry.overview,
         pruned=spec is not None,
         method=None if spec is None else spec.method,
         settings={} if spec is None else settings_numbers(spec),

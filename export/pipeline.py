@@ -443,7 +443,7 @@ class _Making:
         context = Context(
             geometry,
             encoder.frame,
-            keep=max(keep.keep for keep in bundle.keeps),
+            keep=max(encoder.frame.left(keep.keep) for keep in bundle.keeps),
             cut=plan.cut,
             text=plan.text_tokens,
             index=encoder.index_name,
@@ -515,10 +515,9 @@ class _Making:
             index=plan.index,
         )
         handed_on = encoder.output_infos()[0].shape[1] - encoder.prefix_length
-        if handed_on != keep.keep:
-            raise ExportError(
-                f"{keep.graph} hands on {handed_on} image tokens instead of {keep.keep}; please report this"
-            )
+        wanted = encoder.frame.left(keep.keep)
+        if handed_on != wanted:
+            raise ExportError(f"{keep.graph} hands on {handed_on} image tokens instead of {wanted}; please report this")
         if self._half is not None and self._half.islands:
             from export.ranges import make_islands
 

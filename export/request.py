@@ -57,6 +57,10 @@ RAM_PER_LARGEST_WEIGHT = 12
 _TOKENS_IN_CHECK = 1100
 # A number of the token embedding in 8 bits, with its share of a scale in 32 bits for each 32.
 _BYTES_PER_ROW_NUMBER = 1.125
+# All here was measured at so many image tokens. Where there are more, these matrices over pairs of them, counted and
+# not measured, come on top: for each head a layer's scores, masked, and behind the softmax; and the pruner's own.
+_MEASURED_TOKENS = 576
+_SCORES, _PRUNER_MATRICES = 3, 12
 # Golden tensors, reports and the photo beside the graphs, for each keep; all that several keeps do not share.
 KEEP_EXTRA_BYTES = 64 * 2**20
 # A sentence of them, and a folder's name, hold so many.
@@ -359,7 +363,7 @@ def plan(request: Request) -> Plan:
         "" if quant_vision == default_quant_vision else quant_vision or f"vision-{NONE}",
         f"text-{text_precision}" if text_precision != default_text_precision else "",
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
-        "" if request.image_size is None else "image{}x{}".format(*entry.geometry.pixel_values[2:]),
+        "" if request.image_size is None else "image{}x{}".format(*_image_size(request.image_size)),
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
         f"cut{cut}" if cut != _usual_cut(entry) and layout is None else "",
         layout.runtime if layout else "",
@@ -565,13 +569,18 @@ def _at_size(entry: ModelEntry, words: str | None) -> ModelEntry:
     """The model for images of another size: `N`, or `HxW`, in pixels. RequestError where it takes one size alone."""
     if words is None:
         return entry
+    resized = replace(entry, family=entry.family.resized(_image_size(words)))
+    _ = resized.geometry  # refuses what does not divide
+    return resized
+
+
+def _image_size(words: str) -> tuple[int, int]:
+    """Height and width."""
     edges = words.lower().split("x")
     if len(edges) > 2:
         raise RequestError(f"image_size={words[:20]!r} is no size; write N, or HxW, such as 448x672")
     height, width = (whole_number("image_size", edge, 1, MOST_PIXELS) for edge in (edges[0], edges[-1]))
-    resized = replace(entry, family=entry.family.resized((height, width)))
-    _ = resized.geometry  # refuses what does not divide
-    return resized
+    return height, width
 
 
 def known_word(what: str, word: str, known: Iterable[Word]) -> Word:
@@ -728,6 +737,11 @@ def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: M
             f"layout={word} does not go with {entry.name}: the runtime that takes it counts positions on one axis, the "
             f"image tokens of this model have positions on {axes}; leave --layout out"
         )
+    if not entry.family.drop_in:
+        raise RequestError(
+            f"layout={word} does not go with {entry.name}: the runtime that takes it works out by itself how many "
+            "tokens an image has and where its rows end; leave --layout out"
+        )
     return made[word]
 
 
@@ -754,7 +768,8 @@ def _cut(text: str | None, entry: ModelEntry, layout: Layout | None) -> int:
 
 
 def _text_tokens(text: str, entry: ModelEntry) -> int:
-    most = entry.geometry.text.max_positions - entry.geometry.image_tokens - entry.prefix_tokens
+    frame = entry.family.frame(range(entry.prefix_tokens), entry.geometry)
+    most = entry.geometry.text.max_positions - len(frame.ids)
     why = f" ({entry.name} knows {entry.geometry.text.max_positions} positions, image and prompt included)"
     return whole_number("text_tokens", text, min(LEAST_TEXT_TOKENS, most), most, why)
 
@@ -870,7 +885,8 @@ def _prune_spec(entry: ModelEntry, keep: int, method: str) -> PruneSpec:
     from pruning import PruneSpec, SpecError
 
     try:
-        return PruneSpec(grid=entry.geometry.grid, keep=keep, method=method)
+        geometry = entry.geometry
+        return PruneSpec(grid=geometry.grid, overview=geometry.overview, keep=keep, method=method)
     except SpecError as error:
         raise RequestError(str(error)) from error
 
@@ -986,10 +1002,12 @@ def _needs(
             text_ram_bytes = weights * (RAM_PER_QUANTISED_WEIGHT if quant_text else RAM_PER_GRAPH_BYTE * size)
         ram_bytes = backend.ram_factor * RAM_PER_GRAPH_BYTE * graph_bytes + text_backend.ram_factor * text_ram_bytes
         bundle_bytes = graph_bytes + text_bytes
+    pairs = 4 * max(0, entry.geometry.image_tokens**2 - _MEASURED_TOKENS**2)
+    ram_bytes += pairs * (_SCORES * entry.geometry.text.heads + _PRUNER_MATRICES)
     return Needs(
         ram_bytes=BASE_RAM_BYTES + int(ram_bytes),
         ram_available_bytes=available_bytes(),
-        disk_bytes=int(bundles * bundle_bytes + goldens * KEEP_EXTRA_BYTES),
+        disk_bytes=int(bundles * bundle_bytes + goldens * (KEEP_EXTRA_BYTES + pairs)),
         disk_free_bytes=shutil.disk_usage(_nearest_folder(folder)).free,
     )
 

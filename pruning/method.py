@@ -195,7 +195,7 @@ def check_shapes(features: Features, spec: PruneSpec) -> None:
             fits = tensor.dim() == 3 and (name == "question" or tensor.shape[1] == spec.tokens)
             expected = f"(B, {'T' if name == 'question' else spec.tokens}, channels)"
         if not fits or 0 in tensor.shape:
-            raise SpecError(f"{name} has shape {tuple(tensor.shape)}; expected {expected} for grid={spec.grid}")
+            raise SpecError(f"{name} has shape {tuple(tensor.shape)}; expected {expected} for {spec.views}")
         if not tensor.is_floating_point():
             raise SpecError(f"{name} has dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64")
         if len(tensor) != len(features.hidden):

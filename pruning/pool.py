@@ -21,7 +21,7 @@ from pruning.method import (
     needed,
     settings_of,
 )
-from pruning.spec import PruneSpec
+from pruning.spec import PruneSpec, SpecError
 
 NAME = "pool"
 
@@ -49,7 +49,7 @@ class Pool:
     """Cuts the grid into `keep` cells as square as they go and averages each; its middle token lends the position.
 
     The grid is cut into bands of rows, each band into cells, both as equal as whole tokens allow. Where the number of
-    tokens to keep is no product that fits the grid, bands differ by one cell.
+    tokens to keep is no product that fits the grid, bands differ by one cell. Of an overview nothing stays.
     """
 
     name = NAME
@@ -62,7 +62,7 @@ class Pool:
         """(B, N, D) -> means of cells (B, keep, D)."""
         cells, (rows, columns) = _cells(spec), spec.grid
         hidden = needed(features, spec, self.needs).hidden
-        grid = hidden.view(len(hidden), rows, columns, -1)
+        grid = hidden[:, spec.tokens - rows * columns :].view(len(hidden), rows, columns, -1)
         means = [grid[:, cell.top : cell.bottom, cell.left : cell.right].mean((1, 2)) for cell in cells]
         kept = _positions(spec, cells)
         return fixed_trace(torch.stack(means, 1), kept, order=kept, mix=_mix(spec, cells))
@@ -79,6 +79,8 @@ def _cells(spec: PruneSpec) -> list[Cell]:
     settings_of(spec, NAME, Settings)
     rows, columns = spec.grid
     allowed = [bands for bands in range(1, min(rows, spec.keep) + 1) if -(-spec.keep // bands) <= columns]
+    if not allowed:
+        raise SpecError(f"keep={spec.keep}: {NAME} averages the grid alone, whose {rows * columns} tokens are fewer")
     square = math.sqrt(spec.keep * rows / columns)
     bands = min(allowed, key=lambda count: abs(count - square))
     cells = []
@@ -95,16 +97,18 @@ def _stretch(whole: int, parts: int, at: int) -> tuple[int, int]:
 
 
 def _positions(spec: PruneSpec, cells: list[Cell]) -> list[int]:
-    return [row * spec.grid[1] + column for row, column in (cell.middle for cell in cells)]
+    before = spec.tokens - math.prod(spec.grid)
+    return [before + row * spec.grid[1] + column for row, column in (cell.middle for cell in cells)]
 
 
 def _mix(spec: PruneSpec, cells: list[Cell]) -> Tensor:
     """The matrix that averages: (keep, N)."""
     mix = torch.zeros(len(cells), *spec.grid)
+    overview = torch.zeros(len(cells), spec.tokens - math.prod(spec.grid))
     for weights, cell in zip(mix, cells, strict=True):
         inside = weights[cell.top : cell.bottom, cell.left : cell.right]
         inside.fill_(1.0 / inside.numel())
-    return mix.flatten(1)
+    return torch.cat([overview, mix.flatten(1)], 1)
 
 
 POOL = Pool()

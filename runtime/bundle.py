@@ -212,6 +212,8 @@ class WeightsInfo(_Record, frozen=True):
 class PruneInfo(_Record, frozen=True):
     """What the pruner inside the graph does; `pruned` is False for the twin, which keeps every token by no method.
 
+    `grid` are rows and columns of the image tokens. Where a photo is seen in tiles it is that of all tiles, and
+    `overview` is the grid of the view of the whole photo, whose tokens come first.
     `settings` are the constants of the `method`, by its own names; `arithmetic` is what the pruner is computed in.
     `cut` is the first decoder layer that sees fewer tokens; 0 where they are pruned behind the projector.
     """
@@ -224,11 +226,13 @@ class PruneInfo(_Record, frozen=True):
     method: Name | None
     settings: dict[Name, SettingCount | float]
     arithmetic: Name
+    overview: tuple[PositiveCount, PositiveCount] | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.grid
-        if rows * columns != self.image_tokens:
-            raise ValueError(f"grid={rows} x {columns} must hold image_tokens={self.image_tokens}")
+        if rows * columns + self.overview_tokens != self.image_tokens:
+            behind = f" behind overview={self.overview[0]} x {self.overview[1]}" if self.overview else ""
+            raise ValueError(f"grid={rows} x {columns}{behind} must hold image_tokens={self.image_tokens}")
         if self.keep > self.image_tokens:
             raise ValueError(f"keep={self.keep} must lie in 1..{self.image_tokens} (image_tokens)")
         if not self.pruned and self.keep != self.image_tokens:
@@ -239,11 +243,28 @@ class PruneInfo(_Record, frozen=True):
             if not math.isfinite(value):
                 raise ValueError(f"settings.{name}={value} must be finite")
 
+    @property
+    def overview_tokens(self) -> int:
+        """How many of the image tokens come before those of the grid."""
+        return math.prod(self.overview) if self.overview else 0
+
+
+class TilesInfo(_Record, frozen=True):
+    """A photo in tiles: squeezed into `resize` (height, width), in the middle of as many tiles as `grid` says.
+
+    Tiles are (rows, columns), each as large as `ImageInfo.size`; around the photo they are black. On sides that differ
+    by a pixel, the right and the lower one are wider.
+    """
+
+    resize: tuple[Annotated[int, msgspec.Meta(ge=1, le=8192)], Annotated[int, msgspec.Meta(ge=1, le=8192)]]
+    grid: tuple[Annotated[int, msgspec.Meta(ge=1, le=64)], Annotated[int, msgspec.Meta(ge=1, le=64)]]
+
 
 class ImageInfo(_Record, frozen=True):
     """How a photo becomes pixel_values: shortest edge to `resize_shortest`, centre crop to `size` (height, width),
     times `rescale`, minus `mean`, over `std`, per RGB channel. Without the crop the photo is squeezed into `size`
-    and `resize_shortest` has no effect."""
+    and `resize_shortest` has no effect. With `tiles` pixel_values are several pictures: first that of the whole photo,
+    then the tiles, row by row."""
 
     size: tuple[Annotated[int, msgspec.Meta(ge=1, le=8192)], Annotated[int, msgspec.Meta(ge=1, le=8192)]]
     resize_shortest: Annotated[int, msgspec.Meta(ge=1, le=8192)]
@@ -253,8 +274,13 @@ class ImageInfo(_Record, frozen=True):
     resample: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
     color: Literal["RGB"] = "RGB"
     do_center_crop: bool = True
+    tiles: TilesInfo | None = None
 
     def __post_init__(self) -> None:
+        if self.tiles and any(
+            edge > count * size for edge, count, size in zip(self.tiles.resize, self.tiles.grid, self.size, strict=True)
+        ):
+            raise ValueError(f"tiles.resize={self.tiles.resize} must fit into {self.tiles.grid} tiles of {self.size}")
         numbers = (self.rescale, *self.mean, *self.std)
         if not all(math.isfinite(number) for number in numbers) or min(self.std) <= 0:
             raise ValueError(f"rescale, mean and std must be finite and std positive, not {numbers}")
@@ -337,12 +363,26 @@ class FrameInfo(_Record, frozen=True):
     """The constant part of every prompt: `before` tokens, `image` tokens as many as there are before pruning.
 
     The first token of a text stands at the position `first_text`, whatever was dropped. Positions number the tokens of
-    the unpruned prompt; what the rotary embedding makes of them is inside the graphs.
+    the unpruned prompt; what the rotary embedding makes of them is inside the graphs. `breaks`, ascending, are those of
+    tokens that only end a row of the image. They are no image tokens: the layers before the cut see them, and those
+    behind it where nothing is pruned.
     """
 
     before: Count
     image: PositiveCount
     first_text: PositiveCount
+    breaks: tuple[Count, ...] = ()
+
+    def __post_init__(self) -> None:
+        inside = all(self.before <= at < self.first_text for at in self.breaks)
+        if not inside or list(self.breaks) != sorted(set(self.breaks)):
+            raise ValueError("breaks must be ascending positions inside the image")
+
+    def image_indices(self, positions: np.ndarray) -> np.ndarray:
+        """Which image tokens stand at positions (T,) in the unpruned prompt: (T,) int64, -1 for a break."""
+        breaks = np.asarray(self.breaks, np.int64)
+        indices: np.ndarray = positions - self.before - np.searchsorted(breaks, positions)
+        return np.where(np.isin(positions, breaks), -1, indices).astype(np.int64)
 
 
 class TextInfo(_Record, frozen=True):
@@ -531,7 +571,7 @@ class Manifest(_Record, frozen=True):
             raise ValueError("two keeps have the same golden file")
         if (self.keeps[0].prune, self.keeps[0].golden) != (self.prune, self.golden.file):
             raise ValueError("prune and golden must be those of the first of keeps")
-        same = [(info.prune.cut, info.prune.image_tokens, info.prune.grid) for info in self.keeps]
+        same = [(info.prune.cut, info.prune.image_tokens, info.prune.grid, info.prune.overview) for info in self.keeps]
         if len(set(same)) != 1:
             raise ValueError(f"keeps differ in their cut, image_tokens or grid: {same}")
 

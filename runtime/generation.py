@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 
 import numpy as np
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, FrameInfo
 from runtime.errors import BundleError, EngineError, OutputError, RequestError
 from runtime.hand_over import hand_over_fault, text_side
 from runtime.session import Session, open_session
@@ -153,16 +153,16 @@ def open_graphs(bundle: Bundle, *, threads: int | None = None) -> Iterator[dict[
         }
 
 
-def kept_tokens(seen: Mapping[str, np.ndarray], *, before: int) -> tuple[int, ...]:
-    """The image tokens, from 0, that a vision graph says it kept; none where it does not say.
-
-    `before` tokens stand before the image.
-    """
+def kept_tokens(seen: Mapping[str, np.ndarray], *, frame: FrameInfo) -> tuple[int, ...]:
+    """The image tokens, from 0, that a vision graph says it kept; none where it does not say."""
     if "kept_indices" in seen:
-        return tuple(seen["kept_indices"].reshape(-1).tolist())
-    if "positions" in seen:
-        return tuple((seen["positions"].reshape(-1)[before:].astype(np.int64) - before).tolist())
-    return ()
+        at = seen["kept_indices"].reshape(-1).astype(np.int64) + frame.before
+    elif "positions" in seen:
+        at = seen["positions"].reshape(-1)[frame.before :].astype(np.int64)
+    else:
+        return ()
+    indices = frame.image_indices(at)
+    return tuple(indices[indices >= 0].tolist())
 
 
 def check_hand_over(bundle: Bundle) -> None:
@@ -191,7 +191,12 @@ def start_answers(bundle: Bundle, graphs: Mapping[str, RunningGraph]) -> Answers
         )
     frame = bundle.manifest.frame
     answers = Answers(
-        graphs, bundle=bundle.identity, before=frame.before, first_text=frame.first_text, end_ids=text.end_ids
+        graphs,
+        bundle=bundle.identity,
+        before=frame.before,
+        first_text=frame.first_text,
+        breaks=frame.breaks,
+        end_ids=text.end_ids,
     )
     if (answers.room, answers.chunk) != (text.tokens, text.chunk):
         raise BundleError(
@@ -223,7 +228,8 @@ class Answers:
     their own and may be used from different threads; one object may not.
 
     `bundle` identifies the bundle, `before` tokens stand before the image, `first_text` is the position of the first
-    text token (the length of prompt prefix and unpruned image), `end_ids` are the tokens that end an answer.
+    text token (the length of prompt prefix and unpruned image), `breaks` are those of tokens that end a row of the
+    image, `end_ids` are the tokens that end an answer.
 
     Raises BundleError when the graphs do not belong together.
     """
@@ -235,10 +241,12 @@ class Answers:
         bundle: str,
         before: int = 0,
         first_text: int,
+        breaks: Sequence[int] = (),
         end_ids: Sequence[int] = (),
     ) -> None:
         self._graphs = graphs
-        self._before = before
+        image = max(1, first_text - before - len(breaks))
+        self._frame = FrameInfo(before=before, image=image, first_text=first_text, breaks=tuple(breaks))
         self.bundle = bundle
         self.end_ids = frozenset(end_ids)
         self._text = text_graphs(graphs, bundle=bundle, before=before, first_text=first_text)
@@ -258,7 +266,7 @@ class Answers:
         seen = self._graphs[VISION_ENCODER].run({"pixel_values": pixel_values})
         caches = self._text.see(seen)
         took_ms = (time.perf_counter() - start) * 1e3
-        photo = Prefill(self.bundle, caches, took_ms, kept_tokens(seen, before=self._before))
+        photo = Prefill(self.bundle, caches, took_ms, kept_tokens(seen, frame=self._frame))
         self._seen = photo
         return photo
 

@@ -242,24 +242,52 @@ def _png_opaque(image: ImageFile, path: Path, level: int | tuple[int, ...], layo
 
 def view(photo: np.ndarray, info: ImageInfo) -> np.ndarray:
     """What the model looks at: `photo` uint8 (H, W, 3), resized and cropped to uint8 (*info.size, 3)."""
+    _check_photo(photo)
+    height, width = photo.shape[:2]
+    crop_height, crop_width = info.size
+    if not info.do_center_crop:
+        return _squeezed(photo, info.size, info)
+    # The long side is cut off to a whole pixel, not rounded: that is how the CLIP preprocessor does it.
+    new_long = int(info.resize_shortest * max(height, width) / min(height, width))
+    new_height, new_width = (info.resize_shortest, new_long) if height <= width else (new_long, info.resize_shortest)
+    resized = _squeezed(photo, (new_height, new_width), info)
+    top, left = (new_height - crop_height) // 2, (new_width - crop_width) // 2
+    return resized[top : top + crop_height, left : left + crop_width].copy()
+
+
+def tiles(photo: np.ndarray, info: ImageInfo) -> list[np.ndarray]:
+    """What the model looks at closely: `photo` uint8 (H, W, 3) in tiles, row by row, each uint8 (*info.size, 3).
+
+    Empty where a photo is seen as a whole alone.
+    """
+    if info.tiles is None:
+        return []
+    _check_photo(photo)
+    height, width = info.size
+    rows, columns = info.tiles.grid
+    resized = _squeezed(photo, info.tiles.resize, info)
+    canvas = np.zeros((rows * height, columns * width, 3), np.uint8)
+    top, left = ((whole - edge) // 2 for whole, edge in zip(canvas.shape, resized.shape[:2], strict=False))
+    canvas[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
+    split = canvas.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
+    return list(split.reshape(rows * columns, height, width, 3))
+
+
+def _squeezed(photo: np.ndarray, size: tuple[int, int], info: ImageInfo) -> np.ndarray:
+    """`photo` uint8 (H, W, 3) resized to (height, width), whatever its shape."""
     from PIL import Image
 
+    height, width = size
+    return np.array(Image.fromarray(photo).resize((width, height), Image.Resampling[info.resample.upper()]))
+
+
+def _check_photo(photo: np.ndarray) -> None:
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or 0 in photo.shape:
         raise ImageError(f"a photo is uint8 (H, W, 3), not {photo.dtype} {photo.shape}; read it with load_photo")
     height, width = photo.shape[:2]
     short, long = min(height, width), max(height, width)
     if long > MAX_ASPECT * short:
         raise ImageError(f"the photo is {width} x {height}; its long side may be at most {MAX_ASPECT} times the short")
-    resample = Image.Resampling[info.resample.upper()]
-    crop_height, crop_width = info.size
-    if not info.do_center_crop:
-        return np.array(Image.fromarray(photo).resize((crop_width, crop_height), resample))
-    # The long side is cut off to a whole pixel, not rounded: that is how the CLIP preprocessor does it.
-    new_long = int(info.resize_shortest * long / short)
-    new_height, new_width = (info.resize_shortest, new_long) if height <= width else (new_long, info.resize_shortest)
-    resized = np.asarray(Image.fromarray(photo).resize((new_width, new_height), resample))
-    top, left = (new_height - crop_height) // 2, (new_width - crop_width) // 2
-    return resized[top : top + crop_height, left : left + crop_width].copy()
 
 
 def enlarged_view(photo: np.ndarray, info: ImageInfo) -> np.ndarray:
@@ -281,7 +309,10 @@ def view_jpeg(photo: np.ndarray, info: ImageInfo) -> bytes:
 
 
 def preprocess(photo: np.ndarray, info: ImageInfo) -> np.ndarray:
-    """`photo` uint8 (H, W, 3) -> pixel_values float32 (1, 3, *info.size), channels first, normalised."""
-    pixels = view(photo, info).astype(np.float32) * np.float32(info.rescale)
+    """`photo` uint8 (H, W, 3) -> pixel_values float32 (V, 3, *info.size), channels first, normalised.
+
+    V is 1, or with tiles one more than there are: the whole photo comes first.
+    """
+    pixels = np.stack([view(photo, info), *tiles(photo, info)]).astype(np.float32) * np.float32(info.rescale)
     normalised = (pixels - np.asarray(info.mean, np.float32)) / np.asarray(info.std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None])
+    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))

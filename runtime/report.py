@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from runtime.text_graphs import VISION_ENCODER
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from runtime.bundle import Bundle, DelegateCoverage, MadeInfo, TensorInfo, TextInfo
+    from runtime.bundle import Bundle, DelegateCoverage, MadeInfo, PruneInfo, TensorInfo, TextInfo
     from runtime.check.parity import Bound, KeptParity, TextParity
     from runtime.latency import AnswerLatency
 
@@ -641,8 +641,9 @@ def _provenance_table(bundle: Bundle, verdict: Verdict) -> Table:
     source = f"random, seed {weights.seed}" if weights.source == "random" else weights.source
     where = f"before decoder layer {prune.cut}" if prune.cut else "after the projector"
     settings = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in prune.settings.items())
+    overview = "{} x {} overview and ".format(*prune.overview) if prune.overview else ""
     pruner = (
-        f"{prune.method}, {where}, {prune.grid[0]} x {prune.grid[1]} grid, "
+        f"{prune.method}, {where}, {overview}{prune.grid[0]} x {prune.grid[1]} grid, "
         f"keep {' or '.join(map(str, bundle.keeps))}{settings}, "
         f"computed in {prune.arithmetic}"
     )
@@ -669,7 +670,10 @@ def _text_words(text: TextInfo, first: int) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """The photo as the model sees it, and its tokens as shapes in units of one token; `text` is the same in letters."""
+    """The photo as the model sees it, and its tokens as shapes in units of one token; `text` is the same in letters.
+
+    Where a photo is seen in tiles, these are the tiles' tokens, and kept ones of the overview are larger shapes.
+    """
 
     jpeg_base64: str
     rows: int
@@ -691,30 +695,59 @@ def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) ->
     if "photo" not in golden or shown is None or shown.kept is None:
         return None
     rows, columns = prune.grid
-    kept = {index for index in shown.kept_indices if 0 <= index < rows * columns}
+    kept = {index for index in shown.kept_indices if 0 <= index < prune.image_tokens}
+    grid = set(range(prune.overview_tokens, prune.image_tokens))
     missing, extra = set(shown.kept.missing), set(shown.kept.extra)
     marks = [int(index) for index in golden.get("marks", np.zeros(0)).reshape(-1)] if prune.pruned else []
-    centres = tuple((index % columns + 0.5, index // columns + 0.5, order) for order, index in enumerate(marks, 1))
+    shapes = _shapes(prune)
+    centres = tuple(
+        (x + width / 2, y + height / 2, order)
+        for order, (x, y, width, height) in enumerate((shapes[index] for index in marks), 1)
+    )
     letters = [
-        "M" if index in marks and index in kept else "#" if index in kept else "." for index in range(rows * columns)
+        "M" if index in marks and index in kept else "#" if index in kept else "." for index in range(len(shapes))
     ]
     return Picture(
         jpeg_base64=base64.b64encode(view_jpeg(golden["photo"], manifest.image)).decode("ascii"),
         rows=rows,
         columns=columns,
-        dropped=_cells(set(range(rows * columns)) - kept, columns),
-        kept=_cells(kept, columns) if prune.pruned else "",
-        missing=_cells(missing, columns),
-        extra=_cells(extra & kept, columns),
+        dropped=_path(grid - kept, shapes),
+        kept=_path(kept, shapes) if prune.pruned else "",
+        missing=_path(missing, shapes),
+        extra=_path(extra & kept, shapes),
         marks=centres,
-        text="\n".join(" ".join(letters[row * columns : (row + 1) * columns]) for row in range(rows)),
+        text="\n\n".join(_lines(letters, prune)),
         caption=f"{manifest.golden.photo}: {len(kept)} of {prune.image_tokens} patches kept",
     )
 
 
-def _cells(indices: set[int], columns: int) -> str:
-    """An SVG path of unit squares, one for each token."""
-    return "".join(f"M{index % columns} {index // columns}h1v1h-1z" for index in sorted(indices))
+def _shapes(prune: PruneInfo) -> list[tuple[float, float, float, float]]:
+    """Where each image token lies in the picture: x, y, width and height, in tokens of the grid."""
+    rows, columns = prune.grid
+    shapes: list[tuple[float, float, float, float]] = []
+    if prune.overview:
+        height, width = rows / prune.overview[0], columns / prune.overview[1]
+        shapes = [
+            (x * width, y * height, width, height) for y in range(prune.overview[0]) for x in range(prune.overview[1])
+        ]
+    return shapes + [(x, y, 1, 1) for y in range(rows) for x in range(columns)]
+
+
+def _lines(letters: Sequence[str], prune: PruneInfo) -> Iterator[str]:
+    """A letter for each token, line by line: the overview where there is one, then the grid."""
+    start = 0
+    for rows, columns in (*([prune.overview] if prune.overview else []), prune.grid):
+        lines = [letters[start + row * columns : start + (row + 1) * columns] for row in range(rows)]
+        yield "\n".join(" ".join(line) for line in lines)
+        start += rows * columns
+
+
+def _path(indices: set[int], shapes: Sequence[tuple[float, float, float, float]]) -> str:
+    """An SVG path of rectangles, one for each token."""
+    return "".join(
+        f"M{x:g} {y:g}h{width:g}v{height:g}h-{width:g}z"
+        for x, y, width, height in (shapes[index] for index in sorted(indices))
+    )
 
 
 def _counts(counts: dict[str, int]) -> str:

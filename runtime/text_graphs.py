@@ -295,8 +295,9 @@ def cache_on_paper(manifest: Manifest) -> tuple[int, str]:
     first, layers = next(iter(keys.values())), len(keys)
     _, heads, _, width = first.shape
     number = first.numpy_dtype.itemsize
-    prefix = manifest.frame.before
-    seen = prefix + prune.image_tokens + text.tokens, prefix + prune.keep + text.tokens
+    prefix, breaks = manifest.frame.before, len(manifest.frame.breaks)
+    behind = prune.keep + (0 if prune.pruned else breaks)
+    seen = prefix + prune.image_tokens + breaks + text.tokens, prefix + behind + text.tokens
     entries = prune.cut * seen[0] + (layers - prune.cut) * seen[1]
     paper = 2 * entries * heads * width * number
     rows = f"{prune.cut} x {seen[0]} + {layers - prune.cut} x {seen[1]}"

@@ -145,8 +145,11 @@ def with_tokenizer(entry: ModelEntry) -> ModelEntry:
     return replace(entry, name=f"{entry.name}-tied", config=config)
 
 
-def write_checkpoint(folder: Path, entry: ModelEntry) -> Any:
-    """Writes a folder of `with_tokenizer(...)` as transformers does, weights from a seed; returns its whole model."""
+def write_checkpoint(folder: Path, entry: ModelEntry, preprocessor: Mapping[str, Any] | None = None) -> Any:
+    """Writes a folder of `with_tokenizer(...)` as transformers does, weights from a seed; returns its whole model.
+
+    `preprocessor` are its image settings; None those of Qwen2-VL.
+    """
     import tokenizers
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -166,7 +169,7 @@ def write_checkpoint(folder: Path, entry: ModelEntry) -> Any:
     made.save(str(folder / "tokenizer.json"))
     written = {
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
-        "preprocessor_config.json": PROCESSORS[entry.family.model_type],
+        "preprocessor_config.json": preprocessor or PROCESSORS[entry.family.model_type],
     }
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")

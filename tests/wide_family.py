@@ -82,6 +82,7 @@ class WideGeometry:
     image_size: tuple[int, int]
     patch: int
     image_token_id: int
+    overview = None
 
     @property
     def pixel_values(self) -> tuple[int, ...]:
@@ -241,6 +242,7 @@ class Wide:
     model_type = "llava"
     class_token = False
     backends = None
+    drop_in = False
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:

@@ -24,6 +24,23 @@ def heads_last(x: Tensor) -> Tensor:
     return x.permute(1, 0, 2).reshape(1, tokens, heads * head_dim)
 
 
+def apart(x: Tensor, windows: int) -> Tensor:
+    """Windows, equal parts of the tokens that see nothing but themselves, folded into the heads.
+
+    (H, T, d) -> (H * windows, T / windows, d)
+    """
+    heads, tokens, width = x.shape
+    return x if windows == 1 else x.reshape(heads * windows, tokens // windows, width)
+
+
+def blocks(x: Tensor, first: int, second: int, third: int, fourth: int) -> Tensor:
+    """Swaps the middle two of four axes that the rows of x (1, T, D) are: -> (first, third, second, fourth * D)
+
+    No more than four axes at a time, because delegates take no more.
+    """
+    return x.reshape(first, second, third, fourth * x.shape[2]).permute(0, 2, 1, 3)
+
+
 class Part(NamedTuple):
     """Keys and values that are attended beside others: (Hkv, S, d) each, and what is added to their scores."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.blocks.attention import Part, attention, heads_first, heads_last
+from export.blocks.attention import Part, apart, attention, heads_first, heads_last
 from export.blocks.decoder_layer import GatedMlp
 from export.blocks.norms import LayerNorm, Norm, RmsNorm
 from export.blocks.rope import rotate
@@ -31,13 +31,8 @@ class RotaryTowerAttention(nn.Module):
         query = rotate(heads_first(fused[:, :, :width] * self.scale, self.heads), cos, sin)
         key = rotate(heads_first(fused[:, :, width : 2 * width], self.heads), cos, sin)
         value = heads_first(fused[:, :, 2 * width :], self.heads)
-        mixed = attention(self._apart(query), [Part(self._apart(key), self._apart(value))])
+        mixed = attention(apart(query, self.windows), [Part(apart(key, self.windows), apart(value, self.windows))])
         return self.out_proj(heads_last(mixed.reshape(query.shape))), heads_last(key)
-
-    def _apart(self, x: Tensor) -> Tensor:
-        """Windows folded into the heads: (H, T, d) -> (H * windows, T / windows, d)"""
-        heads, tokens, width = x.shape
-        return x if self.windows == 1 else x.reshape(heads * self.windows, tokens // self.windows, width)
 
 
 class RotaryTowerLayer(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from export.blocks.attention import Part, attention, heads_first, heads_last
+from export.blocks.attention import Part, apart, attention, heads_first, heads_last
 from export.blocks.norms import LayerNorm
 
 
@@ -64,14 +64,15 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 class TowerAttention(nn.Module):
-    """Bidirectional self-attention over all patches and the class token."""
+    """Bidirectional self-attention over all patches and the class token, of each picture by itself."""
 
     scale: Tensor
     each_head: Tensor
 
-    def __init__(self, *, width: int, heads: int) -> None:
+    def __init__(self, *, width: int, heads: int, windows: int = 1) -> None:
+        """`windows` is how many pictures there are, one behind the other, which see nothing but themselves."""
         super().__init__()
-        self.heads = heads
+        self.heads, self.windows = heads, windows
         self.q_proj = nn.Linear(width, width, device="meta")
         self.k_proj = nn.Linear(width, width, device="meta")
         self.v_proj = nn.Linear(width, width, device="meta")
@@ -80,18 +81,24 @@ class TowerAttention(nn.Module):
         self.register_buffer("each_head", torch.full((1, 1, heads), 1.0 / heads), persistent=False)
 
     def of_first(self, first: Tensor, keys: Tensor) -> Tensor:
-        """What the first token (1, 1, D) gives to each, averaged over heads: keys (1, T, D) -> (1, T)"""
-        query = heads_first(self.q_proj(first) * self.scale, self.heads)
-        weights = torch.softmax(torch.bmm(query, heads_first(keys, self.heads).permute(0, 2, 1)), dim=-1)
-        return torch.bmm(self.each_head, weights.permute(1, 0, 2)).reshape(1, -1)
+        """What first tokens (1, windows, D) give to each of their own, averaged over heads: keys (1, T, D) -> (1, T)"""
+        query = apart(heads_first(self.q_proj(first) * self.scale, self.heads), self.windows)
+        weights = torch.softmax(torch.bmm(query, self._apart(keys).permute(0, 2, 1)), dim=-1)
+        return torch.bmm(self.each_head, weights.reshape(1, self.heads, -1)).reshape(1, -1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, T, D) -> output (1, T, D), keys (1, T, D) with the heads side by side"""
         keys = self.k_proj(x)
         # Scaling the queries instead of the scores touches T x D numbers instead of heads x T x T.
-        query = heads_first(self.q_proj(x) * self.scale, self.heads)
-        mixed = attention(query, [Part(heads_first(keys, self.heads), heads_first(self.v_proj(x), self.heads))])
+        query = self._apart(self.q_proj(x) * self.scale)
+        mixed = attention(query, [Part(self._apart(keys), self._apart(self.v_proj(x)))])
+        if self.windows > 1:
+            mixed = mixed.reshape(self.heads, x.shape[1], mixed.shape[2])
         return self.out_proj(heads_last(mixed)), keys
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """(1, T, D) -> (heads * windows, T / windows, d)"""
+        return apart(heads_first(x, self.heads), self.windows)
 
 
 class TowerMlp(nn.Module):
@@ -112,16 +119,20 @@ class TowerMlp(nn.Module):
 class TowerLayer(nn.Module):
     """One pre-norm transformer layer; `activation` is a key of ACTIVATIONS."""
 
-    def __init__(self, *, width: int, heads: int, inner: int, activation: str, norm_eps: float) -> None:
+    def __init__(
+        self, *, width: int, heads: int, inner: int, activation: str, norm_eps: float, windows: int = 1
+    ) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(width, norm_eps)
-        self.self_attn = TowerAttention(width=width, heads=heads)
+        self.self_attn = TowerAttention(width=width, heads=heads, windows=windows)
         self.layer_norm2 = LayerNorm(width, norm_eps)
         self.mlp = TowerMlp(width=width, inner=inner, activation=activation)
 
     def attention_of_first(self, x: Tensor, keys: Tensor) -> Tensor:
-        """What the first token gives to each: the layer's input and keys (1, T, D) -> (1, T)"""
-        return self.self_attn.of_first(self.layer_norm1(x[:, :1]), keys)
+        """What each picture's first token gives to its own: the layer's input and keys (1, T, D) -> (1, T)"""
+        windows, width = self.self_attn.windows, x.shape[2]
+        first = x[:, :1] if windows == 1 else x.reshape(windows, -1, width)[:, :1].reshape(1, windows, width)
+        return self.self_attn.of_first(self.layer_norm1(first), keys)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(1, T, D) -> hidden (1, T, D), keys (1, T, D)"""

@@ -30,7 +30,7 @@ class Reading:
     Attributes:
         features: what a method may look at, by cut; behind the projector attention is the class token's, in the
             decoder that of the first question's last token.
-        image: (1, P + N, D) prefix and image in front of the layer, by cut.
+        image: (1, P + T, D) prefix and image, the ends of its rows among it, in front of the layer, by cut.
         text: (1, T, D) questions and answers, one behind the other, in front of the layer, by cut.
         places: (1, T) absolute positions of the text.
         block: (T,) the question a token belongs to.
@@ -64,16 +64,17 @@ class EagerModel:
         self._layers = [self._desktop.layer(index) for index in range(geometry.text.layers)]
         self._norm = self._desktop.norm()
         self._head = checkpoint.tensor("lm_head.weight").float()
-        self.grid = geometry.grid
+        self._slots = torch.tensor(self._frame.slots)
+        self.grid, self.overview = geometry.grid, geometry.overview
 
     @torch.no_grad()
     def read(self, photo: np.ndarray, lines: Sequence[Line], cuts: Sequence[int]) -> Reading:
         """Sees a photo (H, W, 3) uint8 and reads all questions about it, up to the deepest of `cuts`."""
         seen = self._desktop.see(torch.from_numpy(np.array(self._desktop.pixels(photo))))
         ids, block, places, goals = self._packed(lines)
+        prefix = len(self._frame.prefix_ids)
         image = torch.cat([self._embeddings[list(self._frame.prefix_ids)][None], seen.features], 1)
         text = self._embeddings[ids][None]
-        prefix = len(self._frame.prefix_ids)
         positions = torch.tensor(self._frame.positions)
         keys, attention = seen.keys, seen.attention
         asked = len(self._tokenizer.question_ids(lines[0].question))
@@ -81,25 +82,29 @@ class EagerModel:
         reading = Reading({}, {}, {}, places, block, goals)
         for index in range(max(cuts) + 1):
             if index in cuts:
-                reading.features[index] = Features(image[:, prefix:], keys, attention, question)
+                reading.features[index] = Features(image[:, self._slots], keys, attention, question)
                 reading.image[index], reading.text[index] = image, text
             if index == max(cuts):
                 break
             image, text, key, looks = self._run(index, image, positions, text, places, block)
-            slots = slice(prefix, prefix + seen.features.shape[1])
             if index < len(seen.planes):
-                image = torch.cat([image[:, :prefix], image[:, slots] + seen.planes[index]], 1)
-            keys = key[0, :, slots].transpose(0, 1).flatten(1)[None]
-            attention = looks[:, :, slots.stop + asked - 1, slots].mean(1)
+                image = torch.cat([image[:, :prefix], image[:, prefix:] + seen.planes[index]], 1)
+            keys = key[0][:, self._slots].transpose(0, 1).flatten(1)[None]
+            attention = looks[:, :, image.shape[1] + asked - 1].mean(1)[:, self._slots]
         return reading
 
     @torch.no_grad()
-    def right(self, reading: Reading, cut: int, tokens: Tensor, indices: Tensor) -> list[bool]:
-        """Whether greedy decoding gives each answer to its end, with image tokens (1, K, D) kept at (1, K)."""
+    def right(self, reading: Reading, cut: int, kept: tuple[Tensor, Tensor] | None) -> list[bool]:
+        """Whether greedy decoding gives each answer to its end.
+
+        `kept` are image tokens (1, K, D) and their indices (1, K); None keeps the whole image.
+        """
         prefix = len(self._frame.prefix_ids)
-        image = torch.cat([reading.image[cut][:, :prefix], tokens], 1)
-        every = torch.tensor(self._frame.positions)
-        positions = torch.cat([every[:, :prefix], every[:, prefix:].gather(1, indices.expand(len(every), -1))], 1)
+        image, positions = reading.image[cut], torch.tensor(self._frame.positions)
+        if kept is not None:
+            tokens, indices = kept
+            image = torch.cat([image[:, :prefix], tokens], 1)
+            positions = torch.cat([positions[:, :prefix], positions[:, self._slots[indices[0]]]], 1)
         text = reading.text[cut]
         for index in range(cut, len(self._layers)):
             image, text, _, _ = self._run(index, image, positions, text, reading.places, reading.block)

@@ -218,15 +218,14 @@ class _Chooser:
         from pruning import PruneSpec, selector
 
         self.pruned = want.method != UNPRUNED
-        self._select = selector(PruneSpec(grid=model.grid, keep=want.keep, method=want.method)) if self.pruned else None
+        self._select = None
+        if self.pruned:
+            spec = PruneSpec(grid=model.grid, overview=model.overview, keep=want.keep, method=want.method)
+            self._select = selector(spec)
 
-    def choose(self, features: Features) -> tuple[Tensor, Tensor]:
-        """(1, N, D) -> tokens (1, keep, D) and their indices (1, keep)"""
-        import torch
-
-        if self._select is None:
-            return features.hidden, torch.arange(features.hidden.shape[1])[None]
-        return self._select(features)
+    def choose(self, features: Features) -> tuple[Tensor, Tensor] | None:
+        """(1, N, D) -> tokens (1, keep, D) and their indices (1, keep); None where nothing is pruned."""
+        return None if self._select is None else self._select(features)
 
 
 def _asked(
@@ -237,8 +236,8 @@ def _asked(
     cuts = sorted({want.cut for want in choosers})
     reading: Reading = model.read(load_photo(photo.photo), photo.lines, cuts)
     for want, chooser in choosers.items():
-        tokens, indices = chooser.choose(reading.features[want.cut])
-        yield model.right(reading, want.cut, tokens, indices), indices[0].tolist() if chooser.pruned else []
+        kept = chooser.choose(reading.features[want.cut])
+        yield model.right(reading, want.cut, kept), [] if kept is None else kept[1][0].tolist()
 
 
 def _key(record: Record, want: Wanted) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from export.families.family import Family, Geometry, ModelEntry
 from export.families.llava.family import LLAVA
+from export.families.llava_tiles.family import LLAVA_NEXT, LLAVA_ONEVISION
 from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
 FAMILIES: Mapping[str, Family[Any]] = {
@@ -14,6 +15,8 @@ FAMILIES: Mapping[str, Family[Any]] = {
     "qwen2-vl": QWEN2_VL,
     "qwen2.5-vl": QWEN2_5_VL,
     "qwen3-vl": QWEN3_VL,
+    "llava-onevision": LLAVA_ONEVISION,
+    "llava-next": LLAVA_NEXT,
 }
 _NO_CACHE = "whose state is no cache of keys and values, as the graphs hand it on"
 NOT_YET: Mapping[str, str] = {

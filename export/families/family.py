@@ -39,8 +39,12 @@ class Geometry(Protocol):
         """Image tokens as (rows, columns)."""
 
     @property
+    def overview(self) -> tuple[int, int] | None:
+        """Rows and columns of a view of the whole photo, whose tokens come before those of the grid; None without."""
+
+    @property
     def image_tokens(self) -> int:
-        """Image tokens before pruning."""
+        """Image tokens before pruning, row ends not among them."""
 
     @property
     def image_token_id(self) -> int:
@@ -71,12 +75,14 @@ class TensorEntry:
 class Seen(NamedTuple):
     """What a tower makes of an image, in the decoder's width, and the keys of its last layer, heads side by side.
 
+    Features hold what stands at `Frame.breaks`, too; nothing else here does.
+
     Where the family has a class token and it is asked for, `attention` is what this gives to each image token in that
     layer, averaged over heads. `planes` are added to the image tokens behind decoder layer 0, layer 1 and so on
     (DeepStack, arXiv 2406.04334).
     """
 
-    features: Tensor  # (1, N, D)
+    features: Tensor  # (1, N, D), or with the ends of rows (1, T, D)
     keys: Tensor  # (1, N, Dk)
     attention: Tensor | None = None  # (1, N)
     planes: tuple[Tensor, ...] = ()  # (1, N, D) each, `Geometry.least_cut` of them
@@ -86,7 +92,9 @@ class Seen(NamedTuple):
 class Frame:
     """The constant part of every prompt with its image slots, up to where the question goes on.
 
-    `ids` has the image token's id at each of `slots` (ascending indices into it). `positions` are absolute, one row
+    `ids` has the image token's id at each of `slots` (ascending indices into it), and at each of `breaks`: tokens that
+    only end a row of the image. No method chooses among these: they go on with the whole image, and with no part of it
+    (see `left`). `positions` are absolute, one row
     for each axis of the rotary embedding; `places` are (t, y, x) of each image token, which distances are measured
     between; the text behind the frame begins at position `first_text`, on every axis. Between graphs no such position
     is handed on, but the number of a token in the unpruned prompt, by which each graph looks up its turn (`rotary`).
@@ -97,11 +105,14 @@ class Frame:
     positions: tuple[tuple[int, ...], ...]
     places: tuple[tuple[int, int, int], ...]
     first_text: int
+    breaks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        inside = all(0 <= slot < len(self.ids) for slot in self.slots)
+        inside = all(0 <= slot < len(self.ids) for slot in (*self.slots, *self.breaks))
         if not self.slots or not inside or list(self.slots) != sorted(set(self.slots)):
             raise ValueError(f"a frame's slots must be ascending indices into its {len(self.ids)} ids")
+        if list(self.breaks) != sorted(set(self.breaks) - set(self.slots)):
+            raise ValueError("a frame's breaks must be ascending and none of its slots")
         if len(self.positions) not in (1, 3) or any(len(row) != len(self.ids) for row in self.positions):
             raise ValueError(f"a frame's positions must be 1 or 3 rows for its {len(self.ids)} ids")
         if len(self.places) != len(self.slots):
@@ -121,6 +132,25 @@ class Frame:
             places=tuple((0, y, x) for y in range(rows) for x in range(columns)),
             first_text=after,
         )
+
+    def left(self, keep: int) -> int:
+        """Tokens that the image still is behind the cut where `keep` of its slots stay."""
+        return keep + (len(self.breaks) if keep == len(self.slots) else 0)
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """How the breaks divide the image: slots before the first row, number of rows, slots of a row.
+
+        Where there are none, all slots are before. ValueError for an image that is no such thing.
+        """
+        if not self.breaks:
+            return len(self.slots), 0, 0
+        count, first = len(self.breaks), min(self.slots[0], self.breaks[0])
+        width = sum(slot > self.breaks[-2] for slot in self.slots) if count > 1 else len(self.slots)
+        before = len(self.slots) - count * width
+        if self.breaks != tuple(first + before + (row + 1) * (width + 1) - 1 for row in range(count)):
+            raise ValueError("the breaks of a frame do not divide its image into rows of one length")
+        return before, count, width
 
     def rotary(self, tokens: int) -> tuple[tuple[int, ...], ...]:
         """Positions of the first `tokens` tokens of the unpruned prompt, frame and text, a row for each axis."""
@@ -222,6 +252,10 @@ class Family(Protocol[G]):
     @property
     def backends(self) -> frozenset[str] | None:
         """Names of the backends that its graphs were exported and checked with; others are refused. None for any."""
+
+    @property
+    def drop_in(self) -> bool:
+        """Whether its bundles can be laid out for runtimes of other people, as far as they take the model."""
 
     def resized(self, size: tuple[int, int]) -> Family[G]:
         """The same for images of (height, width) pixels; RequestError where its models take one size alone."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32}
+# Buffers that stay float32 in a float16 graph.
+_EXACT = ("prefix_hidden", "prefix_positions", "first_position", "numbers")
 
 
 class VisionEncoder(Graph):
@@ -33,8 +35,12 @@ class VisionEncoder(Graph):
     the rotary embedding, all key heads side by side) and on its raw output. The prompt in front of the image is always
     the same, and causal attention never looks ahead, so its hidden states, keys and values are constants of the graph.
     Outputs: `hidden` (1, P + keep, D) float32, `positions` (1, P + keep) int64, the numbers of these tokens in the
-    unpruned prompt, then `key_i` and `value_i` (1, Hkv, P + N, d) for each layer i below the cut, in the dtype of the
+    unpruned prompt, then `key_i` and `value_i` (1, Hkv, P + T, d) for each layer i below the cut, in the dtype of the
     text graphs' cache, by default the precision that the layers compute in.
+
+    Where tokens end the rows of an image (`Frame.breaks`), the layers below the cut see T = N + rows tokens. The pruner
+    chooses among the N, and what it drops it drops with all row ends, so that `keep` tokens go on. With nothing pruned
+    all T do.
 
     At cut 0 no decoder layer has run, so its keys do not exist yet; in their place stand the keys of the tower's last
     layer. The pruner asks keys one thing, which tokens to start from: the largest ones, far from each other. Keys of
@@ -63,6 +69,7 @@ class VisionEncoder(Graph):
     prefix_positions: Tensor
     all_positions: Tensor
     first_position: Tensor
+    numbers: Tensor
     cos: Tensor
     sin: Tensor
     mask: Tensor
@@ -86,30 +93,35 @@ class VisionEncoder(Graph):
         self.frame = frame
         self.cut, self.framed = cut, framed
         self.prefix_length = len(frame.prefix_ids) if framed else 0
-        self.image_tokens = geometry.image_tokens
+        self.image_tokens, self.seen = geometry.image_tokens, len(frame.slots) + len(frame.breaks)
         self.spec = spec
         self._cache = cache
         # Whole numbers as the pruner's engine has them: a phone's NPU has no int64.
         self.index_dtype = DTYPES[index or ("int32" if arithmetic == "float16" else "int64")]
-        self.keep = self.image_tokens if spec is None else int(spec.keep)
+        # Tokens that are handed on of the image.
+        self.keep = frame.left(self.image_tokens if spec is None else int(spec.keep))
         self.tower = family.tower(geometry)
         self.decoder_layers = nn.ModuleList(family.layer(geometry) for _ in range(cut))
         self.pruner: nn.Module | None = None
         self.attends = False
-        if spec is not None and self.keep < self.image_tokens:
+        if spec is not None and spec.keep < self.image_tokens:
             from pruning import method_named
 
             method = method_named(spec.method)
             self.pruner = method.module(spec, arithmetic)
             self.attends = "attention" in method.needs
-        everything = torch.arange(self.prefix_length + self.image_tokens, dtype=self.index_dtype)[None]
+        everything = torch.arange(self.prefix_length + self.seen, dtype=self.index_dtype)[None]
         self.register_buffer("all_positions", everything, persistent=False)
-        first, last = self.prefix_length, self.prefix_length + self.image_tokens
+        first, last = self.prefix_length, self.prefix_length + self.seen
+        self.before, self.rows, self.columns = frame.rows
+        if self.rows > 1:  # where image tokens stand in the image; else the first one stands first, and so on
+            numbers = torch.tensor(frame.slots).float() - float(frame.slots[0])
+            self.register_buffer("numbers", numbers[:, None], persistent=False)
         if cut:
             cos, sin = rope_tables(geometry.text, *(axis[first:] for axis in frame.rotary(last)))
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-            self.register_buffer("mask", causal_mask(self.image_tokens, past=first), persistent=False)
+            self.register_buffer("mask", causal_mask(self.seen, past=first), persistent=False)
         if framed:
             # As float32, exact far beyond any context: delegates have no integer arithmetic.
             self.register_buffer("prefix_positions", torch.arange(first).float()[None], persistent=False)
@@ -153,7 +165,7 @@ class VisionEncoder(Graph):
                 TensorInfo(name="kept_indices", shape=(1, self.keep), dtype=self.index_name),
                 *filled,
             )
-        kept, seen = self.prefix_length + self.keep, self.prefix_length + self.image_tokens
+        kept, seen = self.prefix_length + self.keep, self.prefix_length + self.seen
         cache = (1, text.kv_heads, seen, text.head_dim)
         dtype = str(self.cache_dtype).removeprefix("torch.")
         return (
@@ -177,12 +189,12 @@ class VisionEncoder(Graph):
             return self
         self.decoder_layers.half()
         for name, buffer in list(self.named_buffers(recurse=False)):
-            if buffer.is_floating_point() and name not in ("prefix_hidden", "prefix_positions", "first_position"):
+            if buffer.is_floating_point() and name not in _EXACT:
                 setattr(self, name, buffer.half())
         return self
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(1, C, H, W) float32 -> the outputs that `output_infos` lists."""
+        """pixel_values float32, (1, C, H, W) or several views, -> the outputs that `output_infos` lists."""
         pixel_values = pixel_values.to(self.dtype)
         seen = self.tower(pixel_values, attention=True) if self.attends else self.tower(pixel_values)
         return self.from_seen(seen)
@@ -193,8 +205,8 @@ class VisionEncoder(Graph):
         if not self.framed:
             if self.pruner is None:
                 return hidden.float(), self.all_positions
-            tokens, indices, filled = self._pruned(self.pruner, keys, hidden, attention)
-            return tokens, indices.to(self.index_dtype), filled
+            tokens, indices, filled = self._pruned(self.pruner, keys, self._without_breaks(hidden), attention)
+            return tokens, self._numbered(indices).to(self.index_dtype), filled
         caches: list[Tensor] = []
         hidden = hidden.to(self.layers_dtype)
         for index, layer in enumerate(self.decoder_layers):
@@ -202,14 +214,30 @@ class VisionEncoder(Graph):
             hidden, key, _, all_keys, all_values = layer(hidden, self.cos, self.sin, self.mask, past_key, past_value)
             if index < len(planes):
                 hidden = hidden + planes[index].to(self.layers_dtype)
-            keys = key.permute(1, 0, 2).reshape(1, self.image_tokens, -1)
+            keys = key.permute(1, 0, 2).reshape(1, self.seen, -1)
             attention = None  # it was the tower's
             caches += [part.reshape(1, *part.shape).to(self.cache_dtype) for part in (all_keys, all_values)]
         if self.pruner is None:
             return torch.cat([self.prefix_hidden, hidden.float()], dim=1), self.all_positions, *caches
-        tokens, indices, filled = self._pruned(self.pruner, keys, hidden, attention)
-        positions = torch.cat([self.prefix_positions, indices + self.first_position], dim=1)
+        if self.cut:
+            keys = self._without_breaks(keys)
+        tokens, indices, filled = self._pruned(self.pruner, keys, self._without_breaks(hidden), attention)
+        positions = torch.cat([self.prefix_positions, self._numbered(indices) + self.first_position], dim=1)
         return torch.cat([self.prefix_hidden, tokens], dim=1), positions.to(self.index_dtype), *caches, filled
+
+    def _without_breaks(self, x: Tensor) -> Tensor:
+        """What the image is without the ends of its rows: (1, T, W) -> (1, N, W)"""
+        if not self.rows:
+            return x
+        rows = x[:, self.before :].reshape(self.rows, self.columns + 1, x.shape[2])[:, : self.columns]
+        rows = rows.reshape(1, self.rows * self.columns, x.shape[2])
+        return torch.cat([x[:, : self.before], rows], dim=1) if self.before else rows
+
+    def _numbered(self, indices: Tensor) -> Tensor:
+        """Indices (1, keep) of image tokens -> their numbers in the image, the ends of its rows counted."""
+        if self.rows <= 1:
+            return indices
+        return nn.functional.embedding(indices.long(), self.numbers).reshape(1, -1)
 
     @staticmethod
     def _pruned(
@@ -297,13 +325,13 @@ def _check_request(
         )
     if cut and not framed:
         raise ExportError(f"cut={cut} needs the prompt in front of the image inside the graph; cut 0 alone does not")
-    if spec is not None and tuple(spec.grid) != geometry.grid:
+    if spec is not None and (tuple(spec.grid), spec.overview) != (geometry.grid, geometry.overview):
         raise ExportError(
             f"the pruner's grid {tuple(spec.grid)} is not the grid {geometry.grid} of {entry.name}'s image tokens"
         )
-    length = len(frame.ids)
-    one_image = frame.slots == tuple(range(length - geometry.image_tokens, length)) and frame.prefix_ids
-    if not one_image:
+    image = list(range(len(frame.prefix_ids), len(frame.ids)))
+    one_image = sorted((*frame.slots, *frame.breaks)) == image and len(frame.slots) == geometry.image_tokens
+    if not one_image or not frame.prefix_ids:
         raise ExportError(
             f"the prompt of {entry.name} is no prefix with one image behind it; the graphs know no other frame yet: "
             "choose another model"

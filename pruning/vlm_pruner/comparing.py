@@ -121,9 +121,7 @@ class ComparingPruner(nn.Module):
         super().__init__()
         settings = Settings.of(spec)
         if spec.tokens > MOST_TOKENS:
-            raise SpecError(
-                f"grid={spec.grid} has {spec.tokens} tokens; the float16 form can place {MOST_TOKENS} at most"
-            )
+            raise SpecError(f"{spec.views} has {spec.tokens} tokens; the float16 form can place {MOST_TOKENS} at most")
         for what, count in (("channels", settings.channels), ("threshold levels", len(settings.levels()))):
             if count > MOST_COUNTED:
                 raise SpecError(f"{count} {what} are too many; the float16 form can count {MOST_COUNTED} at most")
@@ -145,7 +143,7 @@ class ComparingPruner(nn.Module):
             "same": torch.eye(spec.tokens)[None],
             "powers": 2.0 ** torch.arange(SMALLEST, LARGEST).float()[None, None],
             "per_token": _parts(torch.full((1, 1), spec.tokens**-0.5, dtype=torch.float64)) * torch.tensor([1.0, UNIT]),
-            "buffering": _parts(squared_distances(spec).sqrt() * settings.distance_slope(spec.grid) * UNIT),
+            "buffering": _parts(squared_distances(spec).sqrt() * settings.distance_slope(spec.extent) * UNIT),
             "thresholds": _parts((1.0 - torch.tensor(settings.levels(), dtype=torch.float64)[None]) * UNIT),
             "ends": (torch.arange(size, spec.tokens + size, size).clamp(max=spec.tokens) - self.middle)[None, None],
             "first_ones": (at < spec.keep).float()[None, None],

@@ -91,9 +91,8 @@ def _similarity(H: Tensor, spec: PruneSpec) -> Tensor:
 
 
 def squared_distances(spec: PruneSpec) -> Tensor:
-    """Squared distance of all pairs of positions on the grid, in tokens: (N, N) float64 whole numbers."""
-    rows, columns = spec.grid
-    at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
+    """Squared distance of all pairs of places, in the spec's steps: (N, N) float64 whole numbers."""
+    at = torch.tensor(spec.places(), dtype=torch.float64)
     return (at[:, None] - at[None]).square().sum(-1)
 
 
@@ -104,7 +103,7 @@ def _expand(S: Tensor, order: list[int], margin: list[float], spec: PruneSpec) -
 
     def adjusted() -> Tensor:
         chosen = torch.tensor(order, device=S.device)
-        buffer = 1.0 + distance[:, chosen].min(1).values * settings.distance_slope(spec.grid)
+        buffer = 1.0 + distance[:, chosen].min(1).values * settings.distance_slope(spec.extent)
         return S[:, chosen].max(1).values * buffer
 
     for threshold in settings.levels():

@@ -68,12 +68,12 @@ class Settings:
         """Counts the pivots that are really used: never more than the tokens to keep."""
         return min(self.pivots, keep)
 
-    def distance_slope(self, grid: tuple[int, int]) -> float:
-        """Tells by how much the buffer for spatial sparsity grows for each token of distance.
+    def distance_slope(self, extent: tuple[int, int]) -> float:
+        """Tells by how much the buffer for spatial sparsity grows for each step of distance.
 
-        The unit of distance is the grid's diagonal.
+        The unit of distance is the diagonal of the photo, which is so many steps high and wide.
         """
-        return self.distance_weight / math.hypot(*grid)
+        return self.distance_weight / math.hypot(*extent)
 
     def sure_steps(self, keep: int) -> int:
         """Counts steps of the static form that reach `keep` whatever the features.

@@ -65,9 +65,10 @@ class TokenPruner(nn.Module):
         self.steps = self.settings.static_steps(spec.keep)
 
         at = torch.arange(count)
-        y, x = (at // spec.grid[1] - spec.grid[0] // 2).float(), (at % spec.grid[1] - spec.grid[1] // 2).float()
+        middle = torch.tensor(spec.extent) // 2
+        y, x = (torch.tensor(spec.places()) - middle).float().unbind(1)
         square, one = y * y + x * x, torch.ones(count)
-        self.reach = float(spec.grid[0] ** 2 + spec.grid[1] ** 2)  # more than the largest squared distance
+        self.reach = float(spec.extent[0] ** 2 + spec.extent[1] ** 2)  # more than the largest squared distance
         ones, places = torch.ones(1, WIDEST, 1), torch.arange(WIDEST).float()[None, None]
         self.batches, self.blocks = -(-count // settings.token_batch), -(-settings.channels // GROUP)
         widths = {
@@ -341,7 +342,8 @@ class TokenPruner(nn.Module):
     def _adjusted(self, closest: Tensor) -> Tensor:
         """Similarity to the selected, times the buffer for sparsity, in units: (B, 2N, 1, 1) -> (B, 1, N)."""
         count = self.spec.tokens
-        buffer = (self.reach - closest[:, count:]).sqrt() * (self.settings.distance_slope(self.spec.grid) * UNIT) + UNIT
+        slope = self.settings.distance_slope(self.spec.extent) * UNIT
+        buffer = (self.reach - closest[:, count:]).sqrt() * slope + UNIT
         return ((closest[:, :count] - 1.0) * buffer).view(-1, 1, count)
 
     def _pick(self, chosen: Tensor) -> Tensor:

@@ -416,8 +416,9 @@ def graph_parity(
     kept = None
     kept_indices: np.ndarray | None = None
     if ids_name is not None:
-        kept_indices = _ids(got[ids_name])[prefix:] - prefix
-        wanted = _ids(expected[ids_name])[prefix:] - prefix
+        kept_indices, wanted = (
+            _image_indices(manifest, _ids(side[ids_name])[prefix:] - prefix) for side in (got, expected)
+        )
         if KEPT_INDICES in golden and not np.array_equal(wanted, golden[KEPT_INDICES].reshape(-1)):
             raise BundleError(f"the golden contradicts itself: {ids_name} is not kept_indices; export again")
         kept = compare_kept(
@@ -433,7 +434,7 @@ def graph_parity(
         name, want, have = info.name, expected[info.name], got[info.name]
         if kept_indices is not None and manifest.prune.pruned and _TOKEN_IDS.get(name) == ids_name:
             recovery = Recovery.from_golden(golden, tokens=manifest.prune.image_tokens, width=want.shape[2])
-            ids = _ids(expected[_TOKEN_IDS[name]])[prefix:] - prefix, kept_indices
+            ids = _image_indices(manifest, _ids(expected[_TOKEN_IDS[name]])[prefix:] - prefix), kept_indices
             tokens = manifest.prune.image_tokens
             tensors.append(_compare_rows(name, want, have, ids=ids, tokens=tokens, recovery=recovery, bound=bound))
         elif kept is not None and name == ids_name and not kept.exact:
@@ -449,6 +450,12 @@ def graph_parity(
         kept_indices=() if kept_indices is None else tuple(kept_indices.tolist()),
         text=None if read is None else text_parity(read.reshape(-1), expected["logits"], got["logits"]),
     )
+
+
+def _image_indices(manifest: Manifest, numbers: np.ndarray) -> np.ndarray:
+    """Image tokens by their numbers (T,) in the unpruned image; row ends, which are none, are -1, or left out there."""
+    indices = manifest.frame.image_indices(numbers + manifest.frame.before)
+    return indices if manifest.prune.pruned else indices[indices >= 0]
 
 
 def _ids(array: np.ndarray) -> np.ndarray:

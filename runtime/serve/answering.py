@@ -78,7 +78,7 @@ class _Seeing(_Asked):
         start = time.perf_counter()
         seen = session.run({"pixel_values": job.pixel_values})
         took_ms = (time.perf_counter() - start) * 1e3
-        kept = kept_tokens(seen, before=self._bundle.manifest.frame.before)
+        kept = kept_tokens(seen, frame=self._bundle.manifest.frame)
         say(Event(job=job.number, kept=kept, image_ready_ms=took_ms))
 
 

@@ -124,6 +124,7 @@ class Desk:
             "image_tokens": manifest.prune.image_tokens,
             "rows": rows,
             "columns": columns,
+            "overview": manifest.prune.overview,
             "why_no_answer": self.why_no_answer,
             "twin": None if self._twin is None else self._twin.title,
             "why_no_twin": self._why_no_twin,

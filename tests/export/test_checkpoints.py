@@ -628,10 +628,8 @@ def _nulled() -> list[tuple[str | None, str]]:
     """Every key that is read, by section."""
     keys: list[tuple[str | None, str]] = [(None, key) for key in llava_config._LLAVA_DEFAULTS if key != "model_type"]
     keys += [(None, "image_token_id"), (None, "image_seq_length"), (None, "quantization_config")]
-    keys += [("vision_config", key) for key in llava_config._VISION_DEFAULTS]
-    keys += [
-        ("text_config", key) for key in (*llava_config._TEXT_DEFAULTS, "rope_parameters", "rope_scaling", "rope_theta")
-    ]
+    keys += [("vision_config", key) for key in llava_config._CLIP]
+    keys += [("text_config", key) for key in (*llava_config._LLAMA, "rope_parameters", "rope_scaling", "rope_theta")]
     return keys
 
 

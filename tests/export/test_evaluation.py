@@ -133,10 +133,11 @@ def test_what_counts_as_right_is_what_greedy_decoding_says(
     lines = [Line("a.png", "How many are there?", answer) for answer in ("otherwise", "as said", "short")]
     reading = model.read(photo, lines, [cut])
     chooser = run._Chooser(model, run.Wanted(UNPRUNED if spec is None else "vlm-pruner", keep, cut))
-    tokens, indices = chooser.choose(reading.features[cut])
-    if spec is not None:
-        assert indices[0].tolist() == golden["kept_indices"].tolist()
-    assert model.right(reading, cut, tokens, indices) == [False, True, said[2] == said[-1]]
+    kept = chooser.choose(reading.features[cut])
+    assert (kept is None) == (spec is None)
+    if kept is not None:
+        assert kept[1][0].tolist() == golden["kept_indices"].tolist()
+    assert model.right(reading, cut, kept) == [False, True, said[2] == said[-1]]
 
 
 def test_a_record_is_filled_once(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +229,8 @@ def test_a_method_that_looks_at_the_question_sees_the_first_one(questions: Path)
     assert torch.allclose(found, expected, atol=1e-6)
     assert reading.features[0].attention is not None  # the class token's
     assert not torch.allclose(reading.features[0].attention, expected, atol=1e-3)
-    tokens, indices = run._Chooser(model, run.Wanted("fastv", 16, 2)).choose(reading.features[2])
+    kept = run._Chooser(model, run.Wanted("fastv", 16, 2)).choose(reading.features[2])
+    assert kept is not None
+    tokens, indices = kept
     assert set(indices[0].tolist()) == set(expected[0].topk(16).indices.tolist())
     assert tokens.shape == (1, 16, reading.image[2].shape[2])

@@ -20,6 +20,7 @@ from export.backends.xnnpack import XNNPACK
 from export.checkpoints import RandomCheckpoint
 from export.families import FAMILIES
 from export.families.family import Family, Frame, ModelEntry
+from export.families.llava_tiles.family import LlavaTiles
 from export.families.qwen_vl.family import QwenVl
 from export.golden import make_golden
 from export.graphs.decoder import Context, build_text_graphs
@@ -36,6 +37,7 @@ from runtime.golden import graph_inputs, output_key, steps
 from runtime.image import preprocess
 from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from tests.tiny_qwen import TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_QWENS
+from tests.tiny_tiles import TILED_NEXT, TILED_ONEVISION
 from tests.wide_family import TINY_WIDE
 
 ATOL = 1e-4
@@ -54,7 +56,7 @@ def test_attention_of_a_class_token_is_asked_only_of_towers_that_have_one() -> N
 
 def _smallest(family: Family[Any]) -> ModelEntry:
     """The one that a test can hold whole: of a family whose models are all large, one that is made for tests."""
-    small = {entry.family.name: entry for entry in TINY_QWENS}
+    small = {entry.family.name: entry for entry in (*TINY_QWENS, TILED_NEXT, TILED_ONEVISION)}
     return small.get(family.name) or min(
         family.models, key=lambda entry: entry.vision_parameter_count(0) + entry.text_parameter_count()
     )
@@ -115,12 +117,14 @@ def _frame(entry: ModelEntry) -> Frame:
 
 
 def _spec(entry: ModelEntry) -> PruneSpec:
-    tokens = entry.geometry.image_tokens
-    return PruneSpec(grid=entry.geometry.grid, keep=max(tokens // 9, 7))
+    geometry = entry.geometry
+    return PruneSpec(grid=geometry.grid, overview=geometry.overview, keep=max(geometry.image_tokens // 9, 7))
 
 
 def _photo_inputs(entry: ModelEntry, ids: torch.Tensor, pixels: NDArray[np.float32]) -> dict[str, torch.Tensor]:
     """What transformers' whole model takes beside the ids, as its own processor hands it over."""
+    if isinstance(entry.family, LlavaTiles):
+        return {"pixel_values": torch.from_numpy(pixels)[None], "image_sizes": torch.tensor([entry.family.image_size])}
     if not isinstance(entry.family, QwenVl):
         return {"pixel_values": torch.from_numpy(pixels)}
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -192,9 +196,9 @@ def test_frame_is_consistent(entry: ModelEntry) -> None:
     frame = entry.family.frame((1, 7, 9), geometry)
     assert frame.prefix_ids == (1, 7, 9)
     assert len(frame.slots) == geometry.image_tokens
-    assert {frame.ids[slot] for slot in frame.slots} == {geometry.image_token_id}
-    rows, columns = geometry.grid
-    assert frame.places == tuple((0, y, x) for y in range(rows) for x in range(columns))
+    assert {frame.ids[slot] for slot in (*frame.slots, *frame.breaks)} == {geometry.image_token_id}
+    views = enumerate((geometry.overview, geometry.grid) if geometry.overview else (geometry.grid,))
+    assert frame.places == tuple((t, y, x) for t, (rows, columns) in views for y in range(rows) for x in range(columns))
     assert all(len(set(zip(*frame.positions, strict=True))) == len(frame.ids) for _ in frame.positions)
     assert frame.first_text > max(max(row) for row in frame.positions)
 
@@ -303,7 +307,7 @@ def test_open_graphs_equal_the_desktop(entry: ModelEntry, pruned: bool, cut: int
     golden = make_golden(checkpoint, entry, spec, cut=cut, pixel_values=pixels, text=TEXT)
     prefix = read_prompt(checkpoint.folder, entry.geometry, entry).prefix_ids
     frame = entry.family.frame(prefix, entry.geometry)
-    keep = spec.keep if spec else entry.geometry.image_tokens
+    keep = frame.left(spec.keep if spec else entry.geometry.image_tokens)
     context = Context(entry.geometry, frame, keep=keep, cut=cut, text=len(TEXT.ids))
     compared = set()
     for name, graph in Parts(open_text_parts(checkpoint, context, chunk=len(TEXT.ids) - 1)).items():

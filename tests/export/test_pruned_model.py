@@ -226,11 +226,12 @@ def test_answers_are_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch, tm
     reading = model.read(photo, [Line("x", "How many are there?", number) for number in said], [0, 2])
     ends = (reading.block.diff(append=torch.tensor([-1])) != 0).nonzero()[:, 0]
     for number, cell in enumerate(cells):
-        tokens, indices = run._Chooser(model, cell).choose(reading.features[cell.cut])
-        assert kept[number] == [[indices[0].tolist()]]
+        chosen = run._Chooser(model, cell).choose(reading.features[cell.cut])
+        assert chosen is not None
+        assert kept[number] == [[chosen[1][0].tolist()]]
         for last, right in ((answers[number][-1], True), ((answers[number][-1] + 1) % 300, False)):
             reading.goals[ends] = last
-            assert model.right(reading, cell.cut, tokens, indices)[number] is right, cell
+            assert model.right(reading, cell.cut, chosen)[number] is right, cell
 
 
 def test_views_are_laid_out_family_by_family() -> None:

@@ -143,8 +143,9 @@ def test_pruned_answers_are_right_to_the_evaluation(
         monkeypatch.setattr(model._tokenizer, "answer_ids", lambda _, ids=ids: ids[0, :TOKENS].tolist())
         monkeypatch.setattr(model, "_ends", (int(ids[0, TOKENS]),))
         reading = model.read(photo, [Line("x", text, said[number])], [2])
-        tokens, indices = chooser.choose(reading.features[2])
-        assert model.right(reading, 2, tokens, indices) == [True]
-        assert chat.pruned.kept == [[indices[0].tolist()]]
+        kept = chooser.choose(reading.features[2])
+        assert kept is not None
+        assert model.right(reading, 2, kept) == [True]
+        assert chat.pruned.kept == [[kept[1][0].tolist()]]
         whole = evaluation._Chooser(model, evaluation.Wanted(evaluation.UNPRUNED, 576, 2))
-        assert model.right(reading, 2, *whole.choose(reading.features[2])) == [False]
+        assert model.right(reading, 2, whole.choose(reading.features[2])) == [False]

@@ -136,6 +136,18 @@ def test_every_photo_of_the_vectors(bundle: Bundle, tmp_path: Path) -> None:
         assert np.abs(levels).max() <= 1.001
 
 
+def test_tiles_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    place = job_of(bundle, tmp_path / "job")
+    manifest = json.loads((bundle.path / MANIFEST).read_text())
+    manifest["image"]["tiles"] = {"resize": [336, 336], "grid": [1, 1]}
+    (place / BUNDLE_DIR).unlink()
+    (place / BUNDLE_DIR).mkdir()
+    (place / BUNDLE_DIR / MANIFEST).write_text(json.dumps(manifest))
+    received = ran(place, tmp_path / "out")
+    assert received.file.trouble is not None
+    assert "sees a photo in tiles, which this runner cannot cut" in received.file.trouble.message
+
+
 def test_a_gate_waits_no_longer_than_it_says(bundle: Bundle, tmp_path: Path) -> None:
     gate = GateJob(most_celsius=0.1, wait_s=0.0)
     place = job_of(bundle, tmp_path / "job", timing=TimingJob(warmup=0, runs=2), gate=gate)

@@ -160,7 +160,9 @@ BAD_SPECS: list[tuple[dict[str, Any], str]] = [
     ({"grid": "24"}, r"grid='24' must be two"),
     ({"grid": 24}, r"grid=24 must be two"),
     ({"grid": None}, r"grid=None must be two"),
-    ({"grid": (100, 100), "keep": 4}, r"grid=\(100, 100\) has 10000 tokens; at most 8192"),
+    ({"grid": (100, 100), "keep": 4}, r"a 100 x 100 grid has 10000 tokens; at most 8192"),
+    ({"overview": (2, 0)}, r"overview=\(2, 0\) must be two"),
+    ({"overview": (2, 3), "keep": 583}, r"1\.\.582 \(the image tokens of a 24 x 24 grid behind an overview of 2 x 3\)"),
     ({"keep": 0}, r"keep=0 must be a whole number of at least 1"),
     ({"keep": -3}, r"keep=-3 must be a whole number of at least 1"),
     ({"keep": 577}, r"keep=577 must lie in 1\.\.576 \(the image tokens of a 24 x 24 grid\)"),
@@ -184,7 +186,7 @@ BAD_SPECS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("values", "message"), BAD_SPECS, ids=[str(values) for values, _ in BAD_SPECS])
 def test_a_spec_refuses(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        (PruneSpec if values.keys() <= {"grid", "keep"} else Settings)(**values)
+        (PruneSpec if values.keys() <= {"grid", "overview", "keep"} else Settings)(**values)
 
 
 def test_a_spec_is_a_frozen_value() -> None:
@@ -201,7 +203,7 @@ def test_a_spec_is_a_frozen_value() -> None:
 @pytest.mark.parametrize(
     ("keys", "hidden", "message"),
     [
-        ((9, 4), (1, 9, 6), r"keys has shape \(9, 4\); expected \(B, 9, channels\) for grid=\(3, 3\)"),
+        ((9, 4), (1, 9, 6), r"keys has shape \(9, 4\); expected \(B, 9, channels\) for a 3 x 3 grid"),
         ((1, 8, 4), (1, 9, 6), r"keys has shape \(1, 8, 4\); expected \(B, 9"),
         ((1, 9, 4), (1, 10, 6), r"hidden has shape \(1, 10, 6\); expected \(B, 9"),
         ((1, 9, 0), (1, 9, 6), r"keys has shape \(1, 9, 0\)"),

@@ -50,6 +50,9 @@ Manifest read_manifest(const std::filesystem::path& folder, const std::string& v
     if (json.at("schema_version") != kSchemaVersion) {
       throw Trouble(path.string() + " is of another version of the bundle's schema; use runner and bundle of one release");
     }
+    if (!json.at("image").value("tiles", Json()).is_null()) {
+      throw Trouble(path.string() + " sees a photo in tiles, which this runner cannot cut; export it without --image-size");
+    }
     Json prune = json.at("prune");
     std::set<std::string> others;
     for (const auto& keep : json.value("keeps", Json::array())) {

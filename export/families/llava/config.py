@@ -1,11 +1,11 @@
-"""The config.json of a LLaVA-1.5 model: what it may say, what it leaves out, and the sizes that follow."""
+"""The config.json of a LLaVA model: what it may say, what it leaves out, and the sizes that follow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from export.blocks.geometry import Rope, TextGeometry
 from export.settings import (
@@ -23,7 +23,7 @@ from export.settings import (
 from runtime.errors import CheckpointError
 
 # What Hugging Face's config classes assume for a key that config.json leaves out (llava-hf's files leave out most).
-_VISION_DEFAULTS: Mapping[str, Any] = {
+_CLIP: Mapping[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -35,7 +35,15 @@ _VISION_DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-_TEXT_DEFAULTS: Mapping[str, Any] = {
+_SIGLIP: Mapping[str, Any] = {
+    **_CLIP,
+    "model_type": "siglip_vision_model",
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+}
+_LLAMA: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -51,6 +59,25 @@ _TEXT_DEFAULTS: Mapping[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+_MISTRAL: Mapping[str, Any] = {
+    **_LLAMA,
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": None,
+}
+_QWEN2: Mapping[str, Any] = {
+    **_LLAMA,
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+}
+_TOWERS: Mapping[str, Mapping[str, Any]] = {part["model_type"]: part for part in (_CLIP, _SIGLIP)}
+_DECODERS: Mapping[str, Mapping[str, Any]] = {part["model_type"]: part for part in (_LLAMA, _MISTRAL, _QWEN2)}
 _LLAVA_DEFAULTS: Mapping[str, Any] = {
     "model_type": None,
     "image_token_index": 32000,
@@ -62,7 +89,7 @@ _LLAVA_DEFAULTS: Mapping[str, Any] = {
 }
 # A config.json with no vision_config at all means the tower that LLaVA-1.5 was published with.
 VISION_WHEN_ABSENT: Mapping[str, Any] = {
-    **_VISION_DEFAULTS,
+    **_CLIP,
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -70,7 +97,17 @@ VISION_WHEN_ABSENT: Mapping[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
-
+# The same of LLaVA-OneVision: the first 26 layers of SigLIP's shape-optimised tower.
+SIGLIP_WHEN_ABSENT: Mapping[str, Any] = {
+    **_SIGLIP,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 
 _LARGEST_ID = 2**31 - 1
 # Keys of the layout that LLaVA's authors publish; no config.json of Hugging Face's layout has one.
@@ -88,14 +125,66 @@ _AUTHORS_IMAGE_INDEX = -200
 _IMAGE_TOKEN = "<image>"
 
 
-def _one_of(what: str, got: object, allowed: tuple[str, ...]) -> str:
-    remedy = "give a checkpoint of the LLaVA-1.5 family in Hugging Face's layout"
+@dataclass(frozen=True)
+class Kind:
+    """What a config.json of one `model_type` may say: its towers and decoders, and what it leaves out.
+
+    `decoders` are types of text config, of which the first is meant where none is named; `top` are the defaults of keys
+    outside all sections.
+    """
+
+    model_type: str
+    called: str
+    when_absent: Mapping[str, Any]
+    decoders: tuple[str, ...]
+    strategy: str
+    top: Mapping[str, Any]
+
+    @property
+    def tower(self) -> str:
+        """The type of its tower."""
+        named: str = self.when_absent["model_type"]
+        return named
+
+
+LLAVA_KIND = Kind("llava", "LLaVA-1.5", VISION_WHEN_ABSENT, ("llama",), "default", _LLAVA_DEFAULTS)
+NEXT_KIND = Kind(
+    "llava_next",
+    "LLaVA-NeXT",
+    VISION_WHEN_ABSENT,
+    ("llama", "mistral"),
+    "default",
+    {
+        **_LLAVA_DEFAULTS,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    },
+)
+ONEVISION_KIND = Kind(
+    "llava_onevision",
+    "LLaVA-OneVision",
+    SIGLIP_WHEN_ABSENT,
+    ("qwen2",),
+    "full",
+    {
+        **_LLAVA_DEFAULTS,
+        "image_token_index": 151646,
+        "video_token_index": 151647,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+        "vision_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+    },
+)
+
+
+def _one_of(what: str, got: object, allowed: tuple[str, ...], called: str = "LLaVA-1.5") -> str:
+    remedy = f"give a checkpoint of the {called} family in Hugging Face's layout"
     return one_of(f"config.json: {what}", got, allowed, remedy)
 
 
 @dataclass(frozen=True)
 class VisionGeometry:
-    """The CLIP tower: sizes in channels, pixels and layers."""
+    """The tower of CLIP, or without a `class_token` SigLIP's: sizes in channels, pixels and layers."""
 
     hidden: int
     layers: int
@@ -106,6 +195,7 @@ class VisionGeometry:
     channels: int
     norm_eps: float
     activation: str
+    class_token: bool = True
 
     def __post_init__(self) -> None:
         positive(
@@ -131,7 +221,7 @@ class VisionGeometry:
             raise CheckpointError(
                 f"config.json: vision_config.num_channels={self.channels}; only RGB (3) images are supported"
             )
-        _one_of("vision_config.hidden_act", self.activation, ("quick_gelu", "gelu"))
+        _one_of("vision_config.hidden_act", self.activation, ("quick_gelu", "gelu", "gelu_pytorch_tanh"))
         number("config.json: vision_config.layer_norm_eps", self.norm_eps, above=0, below=1)
 
     @property
@@ -158,6 +248,13 @@ class LlavaGeometry:
     projector_bias: bool
     image_token_id: int
     tied_embeddings: bool
+    # Whether tokens end the rows of an image.
+    newline: ClassVar[bool] = False
+
+    @property
+    def overview(self) -> tuple[int, int] | None:
+        """None: a photo is seen as a whole alone."""
+        return None
 
     def __post_init__(self) -> None:
         if not 1 <= self.tower_layers <= self.vision.layers:
@@ -193,19 +290,24 @@ class LlavaGeometry:
         return 1, self.vision.channels, self.vision.image_size, self.vision.image_size
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> LlavaGeometry:
-        """The geometry a LLaVA config.json describes; CheckpointError when it is not one, or contradicts itself."""
+    def from_config(cls, config: Mapping[str, Any], kind: Kind = LLAVA_KIND, **more: Any) -> Self:
+        """The geometry that a config.json of the `kind` describes, with `more` fields of a class that has more.
+
+        CheckpointError when it is no such file, or contradicts itself.
+        """
         config = without_nulls(config)
         _refuse_other_layouts(config)
-        _one_of("model_type", config.get("model_type"), ("llava",))
-        # An empty section means the defaults of its class, an absent one the tower of the published LLaVA-1.5.
-        defaults = _VISION_DEFAULTS if "vision_config" in config else VISION_WHEN_ABSENT
+        _one_of("model_type", config.get("model_type"), (kind.model_type,), kind.called)
+        # An empty section means the defaults of its class, an absent one the tower of the published model.
+        defaults = _TOWERS[kind.tower] if "vision_config" in config else kind.when_absent
         vision = {**defaults, **section(config, "vision_config")}
-        text = {**_TEXT_DEFAULTS, **section(config, "text_config")}
-        top = {**_LLAVA_DEFAULTS, **config}
-        _one_of("vision_config.model_type", vision["model_type"], ("clip_vision_model",))
-        _one_of("text_config.model_type", text["model_type"], ("llama",))
-        _one_of("vision_feature_select_strategy", top["vision_feature_select_strategy"], ("default",))
+        named = section(config, "text_config").get("model_type", kind.decoders[0])
+        decoder = _one_of("text_config.model_type", named, kind.decoders, kind.called)
+        text = {**_DECODERS[decoder], **section(config, "text_config")}
+        top = {**kind.top, **config}
+        _one_of("vision_config.model_type", vision["model_type"], (kind.tower,), kind.called)
+        _one_of("vision_feature_select_strategy", top["vision_feature_select_strategy"], (kind.strategy,), kind.called)
+        _refuse_windows(text)
         positive("text_config", hidden_size=text["hidden_size"], num_attention_heads=text["num_attention_heads"])
         positive("vision_config", num_hidden_layers=vision["num_hidden_layers"])
         feature_layer = top["vision_feature_layer"]
@@ -216,7 +318,9 @@ class LlavaGeometry:
                 f"config.json: vision_feature_layer={shown(feature_layer)}; one layer number is supported, "
                 "as in LLaVA-1.5"
             )
-        attention_bias = flag("config.json: text_config.attention_bias", text["attention_bias"])
+        # Qwen2's and Mistral's are what they are, whatever a file says.
+        attention_bias = decoder == "llama" and flag("config.json: text_config.attention_bias", text["attention_bias"])
+        mlp_bias = decoder == "llama" and flag("config.json: text_config.mlp_bias", text["mlp_bias"])
         geometry = cls(
             vision=VisionGeometry(
                 hidden=vision["hidden_size"],
@@ -228,6 +332,7 @@ class LlavaGeometry:
                 channels=vision["num_channels"],
                 norm_eps=vision["layer_norm_eps"],
                 activation=vision["hidden_act"],
+                class_token=kind.tower == "clip_vision_model",
             ),
             text=TextGeometry(
                 hidden=text["hidden_size"],
@@ -240,9 +345,9 @@ class LlavaGeometry:
                 max_positions=text["max_position_embeddings"],
                 norm_eps=text["rms_norm_eps"],
                 activation=text["hidden_act"],
-                qkv_bias=attention_bias,
+                qkv_bias=attention_bias or decoder == "qwen2",
                 out_bias=attention_bias,
-                mlp_bias=flag("config.json: text_config.mlp_bias", text["mlp_bias"]),
+                mlp_bias=mlp_bias,
                 rope=Rope.from_text_config(text),
             ),
             # Hugging Face counts hidden states from the embeddings, so index i is the output of the i-th layer.
@@ -254,13 +359,14 @@ class LlavaGeometry:
             ),
             tied_embeddings=flag("config.json: tie_word_embeddings", top["tie_word_embeddings"])
             | flag("config.json: text_config.tie_word_embeddings", text["tie_word_embeddings"]),
+            **more,
         )
         promised = config.get("image_seq_length")
-        if promised is not None and (type(promised) is not int or promised != geometry.image_tokens):
-            rows, columns = geometry.grid
+        if promised is not None and (type(promised) is not int or promised != geometry.vision.tokens):
+            rows, columns = geometry.vision.grid
             raise CheckpointError(
                 f"config.json: image_seq_length={shown(promised)}, but {geometry.vision.image_size} pixels in patches "
-                f"of {geometry.vision.patch_size} make {rows} x {columns} = {geometry.image_tokens} image tokens"
+                f"of {geometry.vision.patch_size} make {rows} x {columns} = {geometry.vision.tokens} image tokens"
             )
         return geometry
 
@@ -281,14 +387,28 @@ class LlavaGeometry:
         }
 
 
-def decisive_part(config: Mapping[str, Any]) -> dict[str, Any]:
+def decisive_part(config: Mapping[str, Any], kind: Kind = LLAVA_KIND) -> dict[str, Any]:
     """Copies from a config.json what decides about the model's arithmetic, and none of what else such files hold."""
     config = without_nulls(config)
-    part = {key: config[key] for key in (*_LLAVA_DEFAULTS, "image_token_id", "image_seq_length") if key in config}
-    for name, keys in (("vision_config", _VISION_DEFAULTS), ("text_config", (*_TEXT_DEFAULTS, *_ROPE_KEYS))):
+    part = {key: config[key] for key in (*kind.top, "image_token_id", "image_seq_length") if key in config}
+    decoder = _DECODERS[section(config, "text_config").get("model_type", kind.decoders[0])]
+    for name, keys in (("vision_config", _TOWERS[kind.tower]), ("text_config", (*decoder, *_ROPE_KEYS))):
         if name in config:
             part[name] = {key: value for key, value in section(config, name).items() if key in keys}
     return part
+
+
+def _refuse_windows(text: Mapping[str, Any]) -> None:
+    """Refuses a decoder whose layers see a part of the text alone."""
+    windowed = "use_sliding_window" in text and flag(
+        "config.json: text_config.use_sliding_window", text["use_sliding_window"]
+    )
+    if windowed or (text["model_type"] == "mistral" and text["sliding_window"] is not None):
+        key = "use_sliding_window" if windowed else "sliding_window"
+        raise CheckpointError(
+            f"config.json: text_config.{key}={shown(text[key])}; a decoder whose layers see a window of the text alone "
+            "is not supported: give a checkpoint whose layers all see everything"
+        )
 
 
 def _refuse_other_layouts(config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 by transformers' own CLIP, projector and LLaMA modules: what its graphs are compared with."""
+"""LLaVA models by transformers' own towers, projectors and decoder layers: what their graphs are compared with."""
 
 from __future__ import annotations
 
@@ -9,26 +9,47 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlavaConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from export.families.desktop import eager, filled
 from export.families.family import Checkpoint, Seen
-from export.families.llava.config import LlavaGeometry, decisive_part
+from export.families.llava.config import LLAVA_KIND, Kind, LlavaGeometry, decisive_part
 from export.families.llava.preprocessor import read_preprocessor
+
+# The config and the projector of each type of model, and layer, norm and rotary embedding of each type of decoder.
+_MODELS: Mapping[str, tuple[Any, Any]] = {
+    "llava": (LlavaConfig, LlavaMultiModalProjector),
+    "llava_next": (LlavaNextConfig, LlavaNextMultiModalProjector),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionMultiModalProjector),
+}
+_DECODERS: Mapping[str, tuple[Any, Any, Any]] = {
+    "llama": (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding),
+    "mistral": (mistral.MistralDecoderLayer, mistral.MistralRMSNorm, mistral.MistralRotaryEmbedding),
+    "qwen2": (qwen2.Qwen2DecoderLayer, qwen2.Qwen2RMSNorm, qwen2.Qwen2RotaryEmbedding),
+}
 
 
 class LlavaDesktop:
     """Modules that are filled when they are asked for, so that memory holds one layer and not the model."""
 
-    def __init__(self, checkpoint: Checkpoint, geometry: LlavaGeometry, device: torch.device | str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, geometry: LlavaGeometry, device: torch.device | str, kind: Kind = LLAVA_KIND
+    ) -> None:
         """Raises CheckpointError for a config.json that transformers does not take."""
         self._checkpoint, self._geometry, self._device = checkpoint, geometry, device
-        self._config = eager_config(checkpoint.config)
-        self._rotary = LlamaRotaryEmbedding(self._config.text_config).to(device)
+        self._config = eager_config(checkpoint.config, kind)
+        self._projects = _MODELS[kind.model_type][1]
+        self._decoder_layer, self._norm, rotary = _DECODERS[self._config.text_config.model_type]
+        self._rotary = rotary(self._config.text_config).to(device)
 
     def pixels(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(height, width, 3) -> (1, 3, H, W), by transformers' own image processor."""
@@ -42,24 +63,30 @@ class LlavaDesktop:
 
         All are without the class token, whose attention it is.
         """
-        config = self._config.vision_config
-        embeddings = self._filled(CLIPVisionEmbeddings(config), "tower.embeddings")
-        norm = torch.nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, device="meta")
-        hidden = self._filled(norm, "tower.pre_layrnorm")(embeddings(pixel_values))
+        return self._seen(pixel_values)
+
+    def _seen(self, pixel_values: Tensor) -> Seen:
+        """The same of each of several pictures (V, 3, H, W); no attention where the tower has no class token."""
+        config, first = self._config.vision_config, int(self._geometry.vision.class_token)
+        embeddings = (CLIPVisionEmbeddings if first else SiglipVisionEmbeddings)(config)
+        hidden = self._filled(embeddings, "tower.embeddings")(pixel_values)
+        if first:
+            norm = torch.nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, device="meta")
+            hidden = self._filled(norm, "tower.pre_layrnorm")(hidden)
         keys: list[Tensor] = []
         weights: list[Tensor] = []
         for index in range(self._geometry.tower_layers):
             with torch.device("meta"):
-                layer = CLIPEncoderLayer(config)
+                layer = (CLIPEncoderLayer if first else SiglipEncoderLayer)(config)
             self._filled(layer, f"tower.layers.{index}")
             layer.self_attn.k_proj.register_forward_hook(lambda _module, _inputs, output: keys.append(output))
             layer.self_attn.register_forward_hook(lambda _module, _inputs, output: weights.append(output[1]))
             hidden = layer(hidden, None)
             del keys[:-1], weights[:-1]
         with torch.device("meta"):
-            projector = LlavaMultiModalProjector(self._config)
-        features = self._filled(projector, "tower.projector")(hidden[:, 1:])
-        return Seen(features, keys[0][:, 1:], weights[0].mean(1)[:, 0, 1:])
+            projector = self._projects(self._config)
+        features = self._filled(projector, "tower.projector")(hidden[:, first:])
+        return Seen(features, keys[0][:, first:], weights[0].mean(1)[:, 0, 1:] if first else None)
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for hidden (1, T, D) at positions (1, T)."""
@@ -69,18 +96,18 @@ class LlavaDesktop:
     def layer(self, index: int) -> nn.Module:
         """A decoder layer."""
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self._config.text_config, index)
+            layer = self._decoder_layer(self._config.text_config, index)
         return self._filled(layer, f"layers.{index}")
 
     def norm(self) -> nn.Module:
         """The norm in front of the output matrix."""
         config = self._config.text_config
-        return self._filled(LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps), "norm")
+        return self._filled(self._norm(config.hidden_size, eps=config.rms_norm_eps), "norm")
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
         return filled(module, self._checkpoint, self._device, lambda name: f"{prefix}.{name}")
 
 
-def eager_config(given: Mapping[str, Any]) -> Any:
+def eager_config(given: Mapping[str, Any], kind: Kind = LLAVA_KIND) -> Any:
     """transformers' own reading of what counts in config.json, with the plain attention that defines the arithmetic."""
-    return eager(LlavaConfig, decisive_part(given))
+    return eager(_MODELS[kind.model_type][0], decisive_part(given, kind))

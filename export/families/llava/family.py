@@ -27,6 +27,7 @@ class Llava:
     name = model_type = "llava"
     class_token = True
     backends = None
+    drop_in = True
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -95,7 +96,7 @@ class Llava:
 LLAVA = Llava()
 
 # The system prompt LLaVA-1.5 was trained with (Vicuna's); with it the prefix has the 35 tokens of the paper's costs.
-_VICUNA_SYSTEM = (
+VICUNA_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
@@ -177,7 +178,7 @@ LLAVA_7B = ModelEntry(
     summary="LLaVA-1.5 with Vicuna 7B: 576 image tokens, 32 layers of width 4096",
     hub_id="llava-hf/llava-1.5-7b-hf",
     config=_llava_config(hidden=4096, mlp=11008, layers=32, heads=32),
-    system_prompt=_VICUNA_SYSTEM,
+    system_prompt=VICUNA_SYSTEM,
 )
 LLAVA_13B = ModelEntry(
     family=LLAVA,
@@ -185,7 +186,7 @@ LLAVA_13B = ModelEntry(
     summary="LLaVA-1.5 with Vicuna 13B: 576 image tokens, 40 layers of width 5120",
     hub_id="llava-hf/llava-1.5-13b-hf",
     config=_llava_config(hidden=5120, mlp=13824, layers=40, heads=40),
-    system_prompt=_VICUNA_SYSTEM,
+    system_prompt=VICUNA_SYSTEM,
 )
 POCKET = ModelEntry(
     family=LLAVA,

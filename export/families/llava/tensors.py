@@ -1,4 +1,4 @@
-"""The tensors of a LLaVA-1.5 model: what the graphs call them, and how files of either published layout spell them."""
+"""The tensors of a LLaVA model: what the graphs call them, and how files of either published layout spell them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from export.families.llava.config import LlavaGeometry
 _PUBLISHED: Mapping[str, str] = {
     "tower.layers.": "vision_tower.encoder.layers.",
     "tower.projector.": "multi_modal_projector.",
+    "tower.image_newline": "image_newline",
     "tower.": "vision_tower.",
     "lm_head.": "lm_head.",
     "": "language_model.",
@@ -88,10 +89,16 @@ def other_layout(stored: Sequence[str]) -> str | None:
 def _tower_tensors(geometry: LlavaGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
     vision, text = geometry.vision, geometry.text
     width, patch = vision.hidden, vision.patch_size
-    yield "tower.embeddings.class_embedding", (width,)
+    if geometry.newline:
+        yield "tower.image_newline", (text.hidden,)
+    if vision.class_token:
+        yield "tower.embeddings.class_embedding", (width,)
     yield "tower.embeddings.patch_embedding.weight", (width, vision.channels, patch, patch)
-    yield "tower.embeddings.position_embedding.weight", (vision.tokens + 1, width)
-    for norm in ("pre_layrnorm", "post_layernorm"):  # the first spelling is the published one
+    if not vision.class_token:
+        yield "tower.embeddings.patch_embedding.bias", (width,)
+    yield "tower.embeddings.position_embedding.weight", (vision.tokens + vision.class_token, width)
+    # The first spelling is the published one.
+    for norm in ("pre_layrnorm", "post_layernorm") if vision.class_token else ("post_layernorm",):
         yield f"tower.{norm}.weight", (width,)
         yield f"tower.{norm}.bias", (width,)
     for index in range(vision.layers):

@@ -12,24 +12,60 @@ from export.families.family import Seen
 from export.families.llava.config import LlavaGeometry, VisionGeometry
 
 
-class ClipEmbeddings(nn.Module):
-    """Patches through a convolution that does not overlap, the class token in front, positions added."""
+class PatchEmbeddings(nn.Module):
+    """Patches through a convolution that does not overlap, positions added; CLIP's have the class token in front."""
 
     def __init__(self, vision: VisionGeometry) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(
-            vision.channels, vision.hidden, vision.patch_size, stride=vision.patch_size, bias=False, device="meta"
+            vision.channels,
+            vision.hidden,
+            vision.patch_size,
+            stride=vision.patch_size,
+            bias=not vision.class_token,
+            device="meta",
         )
-        self.class_embedding = nn.Parameter(torch.empty(vision.hidden, device="meta"), requires_grad=False)
-        self.position_embedding = nn.Embedding(vision.tokens + 1, vision.hidden, device="meta")
+        self.class_embedding = (
+            nn.Parameter(torch.empty(vision.hidden, device="meta"), requires_grad=False) if vision.class_token else None
+        )
+        self.position_embedding = nn.Embedding(vision.tokens + vision.class_token, vision.hidden, device="meta")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (1, 1 + N, D)"""
+        """(V, 3, H, W) -> (1, V * T, D), view by view, T = N or with a class token 1 + N."""
         patches = self.patch_embedding(pixel_values)
-        _, width, rows, columns = patches.shape
-        patches = patches.reshape(1, width, rows * columns).permute(0, 2, 1)
-        tokens = torch.cat([self.class_embedding.reshape(1, 1, width), patches], dim=1)
-        return tokens + self.position_embedding.weight
+        views, width, rows, columns = patches.shape
+        tokens = patches.reshape(views, width, rows * columns).permute(0, 2, 1)
+        if self.class_embedding is not None:
+            first = self.class_embedding.reshape(1, 1, width)
+            tokens = torch.cat([first if views == 1 else first.expand(views, 1, width), tokens], dim=1)
+        placed: Tensor = tokens + self.position_embedding.weight
+        return placed if views == 1 else placed.reshape(1, -1, width)
+
+
+def tower_layers(geometry: LlavaGeometry, *, windows: int = 1) -> nn.ModuleList:
+    """The layers up to the one whose output is projected, over so many pictures, one behind the other."""
+    vision = geometry.vision
+    return nn.ModuleList(
+        TowerLayer(
+            width=vision.hidden,
+            heads=vision.heads,
+            inner=vision.mlp,
+            activation=vision.activation,
+            norm_eps=vision.norm_eps,
+            windows=windows,
+        )
+        for _ in range(geometry.tower_layers)
+    )
+
+
+def projector(geometry: LlavaGeometry) -> Projector:
+    """From the tower's width to the decoder's."""
+    return Projector(
+        width=geometry.vision.hidden,
+        out=geometry.text.hidden,
+        activation=geometry.projector_activation,
+        bias=geometry.projector_bias,
+    )
 
 
 class ClipTower(nn.Module):
@@ -38,25 +74,11 @@ class ClipTower(nn.Module):
     def __init__(self, geometry: LlavaGeometry) -> None:
         super().__init__()
         vision = geometry.vision
-        self.embeddings = ClipEmbeddings(vision)
+        self.embeddings = PatchEmbeddings(vision)
         # The missing e is in the published tensor names.
         self.pre_layrnorm = LayerNorm(vision.hidden, vision.norm_eps)
-        self.layers = nn.ModuleList(
-            TowerLayer(
-                width=vision.hidden,
-                heads=vision.heads,
-                inner=vision.mlp,
-                activation=vision.activation,
-                norm_eps=vision.norm_eps,
-            )
-            for _ in range(geometry.tower_layers)
-        )
-        self.projector = Projector(
-            width=vision.hidden,
-            out=geometry.text.hidden,
-            activation=geometry.projector_activation,
-            bias=geometry.projector_bias,
-        )
+        self.layers = tower_layers(geometry)
+        self.projector = projector(geometry)
 
     def forward(self, pixel_values: Tensor, *, attention: bool = False) -> Seen:
         """(1, 3, H, W) -> features (1, N, D) and keys (1, N, Dv) of the last layer run, both without the class token.

@@ -206,6 +206,7 @@ class QwenGeometry:
     image_size: tuple[int, int]
     image_token_id: int
     tied_embeddings: bool
+    overview = None
 
     def __post_init__(self) -> None:
         if self.tower.out != self.text.hidden:

@@ -53,6 +53,11 @@ class QwenVl:
         return frozenset({"onnx", "xnnpack"})
 
     @property
+    def drop_in(self) -> bool:
+        """False: those runtimes know no positions on three axes."""
+        return False
+
+    @property
     def models(self) -> tuple[ModelEntry, ...]:
         """What `--model` can name of it."""
         return tuple(entry for entry in _MODELS if entry.family == self)

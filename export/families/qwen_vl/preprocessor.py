@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.families.image_settings import read_settings
 from export.families.qwen_vl.config import QwenGeometry, Version
-from export.settings import flag, number, read_object, shown
+from export.settings import shown
 from runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _PUBLISHED: Mapping[Version, Mapping[str, Any]] = {
     "qwen3_vl": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
 }
 _KIND = "Qwen2VLImageProcessor"
-_STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
 def read_preprocessor(folder: Path | None, geometry: QwenGeometry) -> dict[str, Any]:
@@ -45,22 +44,9 @@ def read_preprocessor(folder: Path | None, geometry: QwenGeometry) -> dict[str, 
     no say: the size is fixed. Raises CheckpointError for what is no setting of transformers' class, or not of this
     model.
     """
-    found, where = _given(folder)
-    given = _PUBLISHED[geometry.version] if found is None else found
-    named = given.get("image_processor_type", _KIND)
-    if not isinstance(named, str) or named.removesuffix("Fast").removesuffix("Pil") != _KIND:
-        raise CheckpointError(
-            f"{where}: image_processor_type is {shown(named)}; supported: {_KIND}; other processors show the model "
-            f"other pixels: give a checkpoint of {geometry.version}"
-        )
-    settings = {**_USUAL, **{key: value for key, value in given.items() if key in _USUAL}}
-    for name in _STEPS:
-        if not flag(f"{where}: {name}", settings[name] if settings[name] is not None else False):
-            raise CheckpointError(
-                f"{where}: {name} is {json.dumps(settings[name])}, so that transformers leaves the step out; "
-                "only true is supported; correct it or download the file again"
-            )
-    settings["do_convert_rgb"] = True  # photos are RGB when they come here
+    settings, given, where = read_settings(
+        folder, _KIND, _USUAL, f"give a checkpoint of {geometry.version}", without=_PUBLISHED[geometry.version]
+    )
     tower = geometry.tower
     for name, size in (
         ("patch_size", tower.patch_size),
@@ -73,27 +59,7 @@ def read_preprocessor(folder: Path | None, geometry: QwenGeometry) -> dict[str, 
                 "models: download them again"
             )
         settings[name] = size
-    if type(settings["resample"]) is not int or not 0 <= settings["resample"] <= 3:
-        raise CheckpointError(
-            f"{where}: resample must be one of Pillow's numbers 0..3, got {shown(settings['resample'])}; 3 is bicubic"
-        )
-    settings["rescale_factor"] = number(f"{where}: rescale_factor", settings["rescale_factor"], above=0)
     return settings
-
-
-def _given(folder: Path | None) -> tuple[Mapping[str, Any] | None, str]:
-    if folder is None:
-        return None, "image settings"
-    path = folder / "processor_config.json"
-    nested = (read_object(path) or {}).get("image_processor")
-    if nested is None:
-        path = folder / "preprocessor_config.json"
-        return read_object(path), str(path)
-    if not isinstance(nested, dict):
-        raise CheckpointError(
-            f"{path}: image_processor must be an object, got {shown(nested)}; download the file again"
-        )
-    return nested, f"{path}: image_processor"
 
 
 def image_info(folder: Path | None, geometry: QwenGeometry) -> ImageInfo:

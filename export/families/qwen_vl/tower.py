@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from export.blocks.attention import blocks
 from export.blocks.projector import Projector
 from export.blocks.rope import turns
 from export.blocks.rotary_tower import RotaryTowerLayer, tower_norm
@@ -153,24 +154,16 @@ class QwenTower(nn.Module):
     def _together(self, x: Tensor) -> Tensor:
         """Patches row by row -> those of an image token, and image tokens of a window, together: (1, T, D) -> same."""
         _, patches, width = x.shape
-        tokens = _blocks(x, self.rows, self.merge, self.columns, self.merge)
+        tokens = blocks(x, self.rows, self.merge, self.columns, self.merge)
         if self.window is not None:
             tokens = tokens.reshape(1, self.rows * self.columns, -1)
-            tokens = _blocks(tokens, self.rows // self.window, self.window, self.columns // self.window, self.window)
+            tokens = blocks(tokens, self.rows // self.window, self.window, self.columns // self.window, self.window)
         return tokens.reshape(1, patches, width)
 
     def _in_rows(self, x: Tensor) -> Tensor:
         """Image tokens window by window -> row by row: (1, N, D) -> same."""
         if self.window is None:
             return x
-        return _blocks(x, self.rows // self.window, self.columns // self.window, self.window, self.window).reshape(
+        return blocks(x, self.rows // self.window, self.columns // self.window, self.window, self.window).reshape(
             x.shape
         )
-
-
-def _blocks(x: Tensor, first: int, second: int, third: int, fourth: int) -> Tensor:
-    """Swaps the middle two of four axes that the rows of x (1, T, D) are: -> (first, third, second, fourth * D)
-
-    No more than four axes at a time, because delegates take no more.
-    """
-    return x.reshape(first, second, third, fourth * x.shape[2]).permute(0, 2, 1, 3)

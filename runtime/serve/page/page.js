@@ -136,19 +136,26 @@ function busy(yes, words) {
 }
 
 function overlay(kept) {
-  const {rows, columns} = state.facts;
+  const {rows, columns, overview} = state.facts;
   const chosen = new Set(kept);
+  const before = overview ? overview[0] * overview[1] : 0;
   const cells = (wanted) => {
     let path = "";
     for (let at = 0; at < rows * columns; at++) {
-      if (chosen.has(at) === wanted) path += `M${at % columns} ${Math.floor(at / columns)}h1v1h-1z`;
+      if (chosen.has(before + at) === wanted) path += `M${at % columns} ${Math.floor(at / columns)}h1v1h-1z`;
     }
     return path;
   };
+  // Tokens of the view of the whole photo are larger than those of its tiles.
+  const larger = () => {
+    const [height, width] = [rows / overview[0], columns / overview[1]];
+    const shape = (at) => `M${(at % overview[1]) * width} ${Math.floor(at / overview[1]) * height}h${width}v${height}h-${width}z`;
+    return kept.filter((at) => at < before).map(shape).join("");
+  };
   part("show-field").hidden = !kept.length;
-  const whole = !kept.length || kept.length === rows * columns;
+  const whole = !kept.length || kept.length === before + rows * columns;
   part("dropped").setAttribute("d", whole ? "" : cells(false));
-  part("kept").setAttribute("d", whole ? "" : cells(true));
+  part("kept").setAttribute("d", whole ? "" : cells(true) + (overview ? larger() : ""));
 }
 
 // Question and answers

@@ -243,6 +243,9 @@ public struct Manifest: Equatable {
           + "release")
     }
     name = try fields.name("name")
+    if try fields.fields("image").optional("tiles") != nil {
+      throw Trouble("\(name) sees a photo in tiles, which this app cannot cut; export it without --image-size")
+    }
     model = try fields.name("model")
     let target = try fields.fields("target")
     backend = try target.name("backend")

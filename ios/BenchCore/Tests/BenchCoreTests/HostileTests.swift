@@ -177,6 +177,7 @@ final class HostileTests: XCTestCase {
       ("schema_version", "3", "use app and bundle of one release"), ("schema_version", "null", "is missing"),
       ("prune", "{\"cut\": 1, \"image_tokens\": 10, \"keep\": 11, \"grid\": [2, 5]}", "not in"),
       ("prune", "{\"cut\": 1, \"image_tokens\": 10, \"keep\": 4, \"grid\": [2147483647, 2147483647]}", "does not hold"),
+      ("image", "{\"tiles\": {\"resize\": [2, 2], \"grid\": [1, 1]}}", "in tiles, which this app cannot cut"),
       ("graphs", "[]", "no graphs"), ("frame", "[]", "no object"), ("name", "1", "is no text"),
       ("text", "{\"tokens\": 1e3, \"chunk\": 8}", "no whole number"),
     ] {

@@ -242,6 +242,9 @@ data class Manifest(
                 )
             }
             val name = fields.name("name")
+            if (fields.fields("image").optional("tiles") != null) {
+                throw Trouble("$name sees a photo in tiles, which this app cannot cut; export it without --image-size")
+            }
             val listed =
                 fields.optionalObjects("keeps") { entry, place ->
                     Fields(entry, place).let { PruneInfo.of(it.fields("prune")) to it.name("graph") }

@@ -239,6 +239,7 @@ private fun manifests(checks: Checks) {
             Triple("schema_version", "null", "is missing"),
             Triple("prune", "{\"cut\": 1, \"image_tokens\": 10, \"keep\": 11, \"grid\": [2, 5]}", "not in"),
             Triple("prune", "{\"cut\": 1, \"image_tokens\": 10, \"keep\": 4, \"grid\": [65536, 65536]}", "not hold"),
+            Triple("image", "{\"tiles\": {\"resize\": [2, 2], \"grid\": [1, 1]}}", "in tiles, which this app cannot cut"),
             Triple("graphs", "[]", "no graphs"), Triple("frame", "[]", "no object"), Triple("name", "1", "is no text"),
             Triple("text", "{\"tokens\": 1e3, \"chunk\": 8}", "no whole number"),
             Triple("files", "{\"../a\": {\"size_bytes\": 1}}", "no plain path"),
