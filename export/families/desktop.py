@@ -71,11 +71,19 @@ class DecoderDesktop:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device | str, config: Any, *, layer: Any, norm: Any, rotary: Any
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str,
+        config: Any,
+        classes: tuple[Any, Any, Any] | None = None,
     ) -> None:
-        """`config` is transformers' own of the decoder (see `eager`)."""
+        """`config` is transformers' own of the decoder (see `eager`); without classes they are LLaMA's."""
+        from transformers.models.llama import modeling_llama as llama
+
+        usual = llama.LlamaDecoderLayer, llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding
+        self._layer, self._norm, rotary = classes or usual
         self._checkpoint, self._device, self._decoder = checkpoint, device, config
-        self._layer, self._norm, self._rotary = layer, norm, rotary(config).to(device)
+        self._rotary = rotary(config).to(device)
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for hidden (1, T, D) at positions (1, T)."""

@@ -411,6 +411,14 @@ def renamed(name: str, starts: Mapping[str, str]) -> str:
     return starts[start] + name.removeprefix(start)
 
 
+def tensor_entries(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], starts: Mapping[str, str], *, tied: bool
+) -> dict[str, TensorEntry]:
+    """Entries of canonical names and shapes, spelled as `renamed` does; `tied` embeddings stand in for lm_head's."""
+    instead = {"lm_head.weight": "embed_tokens.weight"} if tied else {}
+    return {name: TensorEntry(shape, (renamed(name, starts),), instead=instead.get(name)) for name, shape in shapes}
+
+
 def linear(name: str, width_in: int, width_out: int, *, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a linear layer's tensors."""
     yield f"{name}.weight", (width_out, width_in)

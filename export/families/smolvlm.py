@@ -15,7 +15,7 @@ from export.families.family import (
     TensorEntry,
     decoder_tensors,
     linear,
-    renamed,
+    tensor_entries,
 )
 from export.families.image_settings import COMMON, read_settings
 from export.families.llava.config import (
@@ -25,9 +25,10 @@ from export.families.llava.config import (
     decisive_sections,
     decoder_geometry,
     decoder_section,
+    ties_embeddings,
 )
 from export.families.llava.tensors import vision_tensors
-from export.settings import LARGEST_SIZE, flag, one_of, refuse_quantised, section, shown, whole, without_nulls
+from export.settings import LARGEST_SIZE, one_of, section, shown, whole, without_nulls
 from runtime.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ _REMEDY = "give a checkpoint of SmolVLM2 in Hugging Face's layout"
 
 
 class SmolVlm(PlainFamily):
-    """SmolVLM2 (arXiv 2504.05299), which is shown a photo as a whole: what its processor calls the global image.
-
-    Each prompt is a prefix that ends with two marks of the processor, one square image, a mark, and the question.
-    """
+    """SmolVLM2 (arXiv 2504.05299): a prefix with marks of the processor at its end, one square image, the question."""
 
     name = model_type = "smolvlm"
     built_parts = "model.vision_model.", "model.connector.", "model.text_model.", "lm_head."
@@ -76,15 +74,14 @@ class SmolVlm(PlainFamily):
     def resized(self, size: tuple[int, int]) -> SmolVlm:
         """Raises RequestError: larger photos are tiles with text between them, which no frame of the graphs has."""
         raise RequestError(
-            "image_size is not for SmolVLM2: the processor cuts a larger photo into tiles and writes text between "
-            "them, and the graphs know one image without text inside; leave --image-size out, the photo is seen whole"
+            "image_size is not for SmolVLM2: its processor writes text between the tiles of a larger photo, and the "
+            "graphs know one image without text inside; leave --image-size out, and photos are seen whole"
         )
 
     def geometry(self, config: Mapping[str, Any]) -> PlainGeometry:
         """Reads the sizes; CheckpointError when it is no config.json of the family, or contradicts itself."""
         config = without_nulls(config)
         one_of("config.json: model_type", config.get("model_type"), (self.model_type,), _REMEDY)
-        refuse_quantised(config, section(config, "vision_config"), section(config, "text_config"))
         if not section(config, "text_config"):
             raise CheckpointError("config.json has no text_config, which says the decoder's sizes; download it again")
         top, vision = {**_TOP, **config}, {**_VISION, **section(config, "vision_config")}
@@ -95,27 +92,23 @@ class SmolVlm(PlainFamily):
             text=decoder_geometry(text),
             merge=whole("config.json: scale_factor", top["scale_factor"], 1, LARGEST_SIZE),
             image_token_id=whole("config.json: image_token_id", top["image_token_id"], 0, 2**31 - 1),
-            tied_embeddings=flag("config.json: tie_word_embeddings", top["tie_word_embeddings"]),
+            tied_embeddings=ties_embeddings(top, text),
         )
 
     def tensors(self, geometry: PlainGeometry) -> Mapping[str, TensorEntry]:
         """Lists every tensor of the whole model by its canonical name."""
-        joined = geometry.vision.hidden * geometry.merge**2
-        projector = linear("tower.projector", joined, geometry.text.hidden, bias=False)
-        tied = {"lm_head.weight": "embed_tokens.weight"} if geometry.tied_embeddings else {}
-        return {
-            name: TensorEntry(shape, (renamed(name, _STORED),), instead=tied.get(name))
-            for name, shape in (*vision_tensors(geometry.vision), *projector, *decoder_tensors(geometry.text))
-        }
+        projector = linear("tower.projector", geometry.joined, geometry.text.hidden, bias=False)
+        shapes = (*vision_tensors(geometry.vision), *projector, *decoder_tensors(geometry.text))
+        return tensor_entries(shapes, _STORED, tied=geometry.tied_embeddings)
 
-    def settings(self, folder: Path | None, geometry: PlainGeometry) -> dict[str, Any]:
-        """The image settings in `folder`, as published without any; CheckpointError for those of another model."""
+    def settings(self, folder: Path | None, size: int) -> dict[str, Any]:
+        """The image settings in `folder` for `size` pixels, as published without any; CheckpointError for others'."""
         settings, given, where = read_settings(folder, "SmolVLMImageProcessor", _PIXELS, _REMEDY)
-        edge = {"longest_edge": geometry.vision.image_size}
+        edge = {"longest_edge": size}
         if given.get("max_image_size", edge) != edge:
             raise CheckpointError(
-                f"{where}: max_image_size is {shown(given['max_image_size'])}, but the tower takes "
-                f"{edge['longest_edge']} pixels; the files belong to different models: download them again"
+                f"{where}: max_image_size is {shown(given['max_image_size'])}, but the tower takes {shown(edge)}; "
+                "the files belong to different models: download them again"
             )
         return {**settings, "max_image_size": edge}
 
@@ -123,8 +116,8 @@ class SmolVlm(PlainFamily):
         """How a photo becomes pixel_values: squeezed into the tower's square, whatever its shape."""
         from runtime.bundle import ImageInfo
 
-        size = dict.fromkeys(("height", "width"), geometry.vision.image_size)
-        return ImageInfo.from_preprocessor({**self.settings(folder, geometry), "size": size, "do_center_crop": False})
+        size = geometry.vision.image_size
+        return ImageInfo.from_preprocessor({**self.settings(folder, size), "size": size, "do_center_crop": False})
 
     def tower(self, geometry: PlainGeometry) -> nn.Module:
         """pixel_values (1, 3, H, W) -> Seen: SigLIP's tower, its last norm, and one linear layer."""
@@ -132,9 +125,8 @@ class SmolVlm(PlainFamily):
 
         from export.families.llava.tower import ClipTower
 
-        vision, merge = geometry.vision, geometry.merge
-        projector = nn.Linear(vision.hidden * merge**2, geometry.text.hidden, bias=False, device="meta")
-        return ClipTower(vision, layers=vision.layers, projector=projector, merge=merge, post_norm=True)
+        projector = nn.Linear(geometry.joined, geometry.text.hidden, bias=False, device="meta")
+        return ClipTower(geometry.vision, projector=projector, merge=geometry.merge, post_norm=True)
 
     def desktop(self, checkpoint: Checkpoint, device: torch.device | str) -> SmolDesktop:
         """The same model by transformers' own modules."""
@@ -147,20 +139,18 @@ class SmolDesktop(DecoderDesktop):
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str) -> None:
         """Raises CheckpointError for a config.json that transformers does not take."""
         from transformers import SmolVLMConfig
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
         given = without_nulls(checkpoint.config)
         part = {key: given[key] for key in _TOP if key in given} | decisive_sections(given, _VISION, "llama")
         self._config = eager(SmolVLMConfig, part)
-        parts = {"layer": LlamaDecoderLayer, "norm": LlamaRMSNorm, "rotary": LlamaRotaryEmbedding}
-        super().__init__(checkpoint, device, self._config.text_config, **parts)
+        super().__init__(checkpoint, device, self._config.text_config)
 
     def pixels(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(height, width, 3) -> (1, 3, H, W), by transformers' own image processor, which squeezes in one step."""
         import numpy as np
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-        settings = SMOLVLM.settings(self._checkpoint.folder, SMOLVLM.geometry(self._checkpoint.config))
+        settings = SMOLVLM.settings(self._checkpoint.folder, self._checkpoint.geometry.pixel_values[2])
         processor = SmolVLMImageProcessorPil(**{**settings, "do_resize": False, "do_image_splitting": False})
         prepared = processor(photo, input_data_format="channels_last", return_tensors="np")
         return np.asarray(prepared["pixel_values"][0], dtype=np.float32)
@@ -185,8 +175,8 @@ SMOLVLM = SmolVlm()
 
 def _entry(size: str, hub: str, merge: int, tower: tuple[int, ...], decoder: tuple[float, ...]) -> ModelEntry:
     vision, text = dict(zip(_TOWER, tower, strict=True)), dict(zip(_DECODER, decoder, strict=True))
-    tokens = (vision["image_size"] // vision["patch_size"] // merge) ** 2
     ids = {"vocab_size": 49280, "bos_token_id": 1, "eos_token_id": 49279}
+    tokens = (tower[4] // tower[5] // merge) ** 2
     return ModelEntry(
         family=SMOLVLM,
         name=f"smolvlm2-{size}",
@@ -203,9 +193,8 @@ def _entry(size: str, hub: str, merge: int, tower: tuple[int, ...], decoder: tup
     )
 
 
-_BASE, _SHAPE_OPTIMISED = (768, 3072, 12, 12, 512, 16), (1152, 4304, 27, 16, 384, 14)
 _MODELS = (
-    _entry("256m", "256M-Video-Instruct", 4, _BASE, (576, 1536, 30, 9, 3, 8192, 100000.0)),
-    _entry("500m", "500M-Video-Instruct", 4, _BASE, (960, 2560, 32, 15, 5, 8192, 100000.0)),
-    _entry("2.2b", "2.2B-Instruct", 3, _SHAPE_OPTIMISED, (2048, 8192, 24, 32, 32, 16384, 273768.0)),
+    _entry("256m", "256M-Video-Instruct", 4, (768, 3072, 12, 12, 512, 16), (576, 1536, 30, 9, 3, 8192, 1e5)),
+    _entry("500m", "500M-Video-Instruct", 4, (768, 3072, 12, 12, 512, 16), (960, 2560, 32, 15, 5, 8192, 1e5)),
+    _entry("2.2b", "2.2B-Instruct", 3, (1152, 4304, 27, 16, 384, 14), (2048, 8192, 24, 32, 32, 16384, 273768.0)),
 )

@@ -293,6 +293,11 @@ class PlainGeometry:
         return rows // self.merge, columns // self.merge
 
     @property
+    def joined(self) -> int:
+        """Channels that the projector takes: those of an image token's patches side by side."""
+        return self.vision.hidden * self.merge**2
+
+    @property
     def least_cut(self) -> int:
         """0: the decoder is given the projector's features alone."""
         return 0
@@ -379,8 +384,7 @@ class LlavaGeometry(PlainGeometry):
             image_token_id=whole(
                 "config.json: image_token_index", top.get("image_token_id", top["image_token_index"]), 0, _LARGEST_ID
             ),
-            tied_embeddings=flag("config.json: tie_word_embeddings", top["tie_word_embeddings"])
-            | flag("config.json: text_config.tie_word_embeddings", text["tie_word_embeddings"]),
+            tied_embeddings=ties_embeddings(top, text),
             **more,
         )
         promised = config.get("image_seq_length")
@@ -394,10 +398,21 @@ class LlavaGeometry(PlainGeometry):
 
 
 def decoder_section(config: Mapping[str, Any], decoders: tuple[str, ...], called: str) -> dict[str, Any]:
-    """The text_config of a config.json without nulls, its defaults filled in; CheckpointError for other `decoders`."""
+    """The text_config of a config.json without nulls, its defaults filled in.
+
+    CheckpointError for others than the `decoders`, and for weights that are quantised.
+    """
     given = section(config, "text_config")
+    refuse_quantised(config, section(config, "vision_config"), given)
     named = _one_of("text_config.model_type", given.get("model_type", decoders[0]), decoders, called)
     return {**_DECODERS[named], **given}
+
+
+def ties_embeddings(top: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Whether the embedding is the output matrix, too: by the keys outside all sections, or by a `decoder_section`."""
+    return flag("config.json: tie_word_embeddings", top["tie_word_embeddings"]) | flag(
+        "config.json: text_config.tie_word_embeddings", text["tie_word_embeddings"]
+    )
 
 
 def decoder_geometry(text: Mapping[str, Any]) -> TextGeometry:
@@ -468,7 +483,6 @@ def _refuse_other_layouts(config: Mapping[str, Any]) -> None:
             f"config.json: {key}={shown(config[key])} is the authors' own layout, whose files hold no vision tower; "
             "give the converted checkpoint, as under llava-hf on the hub"
         )
-    refuse_quantised(config, section(config, "vision_config"), section(config, "text_config"))
 
 
 def _or(value: Any, otherwise: Any) -> Any:

@@ -48,8 +48,7 @@ class LlavaDesktop(DecoderDesktop):
         self._geometry, self._projects = geometry, _MODELS[kind.model_type][1]
         self._config = eager_config(checkpoint.config, kind)
         decoder = self._config.text_config
-        layer, norm, rotary = _DECODERS[decoder.model_type]
-        super().__init__(checkpoint, device, decoder, layer=layer, norm=norm, rotary=rotary)
+        super().__init__(checkpoint, device, decoder, _DECODERS[decoder.model_type])
 
     def pixels(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(height, width, 3) -> (1, 3, H, W), by transformers' own image processor."""

@@ -69,14 +69,20 @@ def projector(geometry: LlavaGeometry) -> Projector:
 
 
 class ClipTower(nn.Module):
-    """The first layers of the tower and the projector; SigLIP's has no class token, and no norm in front.
+    """The tower, or its first `layers`, and the projector; SigLIP's has no class token, and no norm in front.
 
     With `merge` that many rows and columns of patches are one image token, side by side (pixel shuffle). With
     `post_norm` the last layer's output is normed first.
     """
 
     def __init__(
-        self, vision: VisionGeometry, *, layers: int, projector: nn.Module, merge: int = 1, post_norm: bool = False
+        self,
+        vision: VisionGeometry,
+        *,
+        projector: nn.Module,
+        layers: int | None = None,
+        merge: int = 1,
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         self.merge, (self.rows, self.columns) = merge, (side // merge for side in vision.grid)
@@ -84,7 +90,7 @@ class ClipTower(nn.Module):
         self.embeddings = PatchEmbeddings(vision)
         # The missing e is in the published tensor names.
         self.pre_layrnorm = LayerNorm(vision.hidden, vision.norm_eps) if vision.class_token else None
-        self.layers = tower_layers(vision, layers)
+        self.layers = tower_layers(vision, vision.layers if layers is None else layers)
         self.post_layernorm = LayerNorm(vision.hidden, vision.norm_eps) if post_norm else None
         self.projector = projector
 
