@@ -80,7 +80,7 @@ class DecoderDesktop:
         """`config` is transformers' own of the decoder (see `eager`); without classes they are LLaMA's."""
         from transformers.models.llama import modeling_llama as llama
 
-        usual = llama.LlamaDecoderLayer, llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding
+        usual: tuple[Any, Any, Any] = llama.LlamaDecoderLayer, llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding
         self._layer, self._norm, rotary = classes or usual
         self._checkpoint, self._device, self._decoder = checkpoint, device, config
         self._rotary = rotary(config).to(device)

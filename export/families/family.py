@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from runtime.errors import ExportError
 
@@ -303,7 +303,7 @@ class Family(Protocol[G]):
         """
 
 
-class PlainFamily:
+class PlainFamily(Generic[G]):
     """What most families have alike; one that derives from it says what it has otherwise.
 
     A tower without a class token, photos of one size, one layout of files, a decoder of LLaMA's layers, bundles for
@@ -335,11 +335,11 @@ class PlainFamily:
         """None: there is one layout."""
         return None
 
-    def frame(self, prefix_ids: Sequence[int], geometry: Geometry) -> Frame:
+    def frame(self, prefix_ids: Sequence[int], geometry: G) -> Frame:
         """Lays out prefix and image, after which the text goes on at the next position."""
         return Frame.of_one_image(prefix_ids, geometry.image_token_id, geometry.grid)
 
-    def layer(self, geometry: Geometry) -> DecoderLayer:
+    def layer(self, geometry: G) -> DecoderLayer:
         """A layer of LLaMA's kind."""
         from export.blocks.decoder_layer import DecoderLayer
 

@@ -22,7 +22,7 @@ from export.families.llava.config import (
     SIGLIP_WHEN_ABSENT,
     PlainGeometry,
     VisionGeometry,
-    decisive_sections,
+    decisive,
     decoder_geometry,
     decoder_section,
     ties_embeddings,
@@ -51,7 +51,7 @@ _VISION: Mapping[str, Any] = {
 _PIXELS: Mapping[str, Any] = {**COMMON, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1}
 _STORED: Mapping[str, str] = {
     "tower.layers.": "model.vision_model.encoder.layers.",
-    "tower.projector.": "model.connector.modality_projection.proj.",
+    "tower.projector.linear_1.": "model.connector.modality_projection.proj.",
     "tower.": "model.vision_model.",
     "lm_head.": "lm_head.",
     "": "model.text_model.",
@@ -59,7 +59,7 @@ _STORED: Mapping[str, str] = {
 _REMEDY = "give a checkpoint of SmolVLM2 in Hugging Face's layout"
 
 
-class SmolVlm(PlainFamily):
+class SmolVlm(PlainFamily[PlainGeometry]):
     """SmolVLM2 (arXiv 2504.05299): a prefix with marks of the processor at its end, one square image, the question."""
 
     name = model_type = "smolvlm"
@@ -97,7 +97,7 @@ class SmolVlm(PlainFamily):
 
     def tensors(self, geometry: PlainGeometry) -> Mapping[str, TensorEntry]:
         """Lists every tensor of the whole model by its canonical name."""
-        projector = linear("tower.projector", geometry.joined, geometry.text.hidden, bias=False)
+        projector = linear("tower.projector.linear_1", geometry.joined, geometry.text.hidden, bias=False)
         shapes = (*vision_tensors(geometry.vision), *projector, *decoder_tensors(geometry.text))
         return tensor_entries(shapes, _STORED, tied=geometry.tied_embeddings)
 
@@ -121,11 +121,10 @@ class SmolVlm(PlainFamily):
 
     def tower(self, geometry: PlainGeometry) -> nn.Module:
         """pixel_values (1, 3, H, W) -> Seen: SigLIP's tower, its last norm, and one linear layer."""
-        from torch import nn
-
+        from export.blocks.projector import Projector
         from export.families.llava.tower import ClipTower
 
-        projector = nn.Linear(geometry.joined, geometry.text.hidden, bias=False, device="meta")
+        projector = Projector(width=geometry.joined, out=geometry.text.hidden, activation=None, bias=False)
         return ClipTower(geometry.vision, projector=projector, merge=geometry.merge, post_norm=True)
 
     def desktop(self, checkpoint: Checkpoint, device: torch.device | str) -> SmolDesktop:
@@ -140,9 +139,7 @@ class SmolDesktop(DecoderDesktop):
         """Raises CheckpointError for a config.json that transformers does not take."""
         from transformers import SmolVLMConfig
 
-        given = without_nulls(checkpoint.config)
-        part = {key: given[key] for key in _TOP if key in given} | decisive_sections(given, _VISION, "llama")
-        self._config = eager(SmolVLMConfig, part)
+        self._config = eager(SmolVLMConfig, decisive(checkpoint.config, _TOP, _VISION, "llama"))
         super().__init__(checkpoint, device, self._config.text_config)
 
     def pixels(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -158,14 +155,16 @@ class SmolDesktop(DecoderDesktop):
     def see(self, pixel_values: Tensor) -> Seen:
         """(1, 3, H, W) -> features (1, N, D), and the last layer's keys (1, N, merge * merge * Dv)."""
         import torch
-        from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
+        from transformers.models.smolvlm import modeling_smolvlm
 
+        made: Any = modeling_smolvlm
         with torch.device("meta"):
-            tower, connector = SmolVLMVisionTransformer(self._config.vision_config), SmolVLMConnector(self._config)
+            tower = made.SmolVLMVisionTransformer(self._config.vision_config)
+            connector = made.SmolVLMConnector(self._config)
         keys: list[Tensor] = []
         tower.encoder.layers[-1].self_attn.k_proj.register_forward_hook(lambda _part, _in, out: keys.append(out))
         filled_in_turn(tower, lambda part, path: self._filled(part, f"tower.{path.removeprefix('encoder.')}"))
-        self._filled(connector.modality_projection.proj, "tower.projector")
+        self._filled(connector.modality_projection.proj, "tower.projector.linear_1")
         features = connector(tower(pixel_values).last_hidden_state)
         return Seen(features, connector.pixel_shuffle(keys[0], self._config.scale_factor))
 

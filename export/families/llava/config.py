@@ -443,22 +443,21 @@ def decoder_geometry(text: Mapping[str, Any]) -> TextGeometry:
 
 def decisive_part(config: Mapping[str, Any], kind: Kind = LLAVA_KIND) -> dict[str, Any]:
     """Copies from a config.json what decides about the model's arithmetic, and none of what else such files hold."""
-    config = without_nulls(config)
-    part = {key: config[key] for key in (*kind.top, "image_token_id", "image_seq_length") if key in config}
-    return part | decisive_sections(config, _TOWERS[kind.tower], kind.decoders[0])
+    return decisive(config, (*kind.top, "image_token_id", "image_seq_length"), _TOWERS[kind.tower], kind.decoders[0])
 
 
-def decisive_sections(config: Mapping[str, Any], tower: Iterable[str], decoder: str) -> dict[str, Any]:
-    """The same of vision_config and text_config alone: the keys of `tower`, and those of the decoder's type.
+def decisive(config: Mapping[str, Any], top: Iterable[str], tower: Iterable[str], decoder: str) -> dict[str, Any]:
+    """The same by the keys outside all sections and those of vision_config; of text_config by the decoder's type.
 
     `decoder` is the type of a text_config that names none.
     """
-    keys = (*_DECODERS[section(config, "text_config").get("model_type", decoder)], *_ROPE_KEYS)
-    return {
-        name: {key: value for key, value in section(config, name).items() if key in known}
-        for name, known in (("vision_config", tuple(tower)), ("text_config", keys))
-        if name in config
-    }
+    config = without_nulls(config)
+    text = (*_DECODERS[section(config, "text_config").get("model_type", decoder)], *_ROPE_KEYS)
+    part = {key: config[key] for key in top if key in config}
+    for name, keys in (("vision_config", tuple(tower)), ("text_config", text)):
+        if name in config:
+            part[name] = {key: value for key, value in section(config, name).items() if key in keys}
+    return part
 
 
 def _refuse_windows(text: Mapping[str, Any]) -> None:

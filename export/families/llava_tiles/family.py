@@ -32,7 +32,7 @@ _HEADS = ("vision_tower.head.", "vision_tower.vision_model.head.")
 
 
 @dataclass(frozen=True)
-class LlavaTiles(PlainFamily):
+class LlavaTiles(PlainFamily[TiledGeometry]):
     """LLaVA-NeXT (LLaVA-1.6) or LLaVA-OneVision (arXiv 2408.03326) at one size of image, (height, width) in pixels.
 
     The models take photos of any size: a view of the whole, then tiles, of which there are as many as a photo's size

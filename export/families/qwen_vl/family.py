@@ -24,7 +24,7 @@ _TOKENS_OF_AN_EDGE = 24
 
 
 @dataclass(frozen=True)
-class QwenVl(PlainFamily):
+class QwenVl(PlainFamily[QwenGeometry]):
     """Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) or Qwen3-VL (2511.21631) at one size of image.
 
     The models take photos of any size. A graph is static, so that one size is chosen when it is made, and photos are
