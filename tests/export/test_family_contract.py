@@ -82,14 +82,14 @@ every_cut = pytest.mark.parametrize(
     ],
 )
 # The tests' own family is exported with every change; a product's takes as long as its other exports. Some are made
-# where their bundles' answers are compared (test_qwen_vl.py).
+# where their bundles' answers are compared (test_qwen_vl.py, test_smolvlm.py).
 every_export = pytest.mark.parametrize(
     "entry",
     [
         *(
             pytest.param(each, marks=pytest.mark.slow)
             for each in PRODUCTS
-            if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL)
+            if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_SMOLVLM)
         ),
         TINY_WIDE,
     ],

@@ -49,8 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def _theirs(folder: Path, photo: NDArray[np.uint8]) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Ids and pixels of photo and question as transformers' processor makes them without tiles."""
     from transformers import AutoTokenizer
+    from transformers.models.smolvlm import processing_smolvlm
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
     load: Any = AutoTokenizer.from_pretrained
     tokenizer = load(str(folder))
@@ -63,7 +63,8 @@ def _theirs(folder: Path, photo: NDArray[np.uint8]) -> tuple[list[int], dict[str
     one_step = {**settings, "do_image_splitting": False, "do_resize": False, "return_row_col_info": True}
     seen = make(**one_step)(photo, input_data_format="channels_last", return_tensors="pt")
     (rows,), (columns,) = seen.pop("rows"), seen.pop("cols")
-    expanded: str = get_image_prompt_string(
+    processing: Any = processing_smolvlm
+    expanded: str = processing.get_image_prompt_string(
         rows[0], columns[0], 36, "<fake_token_around_image>", "<image>", "<global-img>"
     )
     return tokenizer(text.replace("<image>", expanded))["input_ids"], dict(seen)
