@@ -294,7 +294,8 @@ def plan(request: Request) -> Plan:
     layout = _layout(request.layout, backends, target, entry)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
-    default_quant_text = entry.quant_text or next(iter(schemes), NONE)
+    fitting = [scheme for scheme in schemes if not _odd_layers(entry, scheme, _DECODER)]
+    default_quant_text = entry.quant_text or next(iter(fitting), NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
@@ -303,6 +304,12 @@ def plan(request: Request) -> Plan:
                 f"quant_text={wanted} does not go with layout={layout.runtime}, which takes {', '.join(schemes)}"
             )
         quant_text = _quantisation("quant_text", wanted, schemes, text_backend, target)
+        if quant_text and quant_text not in fitting:
+            odd = _odd_layers(entry, quant_text, _DECODER)
+            raise RequestError(
+                f"quant_text={quant_text} has one scale for each group of a layer's inputs, and {odd[0]} of "
+                f"{entry.name} does not divide into such groups; take one of: {', '.join((*fitting, NONE))}"
+            )
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
     asked = _precisions(request.precision, backends)
@@ -700,8 +707,15 @@ def _check_tried(entry: ModelEntry, backends: Iterable[Backend], target: Target)
     )
 
 
-def _odd_layers(entry: ModelEntry, scheme: str) -> list[str]:
-    """Layers of the tower, by name, whose inputs are no multiple of the group that a scheme has a scale for."""
+# Beginnings of the names of what text schemes quantise.
+_DECODER = "layers.", "lm_head."
+
+
+def _odd_layers(entry: ModelEntry, scheme: str, parts: tuple[str, ...] | None = None) -> list[str]:
+    """Layers, by name, whose inputs are no multiple of the group that a scheme has a scale for.
+
+    Those whose names begin with one of the `parts`; of the tower without.
+    """
     from export.families.family import TOWER
     from export.quantize import SCHEMES
 
@@ -711,7 +725,7 @@ def _odd_layers(entry: ModelEntry, scheme: str) -> list[str]:
     matrices = [
         (name.removesuffix(".weight"), tensor.shape)
         for name, tensor in entry.tensors.items()
-        if name.startswith(TOWER) and tensor.needed and len(tensor.shape) == 2 and "embedding" not in name
+        if name.startswith(parts or TOWER) and tensor.needed and len(tensor.shape) == 2 and "embedding" not in name
     ]
     return [f"{name} ({shape[1]} inputs)" for name, shape in matrices if shape[1] % group]
 
