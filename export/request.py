@@ -294,8 +294,8 @@ def plan(request: Request) -> Plan:
     layout = _layout(request.layout, backends, target, entry)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
-    fitting = [scheme for scheme in schemes if not _odd_layers(entry, scheme, _DECODER)]
-    default_quant_text = entry.quant_text or next(iter(fitting), NONE)
+    fitting = (scheme for scheme in schemes if not _odd_layers(entry, scheme, _DECODER))
+    default_quant_text = entry.quant_text or next(fitting, NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
@@ -304,12 +304,6 @@ def plan(request: Request) -> Plan:
                 f"quant_text={wanted} does not go with layout={layout.runtime}, which takes {', '.join(schemes)}"
             )
         quant_text = _quantisation("quant_text", wanted, schemes, text_backend, target)
-        if quant_text and quant_text not in fitting:
-            odd = _odd_layers(entry, quant_text, _DECODER)
-            raise RequestError(
-                f"quant_text={quant_text} has one scale for each group of a layer's inputs, and {odd[0]} of "
-                f"{entry.name} does not divide into such groups; take one of: {', '.join((*fitting, NONE))}"
-            )
     elif request.quant_text is not None:
         raise RequestError(f"quant_text={request.quant_text} has nothing to quantise: no text graphs are made here")
     asked = _precisions(request.precision, backends)

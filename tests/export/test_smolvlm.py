@@ -148,6 +148,18 @@ def test_config_that_is_not_understood_is_refused(changed: dict[str, Any], words
         SMOLVLM.geometry({**ENTRY.config, **merged})
 
 
+@pytest.mark.parametrize(
+    ("size", "backend", "scheme"),
+    [("256m", "onnx", "int4-g64"), ("500m", "xnnpack", "8da4w-g64"), ("2.2b", "onnx", "int4-g128")],
+)
+def test_default_text_scheme_divides_the_decoder(size: str, backend: str, scheme: str, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"weights": "random", "output_dir": str(tmp_path), "force": True, "target": "android"}
+    made = plan(Request(model=f"smolvlm2-{size}", backend=backend, keep="16", **words))
+    assert made.text is not None
+    assert made.text.scheme == scheme
+    assert scheme not in made.bundle.name  # as every default
+
+
 def test_what_was_not_tried_is_refused(tmp_path: Path) -> None:
     words: dict[str, Any] = {"model": "smolvlm2-256m", "weights": "random", "output_dir": str(tmp_path), "force": True}
     words |= {"keep": "16", "target": "android"}
