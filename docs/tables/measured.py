@@ -383,6 +383,24 @@ def other_tokens() -> str:
     return _made(result) + markdown_table(("keep", "tokens in common", "right answers, %", "lost, %"), rows)
 
 
+def own_methods() -> str:
+    """Returns what was tried for a method of our own, by the answers that it leaves. Says so where no one asked."""
+    if (result := _measured("own_methods.json")) is None:
+        return "Not measured yet.\n"
+    rows = [
+        (
+            row["method"],
+            str(row["keep"]),
+            _share(row["accuracy"]),
+            _share(row["loss"]),
+            "" if row["gain"] is None else _share(row["gain"]),
+        )
+        for row in result["rows"]
+    ]
+    heads = ("tokens by", "keep", "right answers, %", "lost, %", "more than VLM-Pruner's, %")
+    return _made(result) + markdown_table(heads, rows)
+
+
 def accuracy_by_category() -> str:
     """Returns the same by what is asked, unpruned and by each method at 64 tokens. Says so where no one asked."""
     if (result := _measured("eval-pocket.json")) is None:
@@ -419,4 +437,5 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "accuracy by category": accuracy_by_category,
     "accuracy of bundles": accuracy_of_bundles,
     "other tokens": other_tokens,
+    "tried methods": own_methods,
 }
