@@ -86,8 +86,9 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
     what.add_argument(
         "--keep",
         required=True,
-        metavar="N|all",
-        help="image tokens to keep; `all` does not prune; N,N,...: several keeps in one bundle (xnnpack, onnx)",
+        metavar="N|P%|all",
+        help="image tokens to keep, or their share; `all` does not prune; N,N,...: several keeps in one bundle "
+        "(xnnpack, onnx)",
     )
     what.add_argument("--target", default="android", metavar="T", help="android (default) or ios")
     what.add_argument(
