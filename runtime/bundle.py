@@ -279,17 +279,22 @@ class PixelsInfo(_Record, frozen=True):
 class PinpointsInfo(_Record, frozen=True):
     """What the model's own processor makes of a photo, of any size: the whole, and tiles at the best of `sizes`.
 
-    These are (height, width) in pixels of all tiles, each of which has `side` tokens an edge; tokens of more than
-    `most` tiles are averaged. The graph takes one size alone, so that this says only how many image tokens a photo
-    would have had.
+    These are (height, width) in pixels of all tiles, each of which has `tile` pixels and `side` tokens an edge; tokens
+    of more than `most` tiles are averaged. The graph takes one size alone, so that this says only how many image tokens
+    a photo would have had.
     """
 
     sizes: Annotated[
         tuple[tuple[Annotated[int, msgspec.Meta(ge=1, le=8192)], Annotated[int, msgspec.Meta(ge=1, le=8192)]], ...],
         msgspec.Meta(min_length=1),
     ]
+    tile: Annotated[int, msgspec.Meta(ge=1, le=8192)]
     side: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     most: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+
+    def __post_init__(self) -> None:
+        if any(edge % self.tile for size in self.sizes for edge in size):
+            raise ValueError(f"pinpoints.sizes={self.sizes} must be whole tiles of {self.tile} pixels")
 
 
 class ImageInfo(_Record, frozen=True):
@@ -315,10 +320,6 @@ class ImageInfo(_Record, frozen=True):
             edge > count * size for edge, count, size in zip(self.tiles.resize, self.tiles.grid, self.size, strict=True)
         ):
             raise ValueError(f"tiles.resize={self.tiles.resize} must fit into {self.tiles.grid} tiles of {self.size}")
-        if self.pinpoints and any(
-            edge % size for pinpoint in self.pinpoints.sizes for edge, size in zip(pinpoint, self.size, strict=True)
-        ):
-            raise ValueError(f"pinpoints.sizes={self.pinpoints.sizes} must be whole tiles of {self.size}")
         numbers = (self.rescale, *self.mean, *self.std)
         if not all(math.isfinite(number) for number in numbers) or min(self.std) <= 0:
             raise ValueError(f"rescale, mean and std must be finite and std positive, not {numbers}")

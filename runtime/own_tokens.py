@@ -25,9 +25,9 @@ def own_tokens(image: ImageInfo, photo: tuple[int, int]) -> OwnTokens | None:
         rows, columns = _token_grid(photo, image.pixels)
         return OwnTokens(rows * columns)
     if image.pinpoints is not None:
-        side, told = image.pinpoints.side, image.pinpoints
-        rows, columns = lay_out(photo, told.sizes, tile=image.size[0], side=side, most=told.most).grid
-        return OwnTokens(side * side + rows * columns, rows)
+        told = image.pinpoints
+        rows, columns = lay_out(photo, told.sizes, tile=told.tile, side=told.side, most=told.most).grid
+        return OwnTokens(told.side**2 + rows * columns, rows)
     return None
 
 

@@ -135,7 +135,7 @@ def make_fake_bundle(target: Path, kind: str, *, pruned: bool = True) -> Bundle:
         rescale=0.5,
         mean=(1.0, 2.0, 3.0),
         std=(1.0, 0.5, 2.0),
-        pinpoints=PinpointsInfo(sizes=((2, 4),), side=1),  # which the app has no use for, and reads over
+        pinpoints=PinpointsInfo(sizes=((2, 4),), tile=2, side=1),  # which the app has no use for, and reads over
     )
     golden = _golden(infos, image)
     with BundleWriter(target) as writer:

@@ -205,7 +205,7 @@ def test_answer_streams(bundle: Bundle, photo: Path, golden: Golden, tmp_path: P
     """
     any_size = variant(bundle.path, tmp_path / "any-size")
     edit_record(any_size, "image", pixels={"token": 28, "least": 784, "most": 28 * 28 * 12})
-    width, height = Image.open(photo).size
+    height, width = load_photo(photo).shape[:2]
     heard: list[tuple[str, str]] = []
     inquiry = runtime.ask.Inquiry(photo=photo, questions=(golden.question,), max_new_tokens=12)
     (said,) = runtime.ask.ask(

@@ -74,7 +74,8 @@ def image_info(folder: Path | None, model_type: str, geometry: TiledGeometry) ->
         info = ImageInfo.from_preprocessor({**settings, "do_center_crop": False})
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    own = PinpointsInfo(sizes=geometry.pinpoints, side=geometry.vision.grid[0], most=geometry.most_tiles)
+    vision = geometry.vision
+    own = PinpointsInfo(sizes=geometry.pinpoints, tile=vision.image_size, side=vision.grid[0], most=geometry.most_tiles)
     info = msgspec.structs.replace(info, pinpoints=own)
     if geometry.tiling is None:
         return info
