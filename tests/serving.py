@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -68,6 +68,13 @@ class Served:
         return [json.loads(line) for line in said.splitlines()]
 
 
+class Shown(NamedTuple):
+    """Image tokens that the page draws as kept, and an answer."""
+
+    kept: list[int]
+    answer: str
+
+
 @contextmanager
 def served(bundle: Path, folder: Path) -> Iterator[Served]:
     """A server in a process of its own, ended as a person ends it; what it says then is looked at."""
@@ -97,3 +104,24 @@ def served(bundle: Path, folder: Path) -> Iterator[Served]:
 def png(photo: np.ndarray, path: Path) -> bytes:
     Image.fromarray(photo).save(path)
     return path.read_bytes()
+
+
+def text(events: list[dict[str, Any]], side: str) -> str:
+    """What one side answered, of all that was streamed."""
+    return "".join(event.get("piece", "") for event in events if event.get("side") == side)
+
+
+def on_the_page(bundle: Path, folder: Path, photo: np.ndarray, question: str, keeps: Sequence[int]) -> dict[int, Shown]:
+    """What the page shows of a photo and answers about it, at each keep."""
+    folder.mkdir()
+    with served(bundle, folder / "tmp") as server:
+        status, _, said = server.ask("GET", "/bundle")
+        assert (status, json.loads(said)["keeps"]) == (200, list(keeps))
+        name = server.post("/photo", png(photo, folder / "photo.png"))["photo"]
+        return {
+            keep: Shown(
+                server.post("/kept", {"photo": name, "keep": keep})["kept"],
+                text(server.events(photo=name, keep=keep, question=question), "bundle"),
+            )
+            for keep in keeps
+        }

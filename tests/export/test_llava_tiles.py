@@ -31,6 +31,7 @@ from runtime.errors import CheckpointError, ExportError, NotYetError, RequestErr
 from runtime.image import preprocess, tiles
 from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
+from tests.serving import on_the_page
 from tests.tiny_qwen import special, write_checkpoint
 from tests.tiny_tiles import (
     PREPROCESSORS,
@@ -436,6 +437,7 @@ def test_answer_of_a_bundle_is_that_of_transformers_generate(
     photo, tokenizer = _photo(*size), open_tokenizer(made.bundle)
     with open_bundle(made.bundle.path) as bundle:
         said = "".join(bundle.ask(photo, QUESTION, max_new_tokens=12))
+        whole = "".join(bundle.ask(photo, QUESTION))
         assert bundle.bundle.manifest.prune.overview == entry.geometry.overview
     frame = entry.family.frame(manifest.prompt.prefix_ids, entry.geometry)
     ids = torch.tensor([[*frame.ids, *tokenizer.question_ids(QUESTION)]])
@@ -449,3 +451,7 @@ def test_answer_of_a_bundle_is_that_of_transformers_generate(
             do_sample=False,
         )[0, ids.shape[1] :]
     assert said == "".join(tokenizer.text(theirs.tolist()))
+    if backend == "onnx":
+        count = entry.geometry.image_tokens
+        page = on_the_page(made.bundle.path, tmp_path / "served", photo, QUESTION, [count])
+        assert page == {count: (list(range(count)), whole)}

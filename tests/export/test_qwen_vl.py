@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -39,6 +40,7 @@ from runtime.generation import open_graphs, start_answers
 from runtime.image import preprocess
 from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
+from tests.serving import on_the_page
 from tests.tiny_qwen import (
     PROCESSORS,
     TINY_QWEN2_VL,
@@ -460,13 +462,15 @@ def test_answers_of_a_bundle_are_those_of_transformers_generate(
     assert made.bundle.manifest.image.pixels is not None
     report = (made.bundle.path / "report.md").read_text(encoding="utf-8")
     assert f"; {own_words(made.bundle.manifest.image, made.bundle.photo_size)}" in report
-    question = open_tokenizer(made.bundle).question_ids(QUESTION)
-    said = {}
+    tokenizer = open_tokenizer(made.bundle)
+    question = tokenizer.question_ids(QUESTION)
+    said, kept = {}, {}
     for keep in [entry.geometry.image_tokens if word == "all" else int(word) for word in keeps.split(",")]:
         view = made.bundle.at(keep)
         with open_graphs(view) as graphs:
             answers = start_answers(view, graphs)
             seen = answers.see(preprocess(photo, view.manifest.image))
+            kept[keep] = seen.kept
             said[keep] = [each.id for each in answers.answer(seen, question, max_new_tokens=ANSWER, past_end=True)]
 
     frame = entry.family.frame(made.bundle.manifest.prompt.prefix_ids, entry.geometry)
@@ -486,3 +490,9 @@ def test_answers_of_a_bundle_are_those_of_transformers_generate(
     assert whole != pruned, "the case cannot tell pruned from whole"
     expected = {KEEP: pruned, entry.geometry.image_tokens: whole}
     assert said == {keep: expected[keep] for keep in said}
+    if family != "qwen2-vl":
+        return
+    ends = end_ids(FolderCheckpoint(folder, entry))
+    for keep, shown in on_the_page(made.bundle.path, tmp_path / "served", photo, QUESTION, list(said)).items():
+        answer = tokenizer.text(itertools.takewhile(lambda token: token not in ends, said[keep]))
+        assert (tuple(shown.kept), shown.answer) == (kept[keep], "".join(answer))

@@ -31,7 +31,7 @@ from runtime.serve.sides import Side
 from tests.browser import Page, open_page
 from tests.conftest import needs_chromium
 from tests.sample_bundle import Sample, edit_manifest, make_bundle, noise_photo, rehash
-from tests.serving import Served, png, served
+from tests.serving import Served, png, served, text
 
 QUESTION = "What is in this picture?"
 KEEPS = (5, 2)
@@ -318,10 +318,6 @@ def give_words(bundle: Path) -> None:
 def answering(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(made.path, tmp_path_factory.mktemp("answering") / "tmp") as running:
         yield running
-
-
-def text(events: list[dict[str, Any]], side: str) -> str:
-    return "".join(event.get("piece", "") for event in events if event.get("side") == side)
 
 
 @pytest.mark.slow
