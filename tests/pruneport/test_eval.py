@@ -79,6 +79,7 @@ def test_methods_and_a_bundle_side_by_side(
         (("--keep", "577"), "keep=577 must lie in 1..576"),
         (("--keep", "8,,9"), "keep='' is not a whole number"),
         (("--keep", "8,101%"), "keep=101% is not a share that can be kept"),
+        (("--keep", "-5%"), "keep=-5% is not a share that can be kept"),
         (("--cut", "99"), "cut=99 must lie in 0.."),
         (("--photos", "0"), "photos=0 must lie in 1"),
         (("--weights", "nowhere"), "nowhere does not exist"),
