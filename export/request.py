@@ -295,7 +295,8 @@ def plan(request: Request) -> Plan:
     layout = _layout(request.layout, backends, target, entry)
     cut = _cut(request.cut, entry, layout)
     schemes = layout.quant_text if layout else text_backend.quant_text
-    default_quant_text = entry.quant_text or next(iter(schemes), NONE)
+    fitting = (scheme for scheme in schemes if not _odd_layers(entry, scheme, _DECODER))
+    default_quant_text = entry.quant_text or next(fitting, NONE)
     quant_text = None
     if whole:
         wanted = request.quant_text or default_quant_text
@@ -701,8 +702,15 @@ def _check_tried(entry: ModelEntry, backends: Iterable[Backend], target: Target)
     )
 
 
-def _odd_layers(entry: ModelEntry, scheme: str) -> list[str]:
-    """Layers of the tower, by name, whose inputs are no multiple of the group that a scheme has a scale for."""
+# Beginnings of the names of what text schemes quantise.
+_DECODER = "layers.", "lm_head."
+
+
+def _odd_layers(entry: ModelEntry, scheme: str, parts: tuple[str, ...] | None = None) -> list[str]:
+    """Layers, by name, whose inputs are no multiple of the group that a scheme has a scale for.
+
+    Those whose names begin with one of the `parts`; of the tower without.
+    """
     from export.families.family import TOWER
     from export.quantize import SCHEMES
 
@@ -712,7 +720,7 @@ def _odd_layers(entry: ModelEntry, scheme: str) -> list[str]:
     matrices = [
         (name.removesuffix(".weight"), tensor.shape)
         for name, tensor in entry.tensors.items()
-        if name.startswith(TOWER) and tensor.needed and len(tensor.shape) == 2 and "embedding" not in name
+        if name.startswith(parts or TOWER) and tensor.needed and len(tensor.shape) == 2 and "embedding" not in name
     ]
     return [f"{name} ({shape[1]} inputs)" for name, shape in matrices if shape[1] % group]
 

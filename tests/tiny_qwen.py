@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,18 @@ def with_tokenizer(entry: ModelEntry) -> ModelEntry:
     return replace(entry, name=f"{entry.name}-tied", config=config)
 
 
-def write_checkpoint(folder: Path, entry: ModelEntry, preprocessor: Mapping[str, Any] | None = None) -> Any:
+def write_checkpoint(
+    folder: Path,
+    entry: ModelEntry,
+    preprocessor: Mapping[str, Any] | None = None,
+    *,
+    specials: Sequence[str] = SPECIALS,
+    tokens: Mapping[str, str] | None = None,
+    template: str | None = None,
+) -> Any:
     """Writes a folder of `with_tokenizer(...)` as transformers does, weights from a seed; returns its whole model.
 
-    `preprocessor` are its image settings; None those of Qwen2-VL.
+    `preprocessor` are its image settings; None those of Qwen2-VL. `tokens` are the special ones by their roles.
     """
     import tokenizers
     import torch
@@ -165,16 +173,21 @@ def write_checkpoint(folder: Path, entry: ModelEntry, preprocessor: Mapping[str,
     made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: at for at, letter in enumerate(letters)}, []))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIALS])
+    made.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in specials])
     made.save(str(folder / "tokenizer.json"))
     written = {
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            **(tokens or {}),
+        },
         "preprocessor_config.json": preprocessor or PROCESSORS[entry.family.model_type],
     }
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     # Qwen3-VL has no system prompt of its own.
-    template = TEMPLATE.replace(_SYSTEM, "") if entry.family.model_type == "qwen3_vl" else TEMPLATE
+    if template is None:
+        template = TEMPLATE.replace(_SYSTEM, "") if entry.family.model_type == "qwen3_vl" else TEMPLATE
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return model
 

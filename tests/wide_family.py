@@ -241,6 +241,7 @@ class Wide:
     name = "wide"
     model_type = "llava"
     class_token = False
+    image_marks = "", ""
     backends = None
     drop_in = False
 

@@ -9,6 +9,7 @@ from export.families.family import Family, Geometry, ModelEntry
 from export.families.llava.family import LLAVA
 from export.families.llava_tiles.family import LLAVA_NEXT, LLAVA_ONEVISION
 from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from export.families.smolvlm import SMOLVLM
 
 FAMILIES: Mapping[str, Family[Any]] = {
     "llava": LLAVA,
@@ -17,6 +18,7 @@ FAMILIES: Mapping[str, Family[Any]] = {
     "qwen3-vl": QWEN3_VL,
     "llava-onevision": LLAVA_ONEVISION,
     "llava-next": LLAVA_NEXT,
+    "smolvlm": SMOLVLM,
 }
 _NO_CACHE = "whose state is no cache of keys and values, as the graphs hand it on"
 NOT_YET: Mapping[str, str] = {

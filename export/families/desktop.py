@@ -45,6 +45,67 @@ def eager(kind: Any, given: Mapping[str, Any]) -> Any:
     return config
 
 
+def filled_in_turn(module: nn.Module, fill: Callable[[nn.Module, str], object]) -> nn.Module:
+    """`module`, built on the meta device, whose parts are each filled when they run and emptied behind it.
+
+    `fill` is given a part that has parameters of its own, and its path.
+    """
+
+    def filling(path: str) -> Any:
+        def before(part: nn.Module, _inputs: object) -> None:
+            fill(part, path)
+
+        return before
+
+    for path, part in module.named_modules():
+        if next(part.parameters(recurse=False), None) is not None:
+            part.register_forward_pre_hook(filling(path))
+            part.register_forward_hook(lambda part, _inputs, _out: part.to("meta") and None)
+    return module.eval()
+
+
+class DecoderDesktop:
+    """The decoder's part of a `Desktop`, by classes of transformers: a layer, a norm, and the rotary embedding.
+
+    Modules are filled when they are asked for, so that memory holds one layer and not the model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | str,
+        config: Any,
+        classes: tuple[Any, Any, Any] | None = None,
+    ) -> None:
+        """`config` is transformers' own of the decoder (see `eager`); without classes they are LLaMA's."""
+        from transformers.models.llama import modeling_llama as llama
+
+        usual: tuple[Any, Any, Any] = llama.LlamaDecoderLayer, llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding
+        self._layer, self._norm, rotary = classes or usual
+        self._checkpoint, self._device, self._decoder = checkpoint, device, config
+        self._rotary = rotary(config).to(device)
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for hidden (1, T, D) at positions (1, T)."""
+        tables: tuple[Tensor, Tensor] = self._rotary(hidden, position_ids=positions)
+        return tables
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer."""
+        import torch
+
+        with torch.device("meta"):
+            layer = self._layer(self._decoder, index)
+        return self._filled(layer, f"layers.{index}")
+
+    def norm(self) -> nn.Module:
+        """The norm in front of the output matrix."""
+        return self._filled(self._norm(self._decoder.hidden_size, eps=self._decoder.rms_norm_eps), "norm")
+
+    def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
+        return filled(module, self._checkpoint, self._device, lambda name: f"{prefix}.{name}")
+
+
 class LayerCache:
     """What transformers' attention asks of a cache, for one layer."""
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,6 +252,10 @@ class Family(Protocol[G]):
         """Whether its tower has a class token and, called with `attention=True`, gives the attention of it."""
 
     @property
+    def image_marks(self) -> tuple[str, str]:
+        """What its processor writes in front of and behind the image tokens, beside what chat templates write there."""
+
+    @property
     def backends(self) -> frozenset[str] | None:
         """Names of the backends that its graphs were exported and checked with; others are refused. None for any."""
 
@@ -295,6 +301,56 @@ class Family(Protocol[G]):
 
         Raises ExportError where no such runtime knows the family.
         """
+
+
+class PlainFamily(Generic[G]):
+    """What most families have alike; one that derives from it says what it has otherwise.
+
+    A tower without a class token, photos of one size, one layout of files, a decoder of LLaMA's layers, bundles for
+    our own runtime on the backends that new families are tried with.
+    """
+
+    name: str
+    # Beginnings of the stored names of all parts that graphs are built from.
+    built_parts: tuple[str, ...]
+    image_marks = "", ""
+    backends: frozenset[str] | None = frozenset({"onnx", "xnnpack"})
+    drop_in = False
+
+    @property
+    def class_token(self) -> bool:
+        """False: the tower has none."""
+        return False
+
+    def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config.json as it is: no other file completes it."""
+        return config
+
+    def stray(self, stored: str) -> str | None:
+        """Says what to do about a stored tensor of a part that graphs are built from; None for one of no such part."""
+        built = stored.startswith(self.built_parts)
+        return "the weights belong to another model, or config.json does" if built else None
+
+    def other_layout(self, stored: Sequence[str]) -> str | None:
+        """None: there is one layout."""
+        return None
+
+    def frame(self, prefix_ids: Sequence[int], geometry: G) -> Frame:
+        """Lays out prefix and image, after which the text goes on at the next position."""
+        return Frame.of_one_image(prefix_ids, geometry.image_token_id, geometry.grid)
+
+    def layer(self, geometry: G) -> DecoderLayer:
+        """A layer of LLaMA's kind."""
+        from export.blocks.decoder_layer import DecoderLayer
+
+        return DecoderLayer(geometry.text)
+
+    def hub_files(self, checkpoint: Checkpoint, *, image_token: str, keep: int) -> dict[str, dict[str, Any]]:
+        """Raises ExportError: Hugging Face's runtimes work out an image's tokens themselves."""
+        raise ExportError(
+            f"no Hugging Face runtime takes a pruned image of {self.name}: they work out its tokens from the photo; "
+            "leave --layout out"
+        )
 
 
 @dataclass(frozen=True)
@@ -347,6 +403,20 @@ class ModelEntry:
     def _count(self, names: Iterable[str]) -> int:
         entries = (self.tensors[name] for name in names)
         return sum(math.prod(entry.shape) for entry in entries if entry.needed)
+
+
+def renamed(name: str, starts: Mapping[str, str]) -> str:
+    """Spells a canonical name as files do, by how they spell the first of the beginnings in `starts` that it has."""
+    start = next(start for start in starts if name.startswith(start))
+    return starts[start] + name.removeprefix(start)
+
+
+def tensor_entries(
+    shapes: Iterable[tuple[str, tuple[int, ...]]], starts: Mapping[str, str], *, tied: bool
+) -> dict[str, TensorEntry]:
+    """Entries of canonical names and shapes, spelled as `renamed` does; `tied` embeddings stand in for lm_head's."""
+    instead = {"lm_head.weight": "embed_tokens.weight"} if tied else {}
+    return {name: TensorEntry(shape, (renamed(name, starts),), instead=instead.get(name)) for name, shape in shapes}
 
 
 def linear(name: str, width_in: int, width_out: int, *, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

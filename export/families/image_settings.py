@@ -10,6 +10,15 @@ from typing import Any
 from export.settings import flag, number, read_object, shown
 from runtime.errors import CheckpointError
 
+COMMON: Mapping[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
+"""What transformers' image processors assume, but for mean and deviation, and what else a class of them has."""
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 

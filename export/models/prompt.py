@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -209,7 +210,8 @@ def _templated_prompt(folder: Path, geometry: Geometry, entry: ModelEntry) -> Pr
             f"{path} has no token {geometry.image_token_id}, which config.json names as the image token; "
             "the tokenizer belongs to another model"
         )
-    template = ChatTemplate(text=files.template, system=entry.system_prompt, special_tokens=dict(files.special_tokens))
+    text = _marked(files.template, image, entry.family.image_marks)
+    template = ChatTemplate(text=text, system=entry.system_prompt, special_tokens=dict(files.special_tokens))
     now = datetime.now()
     try:
         text = render_chat(template, QUESTION, now=now)
@@ -254,6 +256,17 @@ def _templated_prompt(folder: Path, geometry: Geometry, entry: ModelEntry) -> Pr
         template=template,
     )
     return _with_suffix(prompt, behind[0], path, files.content)
+
+
+def _marked(template: str, image: str, marks: tuple[str, str]) -> str:
+    """The template, which then writes what a processor adds around the image tokens, too."""
+    before, behind = marks
+    if not before and not behind:
+        return template
+    # A line end behind a tag is not written, nor is one at the end of a template.
+    ends = '{{ "" }}{% endfilter %}'
+    wanted = json.dumps(f"{before}{image}{behind}")
+    return f"{{% filter replace({json.dumps(image)}, {wanted}) %}}\n{template.removesuffix(chr(10))}{ends}"
 
 
 # Questions in which a template that does more than paste is likely to show it.

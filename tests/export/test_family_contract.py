@@ -22,6 +22,7 @@ from export.families import FAMILIES
 from export.families.family import Family, Frame, ModelEntry
 from export.families.llava_tiles.family import LlavaTiles
 from export.families.qwen_vl.family import QwenVl
+from export.families.smolvlm import SmolVlm
 from export.golden import make_golden
 from export.graphs.decoder import Context, build_text_graphs
 from export.graphs.graph import Graph, Parts
@@ -37,6 +38,7 @@ from runtime.golden import graph_inputs, output_key, steps
 from runtime.image import preprocess
 from runtime.text_graphs import IMAGE_PREFILL, TEXT_DECODER, TEXT_PREFILL, TOKEN_EMBEDDING, VISION_ENCODER
 from tests.tiny_qwen import TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_QWENS
+from tests.tiny_smolvlm import TINY_SMOLVLM
 from tests.tiny_tiles import TILED_NEXT, TILED_ONEVISION
 from tests.wide_family import TINY_WIDE
 
@@ -56,7 +58,7 @@ def test_attention_of_a_class_token_is_asked_only_of_towers_that_have_one() -> N
 
 def _smallest(family: Family[Any]) -> ModelEntry:
     """The one that a test can hold whole: of a family whose models are all large, one that is made for tests."""
-    small = {entry.family.name: entry for entry in (*TINY_QWENS, TILED_NEXT, TILED_ONEVISION)}
+    small = {entry.family.name: entry for entry in (*TINY_QWENS, TILED_NEXT, TILED_ONEVISION, TINY_SMOLVLM)}
     return small.get(family.name) or min(
         family.models, key=lambda entry: entry.vision_parameter_count(0) + entry.text_parameter_count()
     )
@@ -80,14 +82,14 @@ every_cut = pytest.mark.parametrize(
     ],
 )
 # The tests' own family is exported with every change; a product's takes as long as its other exports. Some are made
-# where their bundles' answers are compared (test_qwen_vl.py).
+# where their bundles' answers are compared (test_qwen_vl.py, test_smolvlm.py).
 every_export = pytest.mark.parametrize(
     "entry",
     [
         *(
             pytest.param(each, marks=pytest.mark.slow)
             for each in PRODUCTS
-            if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL)
+            if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_SMOLVLM)
         ),
         TINY_WIDE,
     ],
@@ -125,6 +127,8 @@ def _photo_inputs(entry: ModelEntry, ids: torch.Tensor, pixels: NDArray[np.float
     """What transformers' whole model takes beside the ids, as its own processor hands it over."""
     if isinstance(entry.family, LlavaTiles):
         return {"pixel_values": torch.from_numpy(pixels)[None], "image_sizes": torch.tensor([entry.family.image_size])}
+    if isinstance(entry.family, SmolVlm):
+        return {"pixel_values": torch.from_numpy(pixels)[None]}  # the one view of one photo
     if not isinstance(entry.family, QwenVl):
         return {"pixel_values": torch.from_numpy(pixels)}
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -23,7 +23,7 @@ from export.golden import make_golden
 from export.models.prompt import SampleText, read_prompt
 from export.progress import Progress
 from export.request import Request, plan
-from pruning import METHODS, Features, PruneSpec
+from pruning import PruneSpec
 from pruning.vlm_pruner.reference import squared_distances
 from runtime.ask import open_bundle
 from runtime.bundle import FrameInfo, ImageInfo
@@ -31,6 +31,7 @@ from runtime.errors import CheckpointError, ExportError, NotYetError, RequestErr
 from runtime.image import preprocess, tiles
 from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
+from tests.paper_loop import PaperLoop
 from tests.serving import on_the_page
 from tests.tiny_qwen import special, write_checkpoint
 from tests.tiny_tiles import (
@@ -177,44 +178,6 @@ def _seen_by(model: Any, entry: ModelEntry, pixels: torch.Tensor) -> dict[str, A
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=packed)}}
 
 
-class _PaperLoop:
-    """The paper's loop in front of a decoder layer of transformers' own model, over whole prompts without a cache."""
-
-    def __init__(self, model: Any, frame: Any, spec: PruneSpec, cut: int) -> None:
-        self._layers, self._frame, self._spec, self._cut = model.model.language_model.layers, frame, spec, cut
-        self._instead: dict[str, Any] = {}
-        self.kept: list[int] = []
-
-    def __enter__(self) -> _PaperLoop:
-        self._hooks = [
-            layer.register_forward_pre_hook(self._prune if index == self._cut else self._follow, with_kwargs=True)
-            for index, layer in enumerate(self._layers)
-            if index >= self._cut
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _prune(self, _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden, slots = args[0], torch.tensor(self._frame.slots)
-        keys = kwargs["past_key_values"].layers[self._cut - 1].keys[0][:, slots].transpose(0, 1).flatten(1)[None]
-        trace = METHODS["vlm-pruner"].choose(Features(hidden=hidden[:, slots], keys=keys), self._spec)
-        self.kept = trace.indices[0].tolist()
-        hidden = hidden.clone()
-        hidden[:, slots[trace.indices[0]]] = trace.tokens
-        gone = {*self._frame.slots, *self._frame.breaks} - {self._frame.slots[index] for index in self.kept}
-        stays = [at for at in range(hidden.shape[1]) if at not in gone]
-        mask = torch.full((len(stays), len(stays)), torch.finfo(torch.float32).min).triu(1)[None, None]
-        turns = tuple(table[..., stays, :] for table in kwargs["position_embeddings"])
-        self._instead = {"attention_mask": mask, "position_embeddings": turns, "position_ids": None}
-        return self._follow(_module, (hidden[:, stays], *args[1:]), kwargs)
-
-    def _follow(self, _module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, **self._instead}
-
-
 def _logits(model: Any, seen: Mapping[str, Any], ids: list[int]) -> torch.Tensor:
     out: torch.Tensor = model(input_ids=torch.tensor([ids]), **seen, use_cache=True).logits[0]
     return out
@@ -246,7 +209,7 @@ def test_answers_are_those_of_transformers_model(entry: ModelEntry) -> None:
     spec = PruneSpec(grid=geometry.grid, overview=geometry.overview, keep=7)
     for cut in (1, 2):
         golden = make_golden(checkpoint, entry, spec, cut=cut, pixel_values=pixels, text=TEXT)
-        with _PaperLoop(model, frame, spec, cut) as loop:
+        with PaperLoop(model.model.language_model, frame, spec, cut) as loop:
             theirs = _logits(model, seen, [*frame.ids, *TEXT.ids])[-len(TEXT.ids) :]
             assert loop.kept == golden["kept_indices"].tolist()
             np.testing.assert_allclose(golden["text_prefill.out.logits"][0], theirs[:-1], atol=ATOL)

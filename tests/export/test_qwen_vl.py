@@ -113,7 +113,7 @@ def test_model_may_be_what_a_folder_describes(folders: Mapping[str, tuple[Path, 
     assert entry_of_folder(tmp_path) is MODELS["qwen2-vl-7b"]
     (tmp_path / "config.json").write_text(json.dumps(as_published(MODELS["qwen3-vl-4b"].config)))
     assert entry_of_folder(tmp_path) is MODELS["qwen3-vl-4b"]
-    (tmp_path / "config.json").write_text('{"model_type": "smolvlm"}')
+    (tmp_path / "config.json").write_text('{"model_type": "idefics3"}')
     with pytest.raises(CheckpointError, match="is no family that can be exported; supported: llava, qwen2_vl, "):
         entry_of_folder(tmp_path)
     with pytest.raises(RequestError, match="model=auto is what the config"):

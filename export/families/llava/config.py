@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -221,8 +221,29 @@ class VisionGeometry:
             raise CheckpointError(
                 f"config.json: vision_config.num_channels={self.channels}; only RGB (3) images are supported"
             )
-        _one_of("vision_config.hidden_act", self.activation, ("quick_gelu", "gelu", "gelu_pytorch_tanh"))
+        one_of(
+            "config.json: vision_config.hidden_act",
+            self.activation,
+            ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
+            "give a checkpoint whose tower is built like that",
+        )
         number("config.json: vision_config.layer_norm_eps", self.norm_eps, above=0, below=1)
+
+    @classmethod
+    def from_section(cls, vision: Mapping[str, Any], *, class_token: bool) -> Self:
+        """Reads a whole vision_config, whose defaults are filled in."""
+        return cls(
+            hidden=vision["hidden_size"],
+            layers=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            mlp=vision["intermediate_size"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            channels=vision["num_channels"],
+            norm_eps=vision["layer_norm_eps"],
+            activation=vision["hidden_act"],
+            class_token=class_token,
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -237,32 +258,23 @@ class VisionGeometry:
         return rows * columns
 
 
-@dataclass(frozen=True)
-class LlavaGeometry:
-    """All sizes of one LLaVA model; `tower_layers` of the tower's layers run before its output is projected."""
+@dataclass(frozen=True, kw_only=True)
+class PlainGeometry:
+    """The sizes of a model that sees a photo as one square; `merge` x `merge` patches of it are an image token."""
 
     vision: VisionGeometry
     text: TextGeometry
-    tower_layers: int
-    projector_activation: str
-    projector_bias: bool
     image_token_id: int
     tied_embeddings: bool
-    # Whether tokens end the rows of an image.
-    newline: ClassVar[bool] = False
-
-    @property
-    def overview(self) -> tuple[int, int] | None:
-        """None: a photo is seen as a whole alone."""
-        return None
+    merge: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.tower_layers <= self.vision.layers:
+        rows, columns = self.vision.grid
+        if rows % self.merge or columns % self.merge:
             raise CheckpointError(
-                f"config.json: vision_feature_layer asks for the output of layer {self.tower_layers} of a tower of "
-                f"{self.vision.layers} layers; allowed 1..{self.vision.layers} or -1..-{self.vision.layers}"
+                f"config.json: {rows} x {columns} patches cannot be merged {self.merge} x {self.merge}; "
+                "download the file again"
             )
-        _one_of("projector_hidden_act", self.projector_activation, ("gelu",))
         if self.text.max_positions <= self.image_tokens:
             raise CheckpointError(
                 f"config.json: text_config.max_position_embeddings={self.text.max_positions} leaves no room for text "
@@ -270,9 +282,20 @@ class LlavaGeometry:
             )
 
     @property
+    def overview(self) -> tuple[int, int] | None:
+        """None: a photo is seen as a whole alone."""
+        return None
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Image tokens as (rows, columns)."""
-        return self.vision.grid
+        rows, columns = self.vision.grid
+        return rows // self.merge, columns // self.merge
+
+    @property
+    def joined(self) -> int:
+        """Channels that the projector takes: those of an image token's patches side by side."""
+        return self.vision.hidden * self.merge**2
 
     @property
     def least_cut(self) -> int:
@@ -282,93 +305,13 @@ class LlavaGeometry:
     @property
     def image_tokens(self) -> int:
         """Image tokens before pruning."""
-        return self.vision.tokens
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def pixel_values(self) -> tuple[int, ...]:
         """(1, channels, height, width) of what the tower takes."""
         return 1, self.vision.channels, self.vision.image_size, self.vision.image_size
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], kind: Kind = LLAVA_KIND, **more: Any) -> Self:
-        """The geometry that a config.json of the `kind` describes, with `more` fields of a class that has more.
-
-        CheckpointError when it is no such file, or contradicts itself.
-        """
-        config = without_nulls(config)
-        _refuse_other_layouts(config)
-        _one_of("model_type", config.get("model_type"), (kind.model_type,), kind.called)
-        # An empty section means the defaults of its class, an absent one the tower of the published model.
-        defaults = _TOWERS[kind.tower] if "vision_config" in config else kind.when_absent
-        vision = {**defaults, **section(config, "vision_config")}
-        named = section(config, "text_config").get("model_type", kind.decoders[0])
-        decoder = _one_of("text_config.model_type", named, kind.decoders, kind.called)
-        text = {**_DECODERS[decoder], **section(config, "text_config")}
-        top = {**kind.top, **config}
-        _one_of("vision_config.model_type", vision["model_type"], (kind.tower,), kind.called)
-        _one_of("vision_feature_select_strategy", top["vision_feature_select_strategy"], (kind.strategy,), kind.called)
-        _refuse_windows(text)
-        positive("text_config", hidden_size=text["hidden_size"], num_attention_heads=text["num_attention_heads"])
-        positive("vision_config", num_hidden_layers=vision["num_hidden_layers"])
-        feature_layer = top["vision_feature_layer"]
-        if isinstance(feature_layer, list) and len(feature_layer) == 1:  # the same features, by transformers' rules
-            feature_layer = feature_layer[0]
-        if type(feature_layer) is not int:
-            raise CheckpointError(
-                f"config.json: vision_feature_layer={shown(feature_layer)}; one layer number is supported, "
-                "as in LLaVA-1.5"
-            )
-        # Qwen2's and Mistral's are what they are, whatever a file says.
-        attention_bias = decoder == "llama" and flag("config.json: text_config.attention_bias", text["attention_bias"])
-        mlp_bias = decoder == "llama" and flag("config.json: text_config.mlp_bias", text["mlp_bias"])
-        geometry = cls(
-            vision=VisionGeometry(
-                hidden=vision["hidden_size"],
-                layers=vision["num_hidden_layers"],
-                heads=vision["num_attention_heads"],
-                mlp=vision["intermediate_size"],
-                image_size=vision["image_size"],
-                patch_size=vision["patch_size"],
-                channels=vision["num_channels"],
-                norm_eps=vision["layer_norm_eps"],
-                activation=vision["hidden_act"],
-                class_token=kind.tower == "clip_vision_model",
-            ),
-            text=TextGeometry(
-                hidden=text["hidden_size"],
-                layers=text["num_hidden_layers"],
-                heads=text["num_attention_heads"],
-                kv_heads=_or(text["num_key_value_heads"], text["num_attention_heads"]),
-                head_dim=_or(text["head_dim"], text["hidden_size"] // text["num_attention_heads"]),
-                mlp=text["intermediate_size"],
-                vocab=text["vocab_size"],
-                max_positions=text["max_position_embeddings"],
-                norm_eps=text["rms_norm_eps"],
-                activation=text["hidden_act"],
-                qkv_bias=attention_bias or decoder == "qwen2",
-                out_bias=attention_bias,
-                mlp_bias=mlp_bias,
-                rope=Rope.from_text_config(text),
-            ),
-            # Hugging Face counts hidden states from the embeddings, so index i is the output of the i-th layer.
-            tower_layers=feature_layer if feature_layer >= 0 else vision["num_hidden_layers"] + 1 + feature_layer,
-            projector_activation=top["projector_hidden_act"],
-            projector_bias=flag("config.json: multimodal_projector_bias", top["multimodal_projector_bias"]),
-            image_token_id=whole(
-                "config.json: image_token_index", top.get("image_token_id", top["image_token_index"]), 0, _LARGEST_ID
-            ),
-            tied_embeddings=flag("config.json: tie_word_embeddings", top["tie_word_embeddings"])
-            | flag("config.json: text_config.tie_word_embeddings", text["tie_word_embeddings"]),
-            **more,
-        )
-        promised = config.get("image_seq_length")
-        if promised is not None and (type(promised) is not int or promised != geometry.vision.tokens):
-            rows, columns = geometry.vision.grid
-            raise CheckpointError(
-                f"config.json: image_seq_length={shown(promised)}, but {geometry.vision.image_size} pixels in patches "
-                f"of {geometry.vision.patch_size} make {rows} x {columns} = {geometry.vision.tokens} image tokens"
-            )
-        return geometry
 
     def numbers(self) -> dict[str, object]:
         """The numbers by which one model of the family is told from another."""
@@ -387,12 +330,131 @@ class LlavaGeometry:
         }
 
 
+@dataclass(frozen=True)
+class LlavaGeometry(PlainGeometry):
+    """All sizes of one LLaVA model; `tower_layers` of the tower's layers run before its output is projected."""
+
+    tower_layers: int
+    projector_activation: str
+    projector_bias: bool
+    # Whether tokens end the rows of an image.
+    newline: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tower_layers <= self.vision.layers:
+            raise CheckpointError(
+                f"config.json: vision_feature_layer asks for the output of layer {self.tower_layers} of a tower of "
+                f"{self.vision.layers} layers; allowed 1..{self.vision.layers} or -1..-{self.vision.layers}"
+            )
+        _one_of("projector_hidden_act", self.projector_activation, ("gelu",))
+        super().__post_init__()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], kind: Kind = LLAVA_KIND, **more: Any) -> Self:
+        """The geometry that a config.json of the `kind` describes, with `more` fields of a class that has more.
+
+        CheckpointError when it is no such file, or contradicts itself.
+        """
+        config = without_nulls(config)
+        _refuse_other_layouts(config)
+        _one_of("model_type", config.get("model_type"), (kind.model_type,), kind.called)
+        # An empty section means the defaults of its class, an absent one the tower of the published model.
+        defaults = _TOWERS[kind.tower] if "vision_config" in config else kind.when_absent
+        vision = {**defaults, **section(config, "vision_config")}
+        text = decoder_section(config, kind.decoders, kind.called)
+        top = {**kind.top, **config}
+        _one_of("vision_config.model_type", vision["model_type"], (kind.tower,), kind.called)
+        _one_of("vision_feature_select_strategy", top["vision_feature_select_strategy"], (kind.strategy,), kind.called)
+        positive("vision_config", num_hidden_layers=vision["num_hidden_layers"])
+        feature_layer = top["vision_feature_layer"]
+        if isinstance(feature_layer, list) and len(feature_layer) == 1:  # the same features, by transformers' rules
+            feature_layer = feature_layer[0]
+        if type(feature_layer) is not int:
+            raise CheckpointError(
+                f"config.json: vision_feature_layer={shown(feature_layer)}; one layer number is supported, "
+                "as in LLaVA-1.5"
+            )
+        geometry = cls(
+            vision=VisionGeometry.from_section(vision, class_token=kind.tower == "clip_vision_model"),
+            text=decoder_geometry(text),
+            # Hugging Face counts hidden states from the embeddings, so index i is the output of the i-th layer.
+            tower_layers=feature_layer if feature_layer >= 0 else vision["num_hidden_layers"] + 1 + feature_layer,
+            projector_activation=top["projector_hidden_act"],
+            projector_bias=flag("config.json: multimodal_projector_bias", top["multimodal_projector_bias"]),
+            image_token_id=whole(
+                "config.json: image_token_index", top.get("image_token_id", top["image_token_index"]), 0, _LARGEST_ID
+            ),
+            tied_embeddings=ties_embeddings(top, text),
+            **more,
+        )
+        promised = config.get("image_seq_length")
+        if promised is not None and (type(promised) is not int or promised != geometry.vision.tokens):
+            rows, columns = geometry.vision.grid
+            raise CheckpointError(
+                f"config.json: image_seq_length={shown(promised)}, but {geometry.vision.image_size} pixels in patches "
+                f"of {geometry.vision.patch_size} make {rows} x {columns} = {geometry.vision.tokens} image tokens"
+            )
+        return geometry
+
+
+def decoder_section(config: Mapping[str, Any], decoders: tuple[str, ...], called: str) -> dict[str, Any]:
+    """The text_config of a config.json without nulls, its defaults filled in.
+
+    CheckpointError for others than the `decoders`, and for weights that are quantised.
+    """
+    given = section(config, "text_config")
+    refuse_quantised(config, section(config, "vision_config"), given)
+    named = _one_of("text_config.model_type", given.get("model_type", decoders[0]), decoders, called)
+    return {**_DECODERS[named], **given}
+
+
+def ties_embeddings(top: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Whether the embedding is the output matrix, too: by the keys outside all sections, or by a `decoder_section`."""
+    return flag("config.json: tie_word_embeddings", top["tie_word_embeddings"]) | flag(
+        "config.json: text_config.tie_word_embeddings", text["tie_word_embeddings"]
+    )
+
+
+def decoder_geometry(text: Mapping[str, Any]) -> TextGeometry:
+    """The sizes that a `decoder_section` says; CheckpointError for layers that see a window alone."""
+    _refuse_windows(text)
+    positive("text_config", hidden_size=text["hidden_size"], num_attention_heads=text["num_attention_heads"])
+    # Qwen2's and Mistral's biases are what they are, whatever a file says.
+    llama = text["model_type"] == "llama"
+    attention_bias = llama and flag("config.json: text_config.attention_bias", text["attention_bias"])
+    mlp_bias = llama and flag("config.json: text_config.mlp_bias", text["mlp_bias"])
+    return TextGeometry(
+        hidden=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        heads=text["num_attention_heads"],
+        kv_heads=_or(text["num_key_value_heads"], text["num_attention_heads"]),
+        head_dim=_or(text["head_dim"], text["hidden_size"] // text["num_attention_heads"]),
+        mlp=text["intermediate_size"],
+        vocab=text["vocab_size"],
+        max_positions=text["max_position_embeddings"],
+        norm_eps=text["rms_norm_eps"],
+        activation=text["hidden_act"],
+        qkv_bias=attention_bias or text["model_type"] == "qwen2",
+        out_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        rope=Rope.from_text_config(text),
+    )
+
+
 def decisive_part(config: Mapping[str, Any], kind: Kind = LLAVA_KIND) -> dict[str, Any]:
     """Copies from a config.json what decides about the model's arithmetic, and none of what else such files hold."""
+    return decisive(config, (*kind.top, "image_token_id", "image_seq_length"), _TOWERS[kind.tower], kind.decoders[0])
+
+
+def decisive(config: Mapping[str, Any], top: Iterable[str], tower: Iterable[str], decoder: str) -> dict[str, Any]:
+    """The same by the keys outside all sections and those of vision_config; of text_config by the decoder's type.
+
+    `decoder` is the type of a text_config that names none.
+    """
     config = without_nulls(config)
-    part = {key: config[key] for key in (*kind.top, "image_token_id", "image_seq_length") if key in config}
-    decoder = _DECODERS[section(config, "text_config").get("model_type", kind.decoders[0])]
-    for name, keys in (("vision_config", _TOWERS[kind.tower]), ("text_config", (*decoder, *_ROPE_KEYS))):
+    text = (*_DECODERS[section(config, "text_config").get("model_type", decoder)], *_ROPE_KEYS)
+    part = {key: config[key] for key in top if key in config}
+    for name, keys in (("vision_config", tuple(tower)), ("text_config", text)):
         if name in config:
             part[name] = {key: value for key, value in section(config, name).items() if key in keys}
     return part
@@ -420,7 +482,6 @@ def _refuse_other_layouts(config: Mapping[str, Any]) -> None:
             f"config.json: {key}={shown(config[key])} is the authors' own layout, whose files hold no vision tower; "
             "give the converted checkpoint, as under llava-hf on the hub"
         )
-    refuse_quantised(config, section(config, "vision_config"), section(config, "text_config"))
 
 
 def _or(value: Any, otherwise: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
@@ -20,7 +20,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from export.families.desktop import eager, filled
+from export.families.desktop import DecoderDesktop, eager
 from export.families.family import Checkpoint, Seen
 from export.families.llava.config import LLAVA_KIND, Kind, LlavaGeometry, decisive_part
 from export.families.llava.preprocessor import read_preprocessor
@@ -38,18 +38,17 @@ _DECODERS: Mapping[str, tuple[Any, Any, Any]] = {
 }
 
 
-class LlavaDesktop:
-    """Modules that are filled when they are asked for, so that memory holds one layer and not the model."""
+class LlavaDesktop(DecoderDesktop):
+    """The tower layer by layer, and the decoder."""
 
     def __init__(
         self, checkpoint: Checkpoint, geometry: LlavaGeometry, device: torch.device | str, kind: Kind = LLAVA_KIND
     ) -> None:
         """Raises CheckpointError for a config.json that transformers does not take."""
-        self._checkpoint, self._geometry, self._device = checkpoint, geometry, device
+        self._geometry, self._projects = geometry, _MODELS[kind.model_type][1]
         self._config = eager_config(checkpoint.config, kind)
-        self._projects = _MODELS[kind.model_type][1]
-        self._decoder_layer, self._norm, rotary = _DECODERS[self._config.text_config.model_type]
-        self._rotary = rotary(self._config.text_config).to(device)
+        decoder = self._config.text_config
+        super().__init__(checkpoint, device, decoder, _DECODERS[decoder.model_type])
 
     def pixels(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(height, width, 3) -> (1, 3, H, W), by transformers' own image processor."""
@@ -87,25 +86,6 @@ class LlavaDesktop:
             projector = self._projects(self._config)
         features = self._filled(projector, "tower.projector")(hidden[:, first:])
         return Seen(features, keys[0][:, first:], weights[0].mean(1)[:, 0, 1:] if first else None)
-
-    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for hidden (1, T, D) at positions (1, T)."""
-        tables: tuple[Tensor, Tensor] = self._rotary(hidden, position_ids=positions)
-        return tables
-
-    def layer(self, index: int) -> nn.Module:
-        """A decoder layer."""
-        with torch.device("meta"):
-            layer = self._decoder_layer(self._config.text_config, index)
-        return self._filled(layer, f"layers.{index}")
-
-    def norm(self) -> nn.Module:
-        """The norm in front of the output matrix."""
-        config = self._config.text_config
-        return self._filled(self._norm(config.hidden_size, eps=config.rms_norm_eps), "norm")
-
-    def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
-        return filled(module, self._checkpoint, self._device, lambda name: f"{prefix}.{name}")
 
 
 def eager_config(given: Mapping[str, Any], kind: Kind = LLAVA_KIND) -> Any:

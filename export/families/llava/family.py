@@ -26,6 +26,7 @@ class Llava:
 
     name = model_type = "llava"
     class_token = True
+    image_marks = "", ""
     backends = None
     drop_in = True
 
@@ -71,9 +72,9 @@ class Llava:
 
     def tower(self, geometry: LlavaGeometry) -> nn.Module:
         """pixel_values (1, 3, H, W) -> Seen: CLIP's tower and the projector."""
-        from export.families.llava.tower import ClipTower
+        from export.families.llava.tower import ClipTower, projector
 
-        return ClipTower(geometry)
+        return ClipTower(geometry.vision, layers=geometry.tower_layers, projector=projector(geometry))
 
     def layer(self, geometry: LlavaGeometry) -> DecoderLayer:
         """A layer of LLaMA."""

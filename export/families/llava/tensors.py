@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from export.families.family import TensorEntry, decoder_tensors, linear
-from export.families.llava.config import LlavaGeometry
+from export.families.family import TensorEntry, decoder_tensors, linear, renamed
+from export.families.llava.config import LlavaGeometry, VisionGeometry
 
 # What stands in front of the graphs' names in the modules of transformers.
 _PUBLISHED: Mapping[str, str] = {
@@ -58,8 +58,7 @@ def tensors(geometry: LlavaGeometry) -> dict[str, TensorEntry]:
 
 def spellings(name: str) -> tuple[str, ...]:
     """Spells a canonical name as files do; the first is that of the newer layout without `model.` in front."""
-    start = next(start for start in _PUBLISHED if name.startswith(start))
-    published = _PUBLISHED[start] + name.removeprefix(start)
+    published = renamed(name, _PUBLISHED)
     older = [old + published.removeprefix(new) for new, old in _OLDER.items() if published.startswith(new)]
     return tuple(f"{front}{spelling}" for spelling in (published, *older) for front in ("", "model."))
 
@@ -87,10 +86,17 @@ def other_layout(stored: Sequence[str]) -> str | None:
 
 
 def _tower_tensors(geometry: LlavaGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    vision, text = geometry.vision, geometry.text
-    width, patch = vision.hidden, vision.patch_size
+    width, text = geometry.vision.hidden, geometry.text
     if geometry.newline:
         yield "tower.image_newline", (text.hidden,)
+    yield from vision_tensors(geometry.vision)
+    yield from linear("tower.projector.linear_1", width, text.hidden, bias=geometry.projector_bias)
+    yield from linear("tower.projector.linear_2", text.hidden, text.hidden, bias=geometry.projector_bias)
+
+
+def vision_tensors(vision: VisionGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Canonical names and shapes of a tower of CLIP's or SigLIP's kind, without its projector."""
+    width, patch = vision.hidden, vision.patch_size
     if vision.class_token:
         yield "tower.embeddings.class_embedding", (width,)
     yield "tower.embeddings.patch_embedding.weight", (width, vision.channels, patch, patch)
@@ -110,5 +116,3 @@ def _tower_tensors(geometry: LlavaGeometry) -> Iterator[tuple[str, tuple[int, ..
             yield from linear(f"{base}.self_attn.{name}", width, width, bias=True)
         yield from linear(f"{base}.mlp.fc1", width, vision.mlp, bias=True)
         yield from linear(f"{base}.mlp.fc2", vision.mlp, width, bias=True)
-    yield from linear("tower.projector.linear_1", width, text.hidden, bias=geometry.projector_bias)
-    yield from linear("tower.projector.linear_2", text.hidden, text.hidden, bias=geometry.projector_bias)

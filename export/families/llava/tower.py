@@ -1,10 +1,11 @@
-"""CLIP's vision tower with LLaVA's projector behind it, as one static module."""
+"""CLIP's or SigLIP's vision tower with a projector behind it, as one static module."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from export.blocks.attention import blocks
 from export.blocks.norms import LayerNorm
 from export.blocks.projector import Projector
 from export.blocks.tower_layer import TowerLayer
@@ -42,9 +43,8 @@ class PatchEmbeddings(nn.Module):
         return placed if views == 1 else placed.reshape(1, -1, width)
 
 
-def tower_layers(geometry: LlavaGeometry, *, windows: int = 1) -> nn.ModuleList:
-    """The layers up to the one whose output is projected, over so many pictures, one behind the other."""
-    vision = geometry.vision
+def tower_layers(vision: VisionGeometry, count: int, *, windows: int = 1) -> nn.ModuleList:
+    """The first `count` layers, over so many pictures, one behind the other."""
     return nn.ModuleList(
         TowerLayer(
             width=vision.hidden,
@@ -54,7 +54,7 @@ def tower_layers(geometry: LlavaGeometry, *, windows: int = 1) -> nn.ModuleList:
             norm_eps=vision.norm_eps,
             windows=windows,
         )
-        for _ in range(geometry.tower_layers)
+        for _ in range(count)
     )
 
 
@@ -69,23 +69,39 @@ def projector(geometry: LlavaGeometry) -> Projector:
 
 
 class ClipTower(nn.Module):
-    """The layers of the tower up to the one whose output is projected, and the projector."""
+    """The tower, or its first `layers`, and the projector; SigLIP's has no class token, and no norm in front.
 
-    def __init__(self, geometry: LlavaGeometry) -> None:
+    With `merge` that many rows and columns of patches are one image token, side by side (pixel shuffle). With
+    `post_norm` the last layer's output is normed first.
+    """
+
+    def __init__(
+        self,
+        vision: VisionGeometry,
+        *,
+        projector: nn.Module,
+        layers: int | None = None,
+        merge: int = 1,
+        post_norm: bool = False,
+    ) -> None:
         super().__init__()
-        vision = geometry.vision
+        self.merge, (self.rows, self.columns) = merge, (side // merge for side in vision.grid)
+        self.first = int(vision.class_token)
         self.embeddings = PatchEmbeddings(vision)
         # The missing e is in the published tensor names.
-        self.pre_layrnorm = LayerNorm(vision.hidden, vision.norm_eps)
-        self.layers = tower_layers(geometry)
-        self.projector = projector(geometry)
+        self.pre_layrnorm = LayerNorm(vision.hidden, vision.norm_eps) if vision.class_token else None
+        self.layers = tower_layers(vision, vision.layers if layers is None else layers)
+        self.post_layernorm = LayerNorm(vision.hidden, vision.norm_eps) if post_norm else None
+        self.projector = projector
 
     def forward(self, pixel_values: Tensor, *, attention: bool = False) -> Seen:
-        """(1, 3, H, W) -> features (1, N, D) and keys (1, N, Dv) of the last layer run, both without the class token.
+        """(1, 3, H, W) -> features (1, N, D) and keys (1, N, merge * merge * Dv) of the last layer run.
 
-        With `attention` also what the class token gives to each in that layer.
+        Both are without the class token. With `attention` also what this gives to each patch in that layer.
         """
-        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        hidden = self.embeddings(pixel_values)
+        if self.pre_layrnorm is not None:
+            hidden = self.pre_layrnorm(hidden)
         entered, keys = hidden, hidden
         for layer in self.layers:
             entered = hidden
@@ -95,4 +111,14 @@ class ClipTower(nn.Module):
             last = self.layers[-1]
             assert isinstance(last, TowerLayer)
             given = last.attention_of_first(entered, keys)[:, 1:]
-        return Seen(self.projector(hidden[:, 1:]), keys[:, 1:], given)
+        if self.post_layernorm is not None:
+            hidden = self.post_layernorm(hidden)
+        return Seen(self.projector(self._merged(hidden)), self._merged(keys), given)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """Patches of an image token side by side, row by row: (1, first + T, W) -> (1, N, merge * merge * W)"""
+        x = x[:, 1:] if self.first else x
+        if self.merge == 1:
+            return x
+        together = blocks(x, self.rows, self.merge, self.columns, self.merge)
+        return together.reshape(1, self.rows * self.columns, self.merge**2 * x.shape[2])

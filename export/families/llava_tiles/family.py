@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.families.family import Checkpoint, Desktop, Frame, ModelEntry, TensorEntry
+from export.families.family import Checkpoint, Desktop, Frame, ModelEntry, PlainFamily, TensorEntry
 from export.families.llava.config import (
     NEXT_KIND,
     ONEVISION_KIND,
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from export.blocks.decoder_layer import DecoderLayer
     from runtime.bundle import ImageInfo
 
 _HEADS = ("vision_tower.head.", "vision_tower.vision_model.head.")
 
 
 @dataclass(frozen=True)
-class LlavaTiles:
+class LlavaTiles(PlainFamily[TiledGeometry]):
     """LLaVA-NeXT (LLaVA-1.6) or LLaVA-OneVision (arXiv 2408.03326) at one size of image, (height, width) in pixels.
 
     The models take photos of any size: a view of the whole, then tiles, of which there are as many as a photo's size
@@ -55,16 +54,6 @@ class LlavaTiles:
     def class_token(self) -> bool:
         """Whether its tower is CLIP's; SigLIP's has none."""
         return self.kind is NEXT_KIND
-
-    @property
-    def backends(self) -> frozenset[str]:
-        """Those that bundles of it were made with and passed their check."""
-        return frozenset({"onnx", "xnnpack"})
-
-    @property
-    def drop_in(self) -> bool:
-        """False: those runtimes work out an image's tokens from the photo's size."""
-        return False
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -128,12 +117,6 @@ class LlavaTiles:
         from export.families.llava_tiles.tower import TiledTower
 
         return TiledTower(geometry)
-
-    def layer(self, geometry: TiledGeometry) -> DecoderLayer:
-        """A layer of LLaMA, of Mistral, or of Qwen2, which has biases on queries, keys and values."""
-        from export.blocks.decoder_layer import DecoderLayer
-
-        return DecoderLayer(geometry.text)
 
     def desktop(self, checkpoint: Checkpoint, device: torch.device | str) -> Desktop:
         """The same model by transformers' own modules."""

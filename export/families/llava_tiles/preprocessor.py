@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.families.image_settings import read_settings
+from export.families.image_settings import COMMON, read_settings
 from export.families.llava.preprocessor import CLIP_MEAN, CLIP_STD
 from export.families.llava_tiles.config import TiledGeometry
 from export.settings import shown
@@ -15,23 +15,15 @@ from runtime.errors import CheckpointError
 if TYPE_CHECKING:
     from runtime.bundle import ImageInfo
 
-_COMMON: Mapping[str, Any] = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-    "rescale_factor": 1 / 255,
-    "resample": 3,
-}
 # transformers' class of each type of model, and the mean and deviation of RGB that its published files have.
 _KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llava_next": (
         "LlavaNextImageProcessor",
-        {**_COMMON, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)},
+        {**COMMON, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)},
     ),
     "llava_onevision": (
         "LlavaOnevisionImageProcessor",
-        {**_COMMON, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+        {**COMMON, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
     ),
 }
 

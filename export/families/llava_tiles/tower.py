@@ -30,7 +30,7 @@ class TiledTower(nn.Module):
         self.embeddings = PatchEmbeddings(vision)
         # The missing e is in the published tensor names.
         self.pre_layrnorm = LayerNorm(vision.hidden, vision.norm_eps) if vision.class_token else None
-        self.layers = tower_layers(geometry, windows=self.views)
+        self.layers = tower_layers(vision, geometry.tower_layers, windows=self.views)
         self.projector = projector(geometry)
         self.image_newline = nn.Parameter(torch.empty(geometry.text.hidden, device="meta"), requires_grad=False)
         self.pooled = self.tiling is not None and self.tiling.grid != self.tiling.seen

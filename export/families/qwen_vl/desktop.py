@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 from transformers.vision_utils import get_vision_window_index
 
-from export.families.desktop import eager, filled
+from export.families.desktop import eager, filled, filled_in_turn
 from export.families.family import Checkpoint, Seen
 from export.families.qwen_vl.config import QwenGeometry, Version, decisive_part
 from export.families.qwen_vl.preprocessor import read_preprocessor
@@ -136,17 +136,9 @@ class QwenDesktop:
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(config).to(self._device)  # made of numbers, not of weights
         spelled = {spelling: name for name, entry in tensors(self._geometry).items() for spelling in entry.stored}
 
-        def filling(path: str) -> Any:
-            def fill(module: nn.Module, _inputs: object) -> None:
-                self._filled(module, lambda name: spelled[f"model.visual.{path}.{name}"])
-
-            return fill
-
-        for path, module in tower.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(filling(path))
-                module.register_forward_hook(lambda module, _inputs, _out: module.to("meta") and None)
-        return tower.eval()
+        return filled_in_turn(
+            tower, lambda part, path: self._filled(part, lambda name: spelled[f"model.visual.{path}.{name}"])
+        )
 
     def _filled(self, module: nn.Module, canonical: Any) -> nn.Module:
         return filled(module, self._checkpoint, self._device, canonical)

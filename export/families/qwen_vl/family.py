@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.families.family import Checkpoint, Desktop, Frame, ModelEntry, TensorEntry
+from export.families.family import Checkpoint, Desktop, Frame, ModelEntry, PlainFamily, TensorEntry
 from export.families.qwen_vl.config import QwenGeometry, Version
 from export.families.qwen_vl.preprocessor import image_info
-from export.families.qwen_vl.tensors import stray, tensors
+from export.families.qwen_vl.tensors import tensors
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from export.blocks.decoder_layer import DecoderLayer
     from runtime.bundle import ImageInfo
 
 # 24 x 24 image tokens, as many as LLaVA-1.5 has.
@@ -25,7 +24,7 @@ _TOKENS_OF_AN_EDGE = 24
 
 
 @dataclass(frozen=True)
-class QwenVl:
+class QwenVl(PlainFamily[QwenGeometry]):
     """Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) or Qwen3-VL (2511.21631) at one size of image.
 
     The models take photos of any size. A graph is static, so that one size is chosen when it is made, and photos are
@@ -36,26 +35,12 @@ class QwenVl:
     name: str
     version: Version
     image_size: tuple[int, int]
+    built_parts = "visual.", "model.", "lm_head."
 
     @property
     def model_type(self) -> str:
         """What a config.json of it calls itself."""
         return self.version
-
-    @property
-    def class_token(self) -> bool:
-        """False: the tower has none."""
-        return False
-
-    @property
-    def backends(self) -> frozenset[str]:
-        """Those that bundles of it were made with and passed their check."""
-        return frozenset({"onnx", "xnnpack"})
-
-    @property
-    def drop_in(self) -> bool:
-        """False: those runtimes know no positions on three axes."""
-        return False
 
     @property
     def models(self) -> tuple[ModelEntry, ...]:
@@ -66,10 +51,6 @@ class QwenVl:
         """The same for images of (height, width) pixels."""
         return replace(self, image_size=size)
 
-    def whole_config(self, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The config.json as it is: no other file completes it."""
-        return config
-
     def geometry(self, config: Mapping[str, Any]) -> QwenGeometry:
         """Reads the sizes; CheckpointError when it is no config.json of the family, or contradicts itself."""
         return QwenGeometry.from_config(config, self.version, self.image_size)
@@ -77,14 +58,6 @@ class QwenVl:
     def tensors(self, geometry: QwenGeometry) -> Mapping[str, TensorEntry]:
         """Lists every tensor of the whole model by its canonical name."""
         return tensors(geometry)
-
-    def stray(self, stored: str) -> str | None:
-        """Says what to do about a stored tensor that no model of the family has; None for no part of a model."""
-        return stray(stored)
-
-    def other_layout(self, stored: Sequence[str]) -> str | None:
-        """None: there is one layout, with two spellings, and both are read."""
-        return None
 
     def image(self, folder: Path | None, geometry: QwenGeometry) -> ImageInfo:
         """How a photo becomes pixel_values: from the folder's files, or as published, at the size of the graph."""
@@ -108,12 +81,6 @@ class QwenVl:
         from export.families.qwen_vl.tower import QwenTower
 
         return QwenTower(geometry)
-
-    def layer(self, geometry: QwenGeometry) -> DecoderLayer:
-        """A layer of Qwen2: LLaMA's, with biases on queries, keys and values; or of Qwen3, which norms its heads."""
-        from export.blocks.decoder_layer import DecoderLayer
-
-        return DecoderLayer(geometry.text)
 
     def desktop(self, checkpoint: Checkpoint, device: torch.device | str) -> Desktop:
         """The same model by transformers' own modules."""

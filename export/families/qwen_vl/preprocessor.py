@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.families.image_settings import read_settings
+from export.families.image_settings import COMMON, read_settings
 from export.families.qwen_vl.config import QwenGeometry, Version
 from export.settings import shown
 from runtime.errors import CheckpointError
@@ -16,14 +16,9 @@ if TYPE_CHECKING:
 
 # What transformers' class takes where a file names nothing else: CLIP's mean and deviation of RGB in 0..1.
 _USUAL: Mapping[str, Any] = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
+    **COMMON,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "rescale_factor": 1 / 255,
-    "resample": 3,
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,

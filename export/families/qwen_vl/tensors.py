@@ -36,7 +36,6 @@ _IN_LAYERS: Mapping[str, str] = {
     ".projector.linear_2.": ".linear_fc2.",
 }
 _IN_LAYERS_3: Mapping[str, str] = {**_IN_LAYERS, ".mlp.fc1.": ".mlp.linear_fc1.", ".mlp.fc2.": ".mlp.linear_fc2."}
-_BUILT_PARTS = ("visual.", "model.", "lm_head.")
 
 
 def tensors(geometry: QwenGeometry) -> dict[str, TensorEntry]:
@@ -62,13 +61,6 @@ def spellings(name: str, version: Version) -> tuple[str, ...]:
     front = "model.language_model." if start == "" else "model."
     built = front + (published.removeprefix("model.") if start == "" else published)
     return (built,) if third else (published, built)
-
-
-def stray(stored: str) -> str | None:
-    """Says what to do about a tensor that no model of the family has; None for one that is no part of a model."""
-    if stored.startswith(_BUILT_PARTS):
-        return "the weights belong to another model, or config.json does"
-    return None
 
 
 def _tower_tensors(geometry: QwenGeometry) -> Iterator[tuple[str, tuple[int, ...]]]:
