@@ -45,7 +45,6 @@ from benchmarks.peer_systems import model  # noqa: E402 - behind the path
 from export.progress import Progress  # noqa: E402 - behind the path
 
 STARTS = 2
-WHOLE = ("llava-1.5-7b", "llava-1.5-13b")
 # A process that opens a bundle and answers, as `pruneport ask` does; ids stand in for a tokenizer's.
 ANSWER = """
 import json, sys, time
@@ -116,7 +115,10 @@ def main() -> None:
 
 def _file(name: str, backend: str) -> Path:
     """Where a run is written: `whole` are those of models as they are published."""
-    kind = "whole" if name in WHOLE else "part"
+    from export import families
+
+    published = name in families.MODELS and families.MODELS[name].hub_id
+    kind = "whole" if published else "part"
     return ROOT / f"benchmarks/results/export_{kind}-{name}-{backend}.json"
 
 

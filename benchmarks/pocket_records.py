@@ -161,6 +161,7 @@ def records() -> dict[str, Record]:
         "demo": Record((README, ROOT / "docs/demo.webp"), 3, make_demo, short=True),
         "eval": Record((RESULTS / "eval-pocket.json",), 12, make_evaluation),
         "overlap": Record((RESULTS / "kept_overlap.json",), 7, partial(_python, "benchmarks/kept_overlap.py")),
+        "methods": Record((RESULTS / "own_methods.json",), 4, partial(_python, "benchmarks/own_methods.py")),
         **{
             f"bundles-{name}": Record(
                 (RESULTS / "bundles.json",), 3, partial(_python, "benchmarks/bundles.py", "--only", name)

@@ -86,8 +86,9 @@ def _add_export(verbs: argparse._SubParsersAction[Parser], *, optimum: bool) -> 
     what.add_argument(
         "--keep",
         required=True,
-        metavar="N|all",
-        help="image tokens to keep; `all` does not prune; N,N,...: several keeps in one bundle (xnnpack, onnx)",
+        metavar="N|P%|all",
+        help="image tokens to keep, or their share; `all` does not prune; N,N,...: several keeps in one bundle "
+        "(xnnpack, onnx)",
     )
     what.add_argument("--target", default="android", metavar="T", help="android (default) or ios")
     what.add_argument(
@@ -275,10 +276,21 @@ def parse(argv: Sequence[str], *, optimum: bool = False) -> argparse.Namespace:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in flags:
             raise RequestError(f"unknown argument {flag!r}{nearest(flag, flags)}; see {chosen.prog} --help")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(_with_negative_shares(argv))
     if "quiet" in args and args.verbose and args.quiet:
         raise RequestError("-v and -q contradict each other; give one of them")
     return args
+
+
+def _with_negative_shares(argv: Sequence[str]) -> list[str]:
+    """Joins `--keep` and `-5%`: argparse knows negative numbers, and takes such a word for a flag."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--keep" and re.match(r"-[0-9.]", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def main(argv: Sequence[str], *, version: str, optimum: bool = False) -> int:

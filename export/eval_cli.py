@@ -34,7 +34,9 @@ def add_eval(
     verb.add_argument("bundles", metavar="BUNDLE", nargs="*", help="bundles of the same weights to ask, too")
     verb.add_argument("--model", required=True, metavar="M", help="model to ask, e.g. pocket")
     verb.add_argument("--weights", metavar="DIR", help="checkpoint folder")
-    verb.add_argument("--keep", default="64", metavar="N,N,...", help="image tokens to keep (default 64)")
+    verb.add_argument(
+        "--keep", default="64", metavar="N|P%,...", help="image tokens that stay, or a share (default 64)"
+    )
     verb.add_argument("--method", default="vlm-pruner", metavar="NAME,...|all", help="who chooses (default vlm-pruner)")
     verb.add_argument("--cut", metavar="N", help="prune there (default: layer 2, or behind the projector)")
     verb.add_argument(
@@ -54,7 +56,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from export.evaluation.questions import read_questions
     from export.evaluation.run import evaluate, save, scores, wanted_cells
     from export.progress import library_noise
-    from export.request import model_entry, whole_number
+    from export.request import kept_tokens, model_entry, whole_number
 
     entry = model_entry(args.model, args.weights)
     questions = read_questions(_questions(args.questions, entry))
@@ -63,7 +65,7 @@ def run_eval(args: argparse.Namespace) -> int:
     identity = checkpoint.identity().sha256
     bundles = [(Path(name), bundle_at(Path(name), identity or "")) for name in args.bundles]
     tokens = checkpoint.geometry.image_tokens
-    keeps = [whole_number("keep", word, 1, tokens) for word in dict.fromkeys(args.keep.split(","))]
+    keeps = list(dict.fromkeys(kept_tokens(word, tokens, entry.name) for word in args.keep.split(",")))
     class_token, least = entry.family.class_token, checkpoint.geometry.least_cut
     cut = None if args.cut is None else whole_number("cut", args.cut, least, checkpoint.geometry.text.layers - 1)
     methods = _methods(args.method, class_token=class_token)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from export.calibration import default_photos, read_photos, sample_paths
+from export.share import is_share, read_share
 from runtime.errors import ExportError, ImageError, NotYetError, OutputError, PruneportError, RequestError
 from runtime.names import is_text, stored_name
 
@@ -807,10 +808,10 @@ def _keeps(text: str, tokens: int, model: str) -> tuple[int, ...]:
     """The numbers of image tokens that `text` names, in its order: one, or several with commas between them."""
     words = text.split(",")
     if len(words) == 1:
-        return (_keep(text, tokens, model),)
+        return (kept_tokens(text, tokens, model),)
     if "" in words:
         raise RequestError(f"keep={text[:60]!r} has nothing on one side of a comma; write numbers such as 192,128,64")
-    keeps = tuple(_keep(word, tokens, model) for word in words)
+    keeps = tuple(kept_tokens(word, tokens, model) for word in words)
     twice = next((keep for keep in keeps if keeps.count(keep) > 1), None)
     if twice is not None:
         raise RequestError(f"keep={text[:60]} names {twice} twice; name each keep once")
@@ -843,11 +844,14 @@ def _check_takes_keeps(text: str, backends: Mapping[str, Backend], layout: Layou
     )
 
 
-def _keep(text: str, tokens: int, model: str) -> int:
+def kept_tokens(text: str, tokens: int, model: str) -> int:
+    """The number of image tokens that `text` names, of the `tokens` that a photo has: `64`, `11%` or `all`."""
     if text == "all":
         return tokens
+    if is_share(text):
+        return read_share(text).of(tokens)
     if text.isalpha():
-        raise RequestError(f"keep={text!r} is neither `all` nor a whole number in 1..{tokens}")
+        raise RequestError(f"keep={text!r} is neither `all` nor a share such as 11% nor a whole number in 1..{tokens}")
     return whole_number("keep", text, 1, tokens, f" (the image tokens of {model})")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pruneport.rooms import find_rooms
 
@@ -126,7 +126,7 @@ class Exported:
 def export_bundle(
     *,
     model: str,
-    keep: int | Literal["all"] | Sequence[int | Literal["all"]],
+    keep: int | str | Sequence[int | str],
     target: str = "android",
     backend: str | None = None,
     soc: str | None = None,
@@ -153,8 +153,8 @@ def export_bundle(
 ) -> Exported:
     """Makes a bundle from a checkpoint and checks it in its engine, as `pruneport export` does.
 
-    Each choice is the flag of that name; `keep` may be several numbers, for one bundle of all. `resume` goes on where
-    an export of the same choices was killed.
+    Each choice is the flag of that name; `keep` is a number, a share such as `11%`, or `all`; several of
+    them make one bundle of all. `resume` goes on where an export of the same choices was killed.
     `progress` tells on standard error what is being done, and what it took.
 
     Returns the bundle's `path` and the `verdict` of the check: outputs that differ from the desktop's are a verdict

@@ -28,6 +28,7 @@ from runtime.image import load_photo, preprocess
 from runtime.kept_picture import check_picture, save_kept
 from runtime.latency import peak_rss_bytes, restart_peak_rss
 from runtime.memory import give_back
+from runtime.own_tokens import own_words
 from runtime.prompt import open_tokenizer
 from runtime.session import open_session
 from runtime.text_graphs import VISION_ENCODER
@@ -374,6 +375,9 @@ def ask(
                 if opened.emulated:
                     tell("the NPU is only emulated on this machine: the times below say nothing about a phone")
                 photo = opened.see(seen)
+                prune = each.manifest.prune
+                if isinstance(seen, np.ndarray) and (own := own_words(each.manifest.image, seen.shape[:2])):
+                    tell(f"{prune.image_tokens} image tokens seen, {prune.keep} kept; {own}")
                 if inquiry.save_prefill is not None and each is bundle:
                     photo.save(inquiry.save_prefill)
                     written.append(inquiry.save_prefill)

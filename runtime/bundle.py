@@ -260,11 +260,48 @@ class TilesInfo(_Record, frozen=True):
     grid: tuple[Annotated[int, msgspec.Meta(ge=1, le=64)], Annotated[int, msgspec.Meta(ge=1, le=64)]]
 
 
+class PixelsInfo(_Record, frozen=True):
+    """What the model's own processor makes of a photo, of any size: a token for each square of so many pixels an edge.
+
+    It scales a photo that has more pixels than `most`, or fewer than `least`. The graph takes one size alone, so that
+    this says only how many image tokens a photo would have had.
+    """
+
+    token: Annotated[int, msgspec.Meta(ge=1, le=8192)]
+    least: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    most: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+    def __post_init__(self) -> None:
+        if self.least > self.most:
+            raise ValueError(f"pixels.least={self.least} must be at most pixels.most={self.most}")
+
+
+class PinpointsInfo(_Record, frozen=True):
+    """What the model's own processor makes of a photo, of any size: the whole, and tiles at the best of `sizes`.
+
+    These are (height, width) in pixels of all tiles, each of which has `tile` pixels and `side` tokens an edge; tokens
+    of more than `most` tiles are averaged. The graph takes one size alone, so that this says only how many image tokens
+    a photo would have had.
+    """
+
+    sizes: Annotated[
+        tuple[tuple[Annotated[int, msgspec.Meta(ge=1, le=8192)], Annotated[int, msgspec.Meta(ge=1, le=8192)]], ...],
+        msgspec.Meta(min_length=1),
+    ]
+    tile: Annotated[int, msgspec.Meta(ge=1, le=8192)]
+    side: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    most: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+
+    def __post_init__(self) -> None:
+        if any(edge % self.tile for size in self.sizes for edge in size):
+            raise ValueError(f"pinpoints.sizes={self.sizes} must be whole tiles of {self.tile} pixels")
+
+
 class ImageInfo(_Record, frozen=True):
     """How a photo becomes pixel_values: shortest edge to `resize_shortest`, centre crop to `size` (height, width),
     times `rescale`, minus `mean`, over `std`, per RGB channel. Without the crop the photo is squeezed into `size`
     and `resize_shortest` has no effect. With `tiles` pixel_values are several pictures: first that of the whole photo,
-    then the tiles, row by row."""
+    then the tiles, row by row. `pixels` or `pinpoints` tell of models that take photos of any size themselves."""
 
     size: tuple[Annotated[int, msgspec.Meta(ge=1, le=8192)], Annotated[int, msgspec.Meta(ge=1, le=8192)]]
     resize_shortest: Annotated[int, msgspec.Meta(ge=1, le=8192)]
@@ -275,6 +312,8 @@ class ImageInfo(_Record, frozen=True):
     color: Literal["RGB"] = "RGB"
     do_center_crop: bool = True
     tiles: TilesInfo | None = None
+    pixels: PixelsInfo | None = None
+    pinpoints: PinpointsInfo | None = None
 
     def __post_init__(self) -> None:
         if self.tiles and any(
@@ -289,6 +328,11 @@ class ImageInfo(_Record, frozen=True):
                 f"resize_shortest={self.resize_shortest} must be at least the crop {self.size[0]} x {self.size[1]}, "
                 "or the crop would reach outside the photo"
             )
+
+    @property
+    def any_size(self) -> bool:
+        """Whether the model takes photos of any size, whatever the graph does."""
+        return self.pixels is not None or self.pinpoints is not None
 
     @classmethod
     def from_preprocessor(cls, config: Mapping[str, object]) -> Self:
@@ -750,6 +794,24 @@ class Bundle:
                     "copy the bundle again or export again"
                 )
             self._hashed[relative] = as_it_is
+
+    @property
+    def photo_size(self) -> tuple[int, int] | None:
+        """Height and width of the photo that the bundle was checked with; None where the golden file does not hold it.
+
+        Raises BundleError.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.file(self.manifest.golden.file)
+        try:
+            with safe_open(path, "np") as tensors:
+                if "photo" not in tensors.keys():  # noqa: SIM118  # it has no other way to ask
+                    return None
+                height, width, _ = tensors.get_slice("photo").get_shape()
+        except (SafetensorError, OSError, ValueError) as err:
+            raise BundleError(f"{path} is not a readable safetensors file ({err}); export again") from err
+        return height, width
 
     def golden(self) -> dict[str, np.ndarray]:
         """The desktop's inputs and outputs by name, e.g. `vision_encoder.in.pixel_values`."""

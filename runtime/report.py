@@ -19,6 +19,7 @@ from runtime.errors import BundleError, EngineError, OutputError
 from runtime.explain import lints, rewrite_for
 from runtime.image import view_jpeg
 from runtime.names import plural
+from runtime.own_tokens import own_words
 from runtime.session import default_threads
 from runtime.text_graphs import VISION_ENCODER
 
@@ -180,7 +181,7 @@ def _summary(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
 def _found_rows(bundle: Bundle, verdict: Verdict) -> list[tuple[str, str]]:
     """What was found at one keep."""
     prune = bundle.manifest.prune
-    rows = [("image tokens", _token_change(bundle))]
+    rows = [("image tokens", "; ".join(filter(None, (_token_change(bundle), _own_words(bundle)))))]
     tensors = [tensor for graph in verdict.graphs for tensor in graph.tensors]
     if tensors:
         worst = max((tensor.rel for tensor in tensors if tensor.rel is not None), default=0.0)
@@ -384,6 +385,12 @@ def _token_change(bundle: Bundle) -> str:
         return f"{prune.image_tokens} (unpruned twin)"
     share = prune.keep / prune.image_tokens
     return f"{prune.image_tokens} -> {prune.keep} ({share:.0%} kept)"
+
+
+def _own_words(bundle: Bundle) -> str:
+    """How many the photo would have had where the model takes any size; nothing where it does not."""
+    image = bundle.manifest.image
+    return own_words(image, bundle.photo_size) if image.any_size else ""
 
 
 def _kept_words(kept: KeptParity) -> str:

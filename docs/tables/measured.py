@@ -383,6 +383,47 @@ def other_tokens() -> str:
     return _made(result) + markdown_table(("keep", "tokens in common", "right answers, %", "lost, %"), rows)
 
 
+def own_methods() -> str:
+    """Returns what was tried for a method of our own, by the answers that it leaves. Says so where no one asked."""
+    if (result := _measured("own_methods.json")) is None:
+        return "Not measured yet.\n"
+    rows = [
+        (
+            row["method"],
+            str(row["keep"]),
+            _share(row["accuracy"]),
+            _share(row["loss"]),
+            "" if row["gain"] is None else _share(row["gain"]),
+        )
+        for row in result["rows"]
+    ]
+    heads = ("tokens by", "keep", "right answers, %", "lost, %", "more than VLM-Pruner's, %")
+    return _made(result) + markdown_table(heads, rows)
+
+
+def training_curve() -> str:
+    """Returns how pocket's last stages went: the first, each fifth and the last mean of a stage, and what came out."""
+    if (result := _measured("training.json")) is None:
+        return "Not measured yet.\n"
+    rows = []
+    for stage in result["stages"]:
+        *before, last = stage["rows"]
+        came_out = stage.get("held_out", {})
+        for number, row in enumerate([*before[::5], last]):
+            known = came_out if row is last else {}
+            rows.append(
+                (
+                    "" if number else stage["name"],
+                    str(row["step"]),
+                    f"{row['loss']:.2f}",
+                    f"{row['right']:.1%}",
+                    *(f"{known[name]:.1%}" if name in known else "" for name in ("all", "shape", "count")),
+                )
+            )
+    heads = ("stage", "step", "loss", "answers' tokens right", "held out: all", "shape", "count")
+    return _made(result) + markdown_table(heads, rows)
+
+
 def accuracy_by_category() -> str:
     """Returns the same by what is asked, unpruned and by each method at 64 tokens. Says so where no one asked."""
     if (result := _measured("eval-pocket.json")) is None:
@@ -419,4 +460,6 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "accuracy by category": accuracy_by_category,
     "accuracy of bundles": accuracy_of_bundles,
     "other tokens": other_tokens,
+    "tried methods": own_methods,
+    "curve of the training": training_curve,
 }

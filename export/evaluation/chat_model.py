@@ -45,7 +45,7 @@ class ChatModel:
         pretrained: str,
         *,
         method: str | None = None,
-        keep: int | float | None = None,
+        keep: int | float | str | None = None,
         cut: int | None = None,
         dtype: str = "auto",
         device: torch.device | str = "cpu",
@@ -143,7 +143,7 @@ class ChatModel:
         return first
 
 
-def _method(method: str | None, keep: int | float | None) -> str | None:
+def _method(method: str | None, keep: int | float | str | None) -> str | None:
     """The method that is meant, or None for nothing pruned; RequestError where the two contradict each other."""
     if method == UNPRUNED:
         if keep is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from export.evaluation.run import usual_cut
 from export.evaluation.views import View, image_views, layout_of, shares, square
+from export.share import Share, is_share, read_share
 from pruning import METHODS, Features, PruneSpec, selector
 from runtime.errors import RequestError
 
@@ -36,8 +38,8 @@ class PrunedModel:
         kept: of the last prompt, for each view of each image, the tokens that stayed, ascending.
     """
 
-    def __init__(self, model: Any, *, method: str, keep: int | float, cut: int | None = None) -> None:
-        """Takes `keep` as a number of tokens an image or, below 1, as a share; `cut` None is the method's usual one.
+    def __init__(self, model: Any, *, method: str, keep: int | float | str, cut: int | None = None) -> None:
+        """Takes `keep` as a number of tokens an image or as a share, 0.11 or `11%`; `cut` None is the method's usual.
 
         Raises RequestError for a model, method, keep or cut that does not go with the others.
         """
@@ -54,11 +56,8 @@ class PrunedModel:
                 f"cut={cut}: {method} may prune at {cuts}, and the model at {least}..{text.num_hidden_layers - 1}; "
                 "leave cut out, or give one that both allow"
             )
-        if type(keep) not in (int, float) or not keep > 0 or (type(keep) is float and keep >= 1):
-            raise RequestError(
-                f"keep={keep!r} must be a whole number of image tokens of at least 1, or a share above 0 and below 1"
-            )
-        if config.model_type == "llava" and keep > (most := square(config) ** 2):
+        wanted = _wanted(keep)
+        if config.model_type == "llava" and isinstance(wanted, int) and wanted > (most := square(config) ** 2):
             raise RequestError(f"keep={keep}: an image has {most} tokens; keep as many or fewer, or leave keep out")
         if self.cut == 0 and needs and config.model_type != "llava":
             raise RequestError(
@@ -78,7 +77,7 @@ class PrunedModel:
                 "give a checkpoint whose layers all see everything"
             )
         self.model, self.kept = model, list[list[list[int]]]()
-        self._keep, self._method = keep, method
+        self._keep, self._method = wanted, method
         self._selector = lru_cache(maxsize=64)(self._new_selector)
 
     @torch.no_grad()
@@ -230,6 +229,20 @@ class _Run:
             keys = None if self._keys is None else self._keys[number : number + 1]
             attention = None if self._attention is None else self._attention[number : number + 1]
         return Features(hidden[:, slots], keys, attention, question)
+
+
+def _wanted(keep: int | float | str) -> int | Share:
+    """A number of tokens or a share of them, however it is spelt."""
+    if isinstance(keep, str) and is_share(keep):
+        return read_share(keep)
+    if type(keep) is int and keep > 0:
+        return keep
+    if type(keep) is float and 0 < keep < 1:
+        return Share(Fraction(repr(keep)))  # the number that was written, not the nearest binary one
+    raise RequestError(
+        f"keep={keep!r} must be a whole number of image tokens of at least 1, or a share: above 0 and below 1, or such "
+        "as 11%"
+    )
 
 
 def _causal(tokens: int, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from export.share import Share
 from runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -70,14 +71,14 @@ def image_views(config: Any, inputs: Inputs) -> list[list[View]]:
     return found
 
 
-def shares(keep: int | float, sizes: Sequence[int]) -> list[int]:
+def shares(keep: int | Share, sizes: Sequence[int]) -> list[int]:
     """How many tokens each view of one image keeps, in proportion to the `sizes` of the views.
 
-    `keep` is their number, at most all of them, or below 1 their share, rounded down to one at least. What proportions
-    leave over goes to the largest remainders.
+    `keep` is their number, at most all of them, or their share. What proportions leave over goes to the largest
+    remainders.
     """
     total = sum(sizes)
-    wanted = min(keep, total) if isinstance(keep, int) else max(1, int(total * keep))
+    wanted = min(keep, total) if isinstance(keep, int) else keep.of(total)
     given = [wanted * size // total for size in sizes]
     order = sorted(range(len(sizes)), key=lambda view: (-(wanted * sizes[view] % total), view))
     for view in order[: wanted - sum(given)]:

@@ -32,7 +32,7 @@ _PHOTOS = 8
 
 @dataclass(frozen=True)
 class _Photo:
-    """A photo as each side reads it, pixel_values (1, 3, H, W)."""
+    """A photo as each side reads it, pixel_values (views, 3, H, W)."""
 
     pixels: np.ndarray
     twin_pixels: np.ndarray

@@ -22,12 +22,12 @@ class PhotoJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, number: int, keep: int, pixels: np.ndarray, question: str | None) -> PhotoJob:
-        """The job for pixel_values (1, 3, H, W) float32."""
+        """The job for pixel_values (views, 3, H, W) float32."""
         return cls(number=number, keep=keep, shape=pixels.shape, pixels=pixels.tobytes(), question=question)
 
     @property
     def pixel_values(self) -> np.ndarray:
-        """The photo, (1, 3, H, W) float32."""
+        """The photo and, where it is seen in tiles, these: (views, 3, H, W) float32."""
         return np.frombuffer(self.pixels, np.float32).reshape(self.shape)
 
 

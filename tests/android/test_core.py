@@ -26,6 +26,7 @@ from runtime.bundle import (
     GraphInfo,
     ImageInfo,
     Manifest,
+    PixelsInfo,
     PromptInfo,
     PruneInfo,
     TargetInfo,
@@ -203,7 +204,14 @@ def _bundle(target: Path, kind: str, *, pruned: bool = True) -> Bundle:
                     arithmetic="float32",
                 ),
                 graphs=infos,
-                image=ImageInfo(size=(2, 2), resize_shortest=2, rescale=0.5, mean=(1.0, 2.0, 3.0), std=(1.0, 0.5, 2.0)),
+                image=ImageInfo(
+                    size=(2, 2),
+                    resize_shortest=2,
+                    rescale=0.5,
+                    mean=(1.0, 2.0, 3.0),
+                    std=(1.0, 0.5, 2.0),
+                    pixels=PixelsInfo(token=1, least=1, most=9),  # which the app has no use for, and reads over
+                ),
                 prompt=PromptInfo(prefix_ids=tuple(range(BEFORE))),
                 frame=FrameInfo(before=BEFORE, image=image, first_text=BEFORE + IMAGE),
                 golden=GoldenInfo(file="golden.safetensors", device="CPU (numpy)", torch="none", photo="noise"),

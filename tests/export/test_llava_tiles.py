@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -25,11 +26,13 @@ from export.request import Request, plan
 from pruning import PruneSpec
 from pruning.vlm_pruner.reference import squared_distances
 from runtime.ask import open_bundle
-from runtime.bundle import FrameInfo
+from runtime.bundle import FrameInfo, ImageInfo
 from runtime.errors import CheckpointError, ExportError, NotYetError, RequestError
 from runtime.image import preprocess, tiles
+from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
 from tests.paper_loop import PaperLoop
+from tests.serving import on_the_page
 from tests.tiny_qwen import special, write_checkpoint
 from tests.tiny_tiles import (
     PREPROCESSORS,
@@ -74,6 +77,26 @@ def _processor(base: ModelEntry) -> Any:
     return cast(Any, kinds[base.family.name])(**settings)
 
 
+def _own_tokens(base: ModelEntry, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens that transformers' processor puts into a prompt for photos of these sizes, ends of rows among them."""
+    from transformers import LlavaNextProcessor, LlavaOnevisionProcessor
+
+    # Without __init__, which wants a tokenizer, and torchvision for videos.
+    settings: dict[str, Any] = {"image_processor": _processor(base)}
+    if base is TINY_NEXT:
+        theirs: Any = LlavaNextProcessor.__new__(LlavaNextProcessor)
+        settings |= {"patch_size": 14, "num_additional_image_tokens": 1}
+    else:
+        theirs = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+        settings |= {"num_image_tokens": 16, "vision_aspect_ratio": base.config["vision_aspect_ratio"]}
+    vars(theirs).update(settings)
+    # The class token is counted first and taken away by the strategy that the model has.
+    return [
+        theirs._get_number_of_features(*size, TILE, TILE) - settings.get("num_additional_image_tokens", 0)
+        for size in sizes
+    ]
+
+
 def _folder(base: ModelEntry, place: Path, **changed: Any) -> Path:
     (place / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSORS[base.family.name], **changed}))
     return place
@@ -97,6 +120,23 @@ def test_photo_is_cut_as_transformers_processor_cuts_it(
     other = _photo(75, 110)
     np.testing.assert_allclose(preprocess(other, info), desktop.pixels(other), atol=1e-5)
     assert len(tiles(other, info)) == entry.geometry.pixel_values[0] - 1
+
+
+@every_base
+def test_photo_would_have_had_the_tokens_of_transformers_processor(base: ModelEntry, tmp_path: Path) -> None:
+    sizes = [(58, 58), (58, 90), (100, 160), (170, 60), (200, 40), (61, 173), (299, 300), (3000, 4000), (9, 11)]
+    info = base.family.image(_folder(base, tmp_path), base.geometry)
+    info = msgspec.json.decode(msgspec.json.encode(info), type=ImageInfo)  # all that a bundle knows
+    ours = [own_tokens(info, size) for size in sizes]
+    assert [sum(each) for each in ours if each] == _own_tokens(base, sizes)
+    # Its ends of rows are no image tokens: those of a graph for photos of that size say how many there are.
+    for size, own in zip(sizes, ours, strict=True):
+        geometry = in_tiles(base, size).geometry
+        assert own == (geometry.image_tokens, geometry.grid[0])
+    assert len(set(ours)) > 4
+    assert ours[2] is not None
+    expected = "{} image tokens and {} row ends by the model's own processor for 160 x 100 pixels".format(*ours[2])
+    assert own_words(info, sizes[2]) == expected
 
 
 def _with_folder(checkpoint: RandomCheckpoint, folder: Path) -> RandomCheckpoint:
@@ -350,6 +390,9 @@ def test_answer_of_a_bundle_is_that_of_transformers_generate(
     manifest = made.bundle.manifest
     assert len(manifest.frame.breaks) == (1 if _size(entry) is None else entry.geometry.grid[0])
     assert manifest.image.tiles == (None if _size(entry) is None else entry.family.image(None, entry.geometry).tiles)
+    report = (made.bundle.path / "report.md").read_text(encoding="utf-8")
+    assert manifest.image.pinpoints is not None
+    assert f"; {own_words(manifest.image, made.bundle.photo_size)}" in report
     if keep != "all":
         return
     size = _size(entry)
@@ -357,6 +400,7 @@ def test_answer_of_a_bundle_is_that_of_transformers_generate(
     photo, tokenizer = _photo(*size), open_tokenizer(made.bundle)
     with open_bundle(made.bundle.path) as bundle:
         said = "".join(bundle.ask(photo, QUESTION, max_new_tokens=12))
+        whole = "".join(bundle.ask(photo, QUESTION))
         assert bundle.bundle.manifest.prune.overview == entry.geometry.overview
     frame = entry.family.frame(manifest.prompt.prefix_ids, entry.geometry)
     ids = torch.tensor([[*frame.ids, *tokenizer.question_ids(QUESTION)]])
@@ -370,3 +414,7 @@ def test_answer_of_a_bundle_is_that_of_transformers_generate(
             do_sample=False,
         )[0, ids.shape[1] :]
     assert said == "".join(tokenizer.text(theirs.tolist()))
+    if backend == "onnx":
+        count = entry.geometry.image_tokens
+        page = on_the_page(made.bundle.path, tmp_path / "served", photo, QUESTION, [count])
+        assert page == {count: (list(range(count)), whole)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from export.evaluation.pruned_model import PrunedModel
 from export.evaluation.questions import Line
 from export.evaluation.views import View, image_views, shares
 from export.models.pocket import POCKET
+from export.share import Share
 from runtime.errors import RequestError
 from tests.talkative import talkative
 
@@ -178,11 +181,11 @@ def test_dropped_tokens_are_as_if_masked(family: str, cut: int, attention: str) 
     model, inputs = FAMILIES[family]()
     model.set_attn_implementation(attention)
     views = image_views(model.config, inputs)
-    pruned = PrunedModel(model, method="divprune", keep=0.3, cut=cut)
+    pruned = PrunedModel(model, method="divprune", keep=0.3 if cut else "30%", cut=cut)
     said = pruned.generate(inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0].tolist()
     dropped = []
     for image, kept in zip(views, pruned.kept, strict=True):
-        assert sum(map(len, kept)) == int(0.3 * sum(len(view.slots) for view in image))
+        assert sum(map(len, kept)) == math.floor(0.3 * sum(len(view.slots) for view in image) + 0.5)
         for view, stayed in zip(image, kept, strict=True):
             dropped += [slot for token, slot in enumerate(view.slots) if token not in stayed]
             rows = {token // view.grid[1] for token in stayed}
@@ -261,15 +264,18 @@ def test_views_are_laid_out_family_by_family() -> None:
     [
         (64, [576], [64]),
         (900, [576], [576]),
-        (0.111, [576], [63]),
-        (0.001, [576], [1]),
+        (Share(Fraction("0.11")), [576], [63]),
+        (Share(Fraction("0.111")), [576], [64]),
+        (Share(Fraction("0.0001")), [576], [1]),
+        (Share(Fraction(1)), [16, 48], [16, 48]),
+        (Share(Fraction("0.011")), [16, 2484], [0, 28]),  # 27.5: the larger of two that are as near
         (160, [576, 2304], [32, 128]),
         (10, [16, 48], [3, 7]),  # 2.5 and 7.5: the first of two equal remainders
         (1, [16, 48], [0, 1]),
-        (0.5, [3, 3], [2, 1]),
+        (Share(Fraction(1, 2)), [3, 3], [2, 1]),
     ],
 )
-def test_views_share_what_is_kept(keep: int | float, sizes: list[int], expected: list[int]) -> None:
+def test_views_share_what_is_kept(keep: int | Share, sizes: list[int], expected: list[int]) -> None:
     assert shares(keep, sizes) == expected
 
 
@@ -281,6 +287,8 @@ def test_views_share_what_is_kept(keep: int | float, sizes: list[int], expected:
         ("llava", {"method": "uniform", "keep": 1.5}, r"keep=1\.5 must be"),
         ("llava", {"method": "uniform", "keep": float("nan")}, "keep=nan must be"),
         ("llava", {"method": "uniform", "keep": True}, "keep=True must be"),
+        ("llava", {"method": "uniform", "keep": "4"}, "keep='4' must be"),
+        ("llava", {"method": "uniform", "keep": "101%"}, "keep=101% is not a share that can be kept"),
         ("llava", {"method": "uniform", "keep": 17}, "keep=17: an image has 16 tokens"),
         ("llava", {"method": "uniform", "keep": 4, "cut": 4}, r"cut=4: uniform may prune at .* the model at 0\.\.3"),
         ("llava", {"method": "visionzip", "keep": 4, "cut": 1}, "cut=1: visionzip may prune at 0"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -31,10 +34,13 @@ from export.models.prompt import SampleText, end_ids, read_prompt
 from export.progress import Progress
 from export.request import Request, model_entry, plan
 from pruning import DEFAULT_METHOD, METHODS, Features, PruneSpec
+from runtime.bundle import ImageInfo
 from runtime.errors import CheckpointError, ExportError, NotYetError, RequestError
 from runtime.generation import open_graphs, start_answers
 from runtime.image import preprocess
+from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
+from tests.serving import on_the_page
 from tests.tiny_qwen import (
     PROCESSORS,
     TINY_QWEN2_VL,
@@ -235,6 +241,9 @@ def test_config_that_is_not_understood_is_refused(
         ({"do_normalize": False}, "only true is supported"),
         ({"resample": "bicubic"}, "one of Pillow's numbers"),
         ({"image_mean": [0.5]}, "cannot be used"),
+        ({"min_pixels": 4096, "max_pixels": 4095}, "at least 4096 and at most 4095 pixels"),
+        ({"size": {"shortest_edge": 0.5}}, "at least 0.5 and at most 1003520 pixels .* whole numbers"),
+        ({"size": 448}, "size must be an object"),
     ],
 )
 def test_image_settings_that_make_other_pixels_are_refused(
@@ -243,6 +252,34 @@ def test_image_settings_that_make_other_pixels_are_refused(
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=words):
         TINY_QWEN2_VL.family.image(tmp_path, TINY_QWEN2_VL.geometry)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"min_pixels": 3136, "max_pixels": 100352},
+        {"size": {"shortest_edge": 50176, "longest_edge": 12845056}},
+        {"size": {"shortest_edge": 3136, "longest_edge": 60000}, "max_pixels": 40000},
+    ],
+)
+def test_photo_would_have_had_the_tokens_of_transformers_processor(
+    entry: ModelEntry, limits: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    edges = {"patch_size": entry.config["vision_config"]["patch_size"], "merge_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**edges, **limits}))
+    info = entry.family.image(tmp_path, entry.geometry)
+    info = msgspec.json.decode(msgspec.json.encode(info), type=ImageInfo)  # all that a bundle knows
+    theirs: Any = Qwen2VLImageProcessorPil(**copy.deepcopy({**edges, **limits}))
+    sizes = [(112, 140), (56, 56), (9, 11), (30, 300), (98, 70), (427, 640), (3000, 4000), (4000, 250), (1, 40)]
+    ours = [own_tokens(info, size) for size in sizes]
+    assert ours == [(theirs.get_number_of_image_patches(*size, {}) // 4, 0) for size in sizes]
+    seen = theirs(np.zeros((*sizes[3], 3), np.uint8), input_data_format="channels_last", return_tensors="np")
+    assert ours[3] == (seen["image_grid_thw"].prod() // 4, 0)
+    assert len(set(ours)) > 4
 
 
 def test_image_size_must_divide_into_tokens_and_windows() -> None:
@@ -422,13 +459,18 @@ def test_answers_of_a_bundle_are_those_of_transformers_generate(
     )
     made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
     assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
-    question = open_tokenizer(made.bundle).question_ids(QUESTION)
-    said = {}
+    assert made.bundle.manifest.image.pixels is not None
+    report = (made.bundle.path / "report.md").read_text(encoding="utf-8")
+    assert f"; {own_words(made.bundle.manifest.image, made.bundle.photo_size)}" in report
+    tokenizer = open_tokenizer(made.bundle)
+    question = tokenizer.question_ids(QUESTION)
+    said, kept = {}, {}
     for keep in [entry.geometry.image_tokens if word == "all" else int(word) for word in keeps.split(",")]:
         view = made.bundle.at(keep)
         with open_graphs(view) as graphs:
             answers = start_answers(view, graphs)
             seen = answers.see(preprocess(photo, view.manifest.image))
+            kept[keep] = seen.kept
             said[keep] = [each.id for each in answers.answer(seen, question, max_new_tokens=ANSWER, past_end=True)]
 
     frame = entry.family.frame(made.bundle.manifest.prompt.prefix_ids, entry.geometry)
@@ -448,3 +490,9 @@ def test_answers_of_a_bundle_are_those_of_transformers_generate(
     assert whole != pruned, "the case cannot tell pruned from whole"
     expected = {KEEP: pruned, entry.geometry.image_tokens: whole}
     assert said == {keep: expected[keep] for keep in said}
+    if family != "qwen2-vl":
+        return
+    ends = end_ids(FolderCheckpoint(folder, entry))
+    for keep, shown in on_the_page(made.bundle.path, tmp_path / "served", photo, QUESTION, list(said)).items():
+        answer = tokenizer.text(itertools.takewhile(lambda token: token not in ends, said[keep]))
+        assert (tuple(shown.kept), shown.answer) == (kept[keep], "".join(answer))

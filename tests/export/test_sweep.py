@@ -464,12 +464,13 @@ def test_words_that_do_not_go_together_are_a_cell_that_says_so(tmp_path: Path) -
     assert "unknown onnx quant_text '8da4w'" in html.unescape((tmp_path / PAGE).read_text(encoding="utf-8"))
 
 
-def test_two_spellings_of_one_cell_are_a_mistake() -> None:
+@pytest.mark.parametrize("spelt", [{"precision": "fp32"}, {"keep": "1.4%"}])
+def test_two_spellings_of_one_cell_are_a_mistake(spelt: Words) -> None:
     pocket = {"model": "pocket", "weights": "random", "keep": "8"}
     with pytest.raises(
-        RequestError, match=r"two cells make the same pocket-keep8-android-xnnpack-random: .* precision"
+        RequestError, match=rf"two cells make the same pocket-keep8-android-xnnpack-random: .* {next(iter(spelt))}"
     ):
-        planned(pocket, {**pocket, "precision": "fp32"})
+        planned(pocket, {**pocket, **spelt})
 
 
 # --- one process ---

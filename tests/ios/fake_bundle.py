@@ -21,6 +21,7 @@ from runtime.bundle import (
     GraphInfo,
     ImageInfo,
     Manifest,
+    PinpointsInfo,
     PromptInfo,
     PruneInfo,
     TargetInfo,
@@ -128,7 +129,14 @@ def make_fake_bundle(target: Path, kind: str, *, pruned: bool = True) -> Bundle:
     """Writes a bundle of one of KINDS with its golden; `pruned` False makes only its manifest say that it is a twin."""
     infos = graphs(kind)
     room = 90 if kind == "open" else ROOM
-    image = ImageInfo(size=(2, 2), resize_shortest=2, rescale=0.5, mean=(1.0, 2.0, 3.0), std=(1.0, 0.5, 2.0))
+    image = ImageInfo(
+        size=(2, 2),
+        resize_shortest=2,
+        rescale=0.5,
+        mean=(1.0, 2.0, 3.0),
+        std=(1.0, 0.5, 2.0),
+        pinpoints=PinpointsInfo(sizes=((2, 4),), tile=2, side=1),  # which the app has no use for, and reads over
+    )
     golden = _golden(infos, image)
     with BundleWriter(target) as writer:
         (writer.path / "golden.safetensors").write_bytes(save(golden))

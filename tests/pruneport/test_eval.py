@@ -65,7 +65,9 @@ def test_methods_and_a_bundle_side_by_side(
     assert bundle["right"] == desktop["right"]
     assert bundle["cut"] == read_bundle(onnx_bundle).manifest.prune.cut == 2
 
-    assert run(questions, out, "--keep", "8", "--method", "uniform", "-q") == 0  # all of it is there
+    # All of it is there: 1.4 % of 576 is 8.06.
+    assert run(questions, out, "--keep", "1.4%,8", "--method", "uniform", "-q") == 0
+    assert json.loads((out / "evaluation.json").read_text())["cells"] == list(cells.values())
     assert capsys.readouterr().out.strip() == str(out / "summary.json")
 
 
@@ -76,6 +78,8 @@ def test_methods_and_a_bundle_side_by_side(
         (("--keep", "0"), "keep=0 must lie in 1..576"),
         (("--keep", "577"), "keep=577 must lie in 1..576"),
         (("--keep", "8,,9"), "keep='' is not a whole number"),
+        (("--keep", "8,101%"), "keep=101% is not a share that can be kept"),
+        (("--keep", "-5%"), "keep=-5% is not a share that can be kept"),
         (("--cut", "99"), "cut=99 must lie in 0.."),
         (("--photos", "0"), "photos=0 must lie in 1"),
         (("--weights", "nowhere"), "nowhere does not exist"),

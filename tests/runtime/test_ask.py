@@ -27,6 +27,7 @@ from runtime.errors import BundleError, RequestError
 from runtime.generation import Answers, Sampling, open_graphs, start_answers
 from runtime.image import load_photo, preprocess
 from runtime.kept_picture import draw_kept
+from runtime.own_tokens import own_tokens
 from runtime.prompt import Tokenizer, open_tokenizer
 from runtime.session import Session
 from runtime.text_graphs import VISION_ENCODER
@@ -197,17 +198,28 @@ def test_golden_answer_is_all_that_stdout_gets(ask: Ask, bundle: Bundle, photo: 
     assert int(stats["rss"]) * 1e6 > (bundle.path / WEIGHTS).stat().st_size
 
 
-def test_answer_streams(bundle: Bundle, photo: Path, golden: Golden) -> None:
-    """Piece by piece, as it is made; what it took comes when it is whole."""
+def test_answer_streams(bundle: Bundle, photo: Path, golden: Golden, tmp_path: Path) -> None:
+    """Piece by piece, as it is made; what it took comes when it is whole.
+
+    In front, of a model that takes photos of any size, how many image tokens this one would have had.
+    """
+    any_size = variant(bundle.path, tmp_path / "any-size")
+    edit_record(any_size, "image", pixels={"token": 28, "least": 784, "most": 28 * 28 * 12})
+    height, width = load_photo(photo).shape[:2]
     heard: list[tuple[str, str]] = []
     inquiry = runtime.ask.Inquiry(photo=photo, questions=(golden.question,), max_new_tokens=12)
     (said,) = runtime.ask.ask(
-        bundle.path,
+        any_size,
         inquiry,
         compare=False,
         say=lambda piece: heard.append(("say", piece)),
         tell=lambda line: heard.append(("tell", line)),
     )
+    first = heard.pop(0)
+    own = own_tokens(read_bundle(any_size).manifest.image, (height, width))
+    assert own is not None
+    told = f"{own.tokens} image tokens by the model's own processor for {width} x {height} pixels"
+    assert first == ("tell", f"576 image tokens seen, 64 kept; {told}")
     assert [kind for kind, _ in heard] == ["say"] * (len(heard) - 1) + ["tell"]
     assert len(heard) > 10
     assert "".join(word for kind, word in heard if kind == "say") == f"{said.answer}\n"

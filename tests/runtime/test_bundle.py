@@ -270,6 +270,10 @@ def _set(*keys: str | int, value: object) -> Edit:
         (_set("image", "std", value=[0.0, 1.0, 1.0]), "std positive"),
         (_set("image", "resize_shortest", value=7), "must be at least the crop"),
         (_set("image", "size", value=[10**9, 10**9]), "<= 8192"),
+        (_set("image", "pixels", value={"token": 28, "least": 9, "most": 8}), "pixels.least=9 must be at most pixels."),
+        (_set("image", "pixels", value={"token": 0, "least": 1, "most": 8}), ">= 1"),
+        (_set("image", "pinpoints", value={"sizes": [[28, 30]], "tile": 28, "side": 2}), "whole tiles of 28 pixels"),
+        (_set("image", "pinpoints", value={"sizes": [], "tile": 28, "side": 2}), "length >= 1"),
         (_set("weights", "sha256", value="zz"), "64 lower-case hexadecimal digits"),
         (_set("weights", "seed", value=3), "source='random'"),
         (_set("name", value="../evil"), "name='../evil'"),
@@ -559,6 +563,19 @@ def test_manifest_schema_is_stable(bundle: Path) -> None:
         "text_ranges",
         "tools",
         "weights",
+    ]
+    assert sorted(_raw(bundle)["image"]) == [
+        "color",
+        "do_center_crop",
+        "mean",
+        "pinpoints",
+        "pixels",
+        "resample",
+        "rescale",
+        "resize_shortest",
+        "size",
+        "std",
+        "tiles",
     ]
     assert sorted(_raw(bundle)["prompt"]) == [
         "prefix_ids",

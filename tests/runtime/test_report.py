@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.bundle import Bundle, DelegateCoverage, OutsideOp, read_bundle
+from runtime.bundle import Bundle, DelegateCoverage, OutsideOp, PixelsInfo, read_bundle
 from runtime.check.parity import BOUNDS, GraphParity, compare_kept
 from runtime.check.verdict import Step, Verdict
 from runtime.explain import NO_REWRITE, rewrite_for
@@ -240,6 +240,17 @@ def test_random_weights_are_marked(checked: tuple[Bundle, Verdict, Path], tmp_pa
     for text in (_Page(html).text, markdown):
         assert "Random weights (seed 7)" in text
     assert "Random weights" not in _html(checked)
+
+
+def test_tokens_of_a_model_that_takes_any_size_are_told(checked: tuple[Bundle, Verdict, Path], tmp_path: Path) -> None:
+    bundle, verdict, _ = checked
+    told = "64 (11% kept); 324 image tokens by the model's own processor for 512 x 512 pixels"
+    image = msgspec.structs.replace(bundle.manifest.image, pixels=PixelsInfo(token=28, least=784, most=2**24))
+    any_size = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, image=image))
+    html, markdown = _report(any_size, verdict, tmp_path / "out")
+    for text in (_Page(html).text, markdown, _terminal(any_size, verdict, width=200)):
+        assert told in text
+    assert "own processor" not in _html(checked)
 
 
 def _diverged(bundle: Bundle, verdict: Verdict) -> tuple[Verdict, int, int]:

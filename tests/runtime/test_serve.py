@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,90 +29,12 @@ from runtime.bundle import read_bundle
 from runtime.image import load_photo, preprocess
 from runtime.serve.sides import Side
 from tests.browser import Page, open_page
-from tests.conftest import ROOT, needs_chromium
+from tests.conftest import needs_chromium
 from tests.sample_bundle import Sample, edit_manifest, make_bundle, noise_photo, rehash
+from tests.serving import Served, png, served, text
 
 QUESTION = "What is in this picture?"
 KEEPS = (5, 2)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A running server: where it is, and the folder that it may write into."""
-
-    port: int
-    folder: Path
-    process: subprocess.Popen[str]
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def ask(
-        self, method: str, path: str, body: bytes | Iterator[bytes] | None = None, **headers: str
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body, as the page itself would get them; `headers` change what it says."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        said = {"Host": f"127.0.0.1:{self.port}", "Origin": self.address}
-        said |= {name.replace("_", "-"): text for name, text in headers.items()}
-        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-        for name, text in said.items():
-            if text:
-                connection.putheader(name, text)
-        if isinstance(body, bytes) and "Content_Length" not in headers:
-            connection.putheader("Content-Length", str(len(body)))
-        chunked = body is not None and not isinstance(body, bytes)
-        if chunked:
-            connection.putheader("Transfer-Encoding", "chunked")
-        connection.endheaders(body, encode_chunked=chunked)
-        answer = connection.getresponse()
-        found = answer.status, dict(answer.getheaders()), answer.read()
-        connection.close()
-        return found
-
-    def post(self, path: str, body: bytes | dict[str, Any], status: int = 200) -> dict[str, Any]:
-        """What is answered to the page."""
-        got, _, said = self.ask("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
-        assert got == status, said
-        decoded: dict[str, Any] = json.loads(said)
-        return decoded
-
-    def events(self, **asked: Any) -> list[dict[str, Any]]:
-        """Everything that an answer streams."""
-        status, headers, said = self.ask("POST", "/answer", json.dumps(asked).encode())
-        assert (status, headers["content-type"]) == (200, "application/x-ndjson"), said
-        return [json.loads(line) for line in said.splitlines()]
-
-
-@contextmanager
-def served(bundle: Path, folder: Path) -> Iterator[Served]:
-    """A server in a process of its own, ended as a person ends it; what it says then is looked at."""
-    folder.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pruneport", "serve", str(bundle), "--port", "0", "-q"],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    address = process.stdout.readline().strip()
-    assert address.startswith("http://127.0.0.1:"), process.communicate()
-    try:
-        yield Served(int(address.rstrip("/").rpartition(":")[2]), folder, process)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (130, "", "pruneport: interrupted, nothing was written\n")
-        assert not list(folder.iterdir())
-    finally:
-        process.kill()
-        process.wait()
-
-
-def png(photo: np.ndarray, path: Path) -> bytes:
-    Image.fromarray(photo).save(path)
-    return path.read_bytes()
 
 
 # The server, with a bundle that shows its tokens and cannot answer
@@ -399,10 +318,6 @@ def give_words(bundle: Path) -> None:
 def answering(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(made.path, tmp_path_factory.mktemp("answering") / "tmp") as running:
         yield running
-
-
-def text(events: list[dict[str, Any]], side: str) -> str:
-    return "".join(event.get("piece", "") for event in events if event.get("side") == side)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from export.families.llava.config import Kind, LlavaGeometry
-from export.families.llava_tiles.tiling import Tiling, lay_out
 from export.settings import shown, without_nulls
 from runtime.errors import CheckpointError, RequestError
+from runtime.tiling import Tiling, lay_out
 
 _MOST_PIXELS = 2**13
 _ASPECT = re.compile(r"anyres_max_([1-9][0-9]{0,3})")
@@ -21,10 +21,12 @@ _ASPECT = re.compile(r"anyres_max_([1-9][0-9]{0,3})")
 class TiledGeometry(LlavaGeometry):
     """All sizes of one model whose photos lie in tiles behind a view of the whole; without `tiling` that is all.
 
-    `pinpoints` are the sizes (height, width) in pixels that all tiles together may have.
+    `pinpoints` are the sizes (height, width) in pixels that all tiles together may have; tokens of more than
+    `most_tiles` are averaged.
     """
 
     pinpoints: tuple[tuple[int, int], ...]
+    most_tiles: int | None
     tiling: Tiling | None
     newline: ClassVar[bool] = True
 
@@ -70,7 +72,9 @@ class TiledGeometry(LlavaGeometry):
         token is left.
         """
         top = {**kind.top, **without_nulls(config)}
-        whole = cls.from_config(config, kind, pinpoints=_pinpoints(top["image_grid_pinpoints"]), tiling=None)
+        whole = cls.from_config(
+            config, kind, pinpoints=_pinpoints(top["image_grid_pinpoints"]), most_tiles=None, tiling=None
+        )
         tile = whole.vision.image_size
         for pinpoint in whole.pinpoints:
             if any(edge % tile for edge in pinpoint):
@@ -87,9 +91,15 @@ class TiledGeometry(LlavaGeometry):
                     f"config.json: vision_aspect_ratio={shown(said)}; supported: anyres_max_9 and other numbers"
                 )
             most = int(found[1])
+        whole = replace(whole, most_tiles=most)
         if image_size is None:
             return whole
         tiling = lay_out(image_size, whole.pinpoints, tile=tile, side=whole.vision.grid[0], most=most)
+        if min(tiling.grid) < 1:
+            raise RequestError(
+                f"image_size={image_size[0]}x{image_size[1]} leaves no row or no column of image tokens; take one that "
+                "is less long"
+            )
         return replace(whole, tiling=tiling)
 
 

@@ -59,13 +59,16 @@ def image_info(folder: Path | None, model_type: str, geometry: TiledGeometry) ->
     """How a photo becomes pixel_values: squeezed into a view and, with tiles, into these, whatever its shape."""
     import msgspec
 
-    from runtime.bundle import ImageInfo, TilesInfo
+    from runtime.bundle import ImageInfo, PinpointsInfo, TilesInfo
 
     settings = read_preprocessor(folder, model_type, geometry)
     try:
         info = ImageInfo.from_preprocessor({**settings, "do_center_crop": False})
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    vision = geometry.vision
+    own = PinpointsInfo(sizes=geometry.pinpoints, tile=vision.image_size, side=vision.grid[0], most=geometry.most_tiles)
+    info = msgspec.structs.replace(info, pinpoints=own)
     if geometry.tiling is None:
         return info
     tiling = geometry.tiling

@@ -62,7 +62,7 @@ class QwenDesktop:
         self._version: Version = geometry.version
         self._config = eager_config(checkpoint.config, self._version)
         self._rotary = _ROTARIES[self._version](self._config.text_config).to(device)
-        settings = read_preprocessor(checkpoint.folder, geometry)
+        settings, _ = read_preprocessor(checkpoint.folder, geometry)
         self._processor = Qwen2VLImageProcessorPil(**settings)
 
     def pixels(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.errors import RequestError
-
 # Image tokens may be so many times as many as the most tiles have before they are averaged.
 _SLACK = 1.1
 
@@ -39,7 +37,7 @@ def lay_out(
     """Lays out a photo (height, width) as transformers does, at the best of `pinpoints`, (height, width) of all tiles.
 
     A tile has `tile` pixels and `side` tokens an edge. With `most`, tokens of more tiles than that are averaged.
-    RequestError for a photo of which no row or no column of tokens is left.
+    Of a photo that is too long for them, no row or no column of tokens is left.
     """
     height, width = photo
 
@@ -68,8 +66,4 @@ def lay_out(
         ratio = math.sqrt(seen[0] * seen[1] / (most * side**2))
         if ratio > _SLACK:
             grid = int(seen[0] // ratio), int(seen[1] // ratio)
-    if min(grid) < 1:
-        raise RequestError(
-            f"image_size={height}x{width} leaves no row or no column of image tokens; take one that is less long"
-        )
     return Tiling(resize=resize, tiles=tiles, corner=(top, left), seen=seen, grid=grid)
