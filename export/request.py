@@ -1057,7 +1057,8 @@ def _needs_of_late_weights(
     layers = entry.text_parameter_count() - table if text else 0
     rows = table * (_BYTES_PER_ROW_NUMBER if quant_text else size)
     all_layers = sum(math.prod(entry.tensors[name].shape) for name in entry.tensors if name.startswith("layers."))
-    answering = 4 * all_layers if text and fits_beside(4 * all_layers) else 0
+    # Beside the layers the head, and about as much while weights are made float32 (export_whole-qwen*.json).
+    answering = 4 * (all_layers + 2 * table) if text and fits_beside(4 * all_layers) else 0
     measuring = 4 * (tower + (0 if quant_text else below)) if size == 2 and not quant_vision else 0
     lowering = RAM_PER_LARGEST_WEIGHT * entry.largest_parameter_count(cut, text=text)
 

@@ -155,6 +155,7 @@ def whole_exports() -> str:
         (
             f"{result['model']}, {result['backend']}",
             f"{result['seconds'] / 60:.1f}",
+            f"{load:.1f}" if (load := result.get("load_average")) else "",
             f"{result['peak_bytes'] / 2**30:.1f}",
             f"{result['forecast']['ram_bytes'] / 2**30:.1f}",
             f"{result['disk_peak_bytes'] / 1e9:.2f}",
@@ -173,6 +174,7 @@ def whole_exports() -> str:
     heads = (
         "model, backend",
         "export, min",
+        "load",
         "peak memory, GiB",
         "forecast",
         "most disk, GB",
