@@ -542,7 +542,7 @@ def test_disk_that_is_really_full(
     ("after", "during", "sent"),
     [
         ("[1/7]", "desktop outputs", signal.SIGINT),
-        ("[3/7]", "trace and lower", signal.SIGINT),
+        pytest.param("[3/7]", "trace and lower", signal.SIGINT, marks=pytest.mark.slow),
         ("[1/7]", "desktop outputs", signal.SIGTERM),
     ],
     ids=["golden", "lower", "terminated"],

@@ -385,6 +385,7 @@ def test_export_without_the_delegate_says_what_to_install(tmp_path: Path, monkey
 # Compiling and running
 
 
+@pytest.mark.slow
 def test_small_pruner_runs_whole_and_keeps_the_right_tokens(tmp_path: Path) -> None:
     graph = PrunerGraph(ComparingPruner(SMALL), key_width=KEY_WIDTH, hidden_width=HIDDEN_WIDTH)
     loaded = opened_on_npu(graph, SOC, tmp_path)

@@ -271,7 +271,7 @@ def test_npu_has_no_float32_to_flee_to(
 @pytest.mark.parametrize(
     "words",
     [
-        ("--quant-text", "none", "--backend", "onnx"),
+        pytest.param(("--quant-text", "none", "--backend", "onnx"), marks=pytest.mark.slow),
         pytest.param(("--quant-text", "none", "--backend", "xnnpack"), marks=pytest.mark.slow),
         pytest.param(("--target", "ios"), marks=pytest.mark.slow),
     ],

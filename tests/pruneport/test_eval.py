@@ -35,6 +35,7 @@ def run(questions: Path, out: Path, *words: str | Path) -> int:
     return cli.main([*fixed, *map(str, words)], version="0")
 
 
+@pytest.mark.slow
 def test_methods_and_a_bundle_side_by_side(
     questions: Path, onnx_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_model_without_questions_asks_for_them(capsys: pytest.CaptureFixture[s
     assert "has no questions of its own; give a file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_bundle_of_other_weights(
     questions: Path, onnx_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
