@@ -90,6 +90,17 @@ class Chooser(nn.Module):
             score = score * (1.0 - selected) - selected
         return first_largest(score, self.places)
 
+    def farthest(self, first: Tensor, distance: Tensor, weight: Tensor | None = None) -> Tensor:
+        """A column of ones where `oracle.farthest` chooses: rows and (B, N, N) -> (B, N, 1)."""
+        newest = selected = self.newest(first)
+        nearest = torch.bmm(newest, distance)
+        for step in range(1, self.spec.keep):
+            newest = self.newest(nearest if weight is None else weight * nearest, selected)
+            selected = selected + newest
+            if step + 1 < self.spec.keep:
+                nearest = torch.minimum(nearest, torch.bmm(newest, distance))
+        return self.column(selected)
+
     def before(self, score: Tensor) -> Tensor:
         """1 where token j comes before token i, the larger score first: a row -> (B, N, N).
 

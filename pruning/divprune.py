@@ -41,7 +41,7 @@ class DivPrune:
         settings_of(spec, NAME, Settings)
         hidden = needed(features, spec, NEEDS).hidden
         distances = [oracle.apart(unit, unit) for unit in map(oracle.units, oracle.precise(hidden))]
-        choices = [_choose_one(distance, spec.keep) for distance in distances]
+        choices = [oracle.farthest(_from_others(distance), distance, spec.keep) for distance in distances]
         return oracle.trace_of(hidden, choices, [1.0 - distance for distance in distances])
 
     def module(self, spec: PruneSpec, arithmetic: Arithmetic) -> nn.Module:
@@ -51,19 +51,9 @@ class DivPrune:
         return _Farthest(spec)
 
 
-def _choose_one(distance: Tensor, keep: int) -> oracle.Choice:
-    count = len(distance)
-    free = torch.ones(count, dtype=torch.bool)
-    score = (distance + FAR * torch.eye(count)).min(1).values
-    order: list[int] = []
-    margin: list[float] = []
-    while len(order) < keep:
-        best, lead = oracle.best_free(score, free)
-        order.append(best)
-        margin.append(lead)
-        free[best] = False
-        score = distance[:, order].min(1).values
-    return oracle.Choice(order, margin, [])
+def _from_others(distance: Tensor) -> Tensor:
+    """How far the nearest other token is: (N, N) -> (N,)"""
+    return (distance + FAR * torch.eye(len(distance))).min(1).values
 
 
 class _Farthest(Chooser):
@@ -83,14 +73,7 @@ class _Farthest(Chooser):
             return distance * 0.0 + 1.0, None
         nearness = -(distance + self.itself)
         nearest_other = functional.max_pool2d(nearness.view(images, count, count, 1), (count, 1), stride=(count, 1))
-        newest = selected = self.newest(-nearest_other.view(images, 1, count))
-        nearest = torch.bmm(newest, distance)
-        for step in range(1, self.spec.keep):
-            newest = self.newest(nearest, selected)
-            selected = selected + newest
-            if step + 1 < self.spec.keep:
-                nearest = torch.minimum(nearest, torch.bmm(newest, distance))
-        return self.column(selected), None
+        return self.farthest(-nearest_other.view(images, 1, count), distance), None
 
 
 DIVPRUNE = DivPrune()

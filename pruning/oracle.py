@@ -53,6 +53,22 @@ def best_free(score: Tensor, free: Tensor) -> tuple[int, float]:
     return best, lead
 
 
+def farthest(first: Tensor, distance: Tensor, keep: int, weight: Tensor | None = None) -> Choice:
+    """The largest of `first` (N,), then one by one what is farthest from all chosen, times its weight: (N, N), (N,)."""
+    free = torch.ones(len(first), dtype=torch.bool)
+    score = first
+    order: list[int] = []
+    margin: list[float] = []
+    while len(order) < keep:
+        best, lead = best_free(score, free)
+        order.append(best)
+        margin.append(lead)
+        free[best] = False
+        nearest = distance[:, order].min(1).values
+        score = nearest if weight is None else weight * nearest
+    return Choice(order, margin, [])
+
+
 def trace_of(hidden: Tensor, choices: list[Choice], similarity: list[Tensor], *, share: float = 0.0) -> Trace:
     """The trace of a choice whose tokens are recovered: hidden (B, N, D), similarity (N, N) of each image.
 

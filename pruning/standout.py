@@ -59,7 +59,8 @@ class Standout:
         hidden = needed(features, spec, NEEDS).hidden
         images = list(oracle.precise(hidden))
         distances = [oracle.apart(unit, unit) for unit in map(oracle.units, images)]
-        choices = [_choose_one(_weights(x), d, spec.keep) for x, d in zip(images, distances, strict=True)]
+        weighted = zip(map(_weights, images), distances, strict=True)
+        choices = [oracle.farthest(weight, distance, spec.keep, weight) for weight, distance in weighted]
         return oracle.trace_of(hidden, choices, [1.0 - d for d in distances], share=settings.recovery)
 
     def module(self, spec: PruneSpec, arithmetic: Arithmetic) -> nn.Module:
@@ -73,20 +74,6 @@ def _weights(hidden: Tensor) -> Tensor:
     """The root of how far each token is from the mean, in shares of the average: (N, D) -> (N,), multiples of 2^-20."""
     away = (hidden - hidden.mean(0)).square().sum(1).sqrt()
     return (away / away.mean().clamp(min=LEAST_NORM)).sqrt() + COARSE - COARSE
-
-
-def _choose_one(weight: Tensor, distance: Tensor, keep: int) -> oracle.Choice:
-    free = torch.ones(len(weight), dtype=torch.bool)
-    nearest = torch.ones_like(weight)
-    order: list[int] = []
-    margin: list[float] = []
-    while len(order) < keep:
-        best, lead = oracle.best_free(weight * nearest, free)
-        order.append(best)
-        margin.append(lead)
-        free[best] = False
-        nearest = distance[:, order].min(1).values
-    return oracle.Choice(order, margin, [])
 
 
 class _StandingOut(Chooser):
@@ -108,14 +95,7 @@ class _StandingOut(Chooser):
         weight = weight.view(images, 1, -1)
         unit = self.unit(hidden)
         distance = apart(unit, unit)
-        newest = selected = self.newest(weight)
-        nearest = torch.bmm(newest, distance)
-        for step in range(1, self.spec.keep):
-            newest = self.newest(weight * nearest, selected)
-            selected = selected + newest
-            if step + 1 < self.spec.keep:
-                nearest = torch.minimum(nearest, torch.bmm(newest, distance))
-        return self.column(selected), 1.0 - distance
+        return self.farthest(weight, distance, weight), 1.0 - distance
 
     def mix(self, pick: Tensor, chosen: Tensor, becomes: Tensor | None) -> Tensor:
         """Dropped tokens go into kept ones, by their similarity `becomes`."""
