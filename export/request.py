@@ -367,7 +367,7 @@ def plan(request: Request) -> Plan:
         f"text-{quant_text or NONE}" if whole and (quant_text or NONE) != default_quant_text else "",
         "" if request.image_size is None else "image{}x{}".format(*_image_size(request.image_size)),
         f"text{text_tokens}" if text_tokens not in (None, DEFAULT_TEXT_TOKENS) else "",
-        f"cut{cut}" if cut != _usual_cut(entry) and layout is None else "",
+        f"cut{cut}" if cut != paper_cut(entry.geometry.least_cut) and layout is None else "",
         layout.runtime if layout else "",
         request.only or "",
         "random" if request.weights == "random" else "",
@@ -754,14 +754,15 @@ def _layout(word: str, backends: Mapping[str, Backend], target: Target, entry: M
     return made[word]
 
 
-def _usual_cut(entry: ModelEntry) -> int:
-    return max(PAPER_CUT, entry.geometry.least_cut)
+def paper_cut(least_cut: int) -> int:
+    """The paper's cut, or what a model allows at least."""
+    return max(PAPER_CUT, least_cut)
 
 
 def _cut(text: str | None, entry: ModelEntry, layout: Layout | None) -> int:
     """The number of decoder layers that see every image token, by default the paper's, or the least of the model."""
     if text is None:
-        return 0 if layout else _usual_cut(entry)
+        return 0 if layout else paper_cut(entry.geometry.least_cut)
     layers, least = entry.geometry.text.layers, entry.geometry.least_cut
     what = "0 prunes behind the projector"
     if least:

@@ -12,6 +12,7 @@ import msgspec
 
 from export.evaluation.questions import PhotoQuestions, QuestionSet
 from export.evaluation.scores import Interval, accuracy, by_category, difference
+from export.request import paper_cut
 from runtime.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 RECORD = "evaluation.json"
 UNPRUNED = "unpruned"
-DEFAULT_CUT = 2
 SAVED_EVERY = 20
 
 
@@ -150,7 +150,7 @@ def wanted_cells(
 
 def usual_cut(method: Method, least_cut: int = 0) -> int:
     """The paper's cut or a model's least, or where the method may not prune there the first at which it may."""
-    usual = max(DEFAULT_CUT, least_cut)
+    usual = paper_cut(least_cut)
     return usual if method.cuts.allow(usual) else method.cuts.least
 
 

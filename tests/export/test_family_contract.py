@@ -30,7 +30,7 @@ from export.graphs.open_decoder import open_text_parts
 from export.graphs.vision import build_vision_encoder
 from export.models.prompt import SampleText, read_prompt
 from export.progress import Progress
-from export.request import Request, _method, _usual_cut, plan
+from export.request import Request, _method, paper_cut, plan
 from pruning import PruneSpec
 from runtime.bundle import OWN_LAYOUT, GraphInfo
 from runtime.errors import RequestError
@@ -220,7 +220,8 @@ def test_phone_and_desktop_prepare_the_same_pixels(entry: ModelEntry, photo: NDA
 @torch.no_grad()
 def test_desktop_equals_transformers_whole_model(entry: ModelEntry, photo: NDArray[np.uint8]) -> None:
     checkpoint, frame, pixels = RandomCheckpoint(entry, seed=1), _frame(entry), _pixels(entry, photo)
-    golden = make_golden(checkpoint, entry, None, cut=_usual_cut(entry), pixel_values=pixels, text=TEXT)
+    cut = paper_cut(entry.geometry.least_cut)
+    golden = make_golden(checkpoint, entry, None, cut=cut, pixel_values=pixels, text=TEXT)
     model = _transformers_model(entry)
     spelled = {spelling: name for name, tensor in entry.tensors.items() for spelling in tensor.stored}
     state = {name: checkpoint.tensor(spelled[name]).float() for name, _ in model.named_parameters()}
