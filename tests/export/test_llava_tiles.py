@@ -13,15 +13,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import export.families
-from export import pipeline
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, entry_of_folder
 from export.families import MODELS
 from export.families.family import ModelEntry
 from export.families.llava_tiles.family import LLAVA_NEXT, LLAVA_ONEVISION, LlavaTiles
 from export.golden import make_golden
 from export.models.prompt import SampleText, read_prompt
-from export.progress import Progress
 from export.request import Request, plan
 from pruning import PruneSpec
 from pruning.vlm_pruner.reference import squared_distances
@@ -33,6 +30,7 @@ from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
 from tests.paper_loop import PaperLoop
 from tests.serving import on_the_page
+from tests.small_exports import export_small
 from tests.tiny_qwen import special, write_checkpoint
 from tests.tiny_tiles import (
     PREPROCESSORS,
@@ -368,25 +366,14 @@ def test_backends_and_runtimes_that_were_not_tried_are_refused(tmp_path: Path) -
     ids=lambda value: value.name if isinstance(value, ModelEntry) else value,
 )
 def test_answer_of_a_bundle_is_that_of_transformers_generate(
-    entry: ModelEntry, backend: str, keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: ModelEntry, backend: str, keep: str, tmp_path: Path
 ) -> None:
     """From a folder and a photo, through the processor and generate() of transformers; pruned as the check has it."""
     entry = with_tokenizer(entry)
     folder = tmp_path / "folder"
     folder.mkdir()
     model = write_checkpoint(folder, entry, PREPROCESSORS[entry.family.name])
-    monkeypatch.setattr(export.families, "MODELS", {entry.name: entry})
-    request = Request(
-        model=entry.name,
-        keep=keep,
-        target="android",
-        backend=backend,
-        weights=str(folder),
-        text_tokens="192",
-        output_dir=str(tmp_path),
-    )
-    made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
-    assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
+    made = export_small(entry, folder, tmp_path, backend=backend, keep=keep)
     manifest = made.bundle.manifest
     assert len(manifest.frame.breaks) == (1 if _size(entry) is None else entry.geometry.grid[0])
     assert manifest.image.tiles == (None if _size(entry) is None else entry.family.image(None, entry.geometry).tiles)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 import export.families
 import export.golden
-from export import pipeline
 from export.checkpoints import FolderCheckpoint, RandomCheckpoint, entry_of_folder
 from export.evaluation.eager import EagerModel
 from export.evaluation.pruned_model import PrunedModel
@@ -31,7 +30,6 @@ from export.families.qwen_vl.family import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from export.golden import make_golden
 from export.graphs.vision import build_vision_encoder
 from export.models.prompt import SampleText, end_ids, read_prompt
-from export.progress import Progress
 from export.request import Request, model_entry, plan
 from pruning import DEFAULT_METHOD, METHODS, Features, PruneSpec
 from runtime.bundle import ImageInfo
@@ -41,6 +39,7 @@ from runtime.image import preprocess
 from runtime.own_tokens import own_tokens, own_words
 from runtime.prompt import open_tokenizer
 from tests.serving import on_the_page
+from tests.small_exports import export_small
 from tests.tiny_qwen import (
     PROCESSORS,
     TINY_QWEN2_VL,
@@ -447,18 +446,7 @@ def test_answers_of_a_bundle_are_those_of_transformers_generate(
     folder, model = folders[family]
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    monkeypatch.setattr(export.families, "MODELS", {entry.name: entry})
-    request = Request(
-        model=entry.name,
-        keep=keeps,
-        target="android",
-        backend=backend,
-        weights=str(folder),
-        text_tokens="192",
-        output_dir=str(tmp_path),
-    )
-    made = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
-    assert made.verdict.outcome == "passed", [step for step in made.verdict.steps if step.status != "passed"]
+    made = export_small(entry, folder, tmp_path, backend=backend, keep=keeps)
     assert made.bundle.manifest.image.pixels is not None
     report = (made.bundle.path / "report.md").read_text(encoding="utf-8")
     assert f"; {own_words(made.bundle.manifest.image, made.bundle.photo_size)}" in report

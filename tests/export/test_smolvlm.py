@@ -12,13 +12,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import export.families
-from export import pipeline
 from export.checkpoints import FolderCheckpoint, entry_of_folder
 from export.families import MODELS
 from export.families.smolvlm import SMOLVLM
 from export.models.prompt import read_prompt, read_tokenizer_files
-from export.progress import Progress
 from export.request import Request, plan
 from pruning import PruneSpec
 from runtime.ask import open_bundle
@@ -28,6 +25,7 @@ from runtime.errors import CheckpointError, ExportError, NotYetError, RequestErr
 from runtime.image import preprocess
 from runtime.prompt import Tokenizer, open_tokenizer
 from tests.paper_loop import PaperLoop
+from tests.small_exports import export_small
 from tests.tiny_smolvlm import EDGE, PREPROCESSOR, TINY_SMOLVLM, special, with_tokenizer, write_folder
 
 QUESTION = "How many?"
@@ -187,22 +185,11 @@ def test_what_was_not_tried_is_refused(tmp_path: Path) -> None:
 )
 @torch.no_grad()
 def test_answer_of_a_bundle_is_that_of_transformers(
-    made: tuple[Path, Any], backend: str, keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Any], backend: str, keep: str, tmp_path: Path
 ) -> None:
     """generate() of the model, from a photo; pruned with the paper's loop hooked into it."""
     folder, model = made
-    monkeypatch.setattr(export.families, "MODELS", {ENTRY.name: ENTRY})
-    request = Request(
-        model=ENTRY.name,
-        keep=keep,
-        target="android",
-        backend=backend,
-        weights=str(folder),
-        text_tokens="192",
-        output_dir=str(tmp_path),
-    )
-    exported = pipeline.export(plan(request), progress=Progress(stages=7, quiet=True), version="0")
-    assert exported.verdict.outcome == "passed", [step for step in exported.verdict.steps if step.status != "passed"]
+    exported = export_small(ENTRY, folder, tmp_path, backend=backend, keep=keep)
     photo, tokenizer = _photo(90, 120), open_tokenizer(exported.bundle)
     with open_bundle(exported.bundle.path) as bundle:
         said = "".join(bundle.ask(photo, QUESTION, max_new_tokens=12))
