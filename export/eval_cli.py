@@ -81,7 +81,8 @@ def run_eval(args: argparse.Namespace) -> int:
             cell = ask_bundle(bundle, path, questions, told=told)
             record.cells = [known for known in record.cells if known.name != cell.name] + [cell]
             save(record, out_dir)
-    write_pages(record, questions, checkpoint.geometry.grid, out_dir)
+    image = entry.family.image(checkpoint.folder, checkpoint.geometry)
+    write_pages(record, questions, image, checkpoint.geometry, out_dir)
     if args.quiet:
         print(out_dir / PAGES[0])
     else:

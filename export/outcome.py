@@ -80,8 +80,7 @@ def show_kept(path: Path, photo: Path, kept: Sequence[int]) -> None:
     from runtime.kept_picture import kept_cells
 
     manifest = read_bundle(path).manifest
-    grid = manifest.prune.grid
-    console.print(kept_cells(load_photo(photo), manifest.image, grid, kept), soft_wrap=True)
+    console.print(kept_cells(load_photo(photo), manifest.image, manifest.prune, kept), soft_wrap=True)
     console.print(
         f"{len(kept)} of {manifest.prune.image_tokens} image tokens stay: dark patches are dropped", highlight=False
     )

@@ -383,8 +383,7 @@ def ask(
                     written.append(inquiry.save_prefill)
                 if inquiry.draw is not None and each is bundle:
                     assert isinstance(seen, np.ndarray)
-                    manifest = each.manifest
-                    save_kept(inquiry.draw, seen, manifest.image, manifest.prune.grid, photo.kept)
+                    save_kept(inquiry.draw, seen, each.manifest.image, prune, photo.kept)
                     written.append(inquiry.draw)
                 for question in inquiry.questions:
                     answer = opened.ask(

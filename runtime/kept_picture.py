@@ -1,11 +1,12 @@
-"""The image tokens that a bundle keeps of a photo, drawn over it: as a picture file, and in the cells of a terminal."""
+"""Image tokens that are kept of a photo, drawn over it: in pixels, as a picture file, in the cells of a terminal."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -21,6 +22,7 @@ PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # What a dropped patch is mixed with, and how much of it is left.
 _VEIL = np.array([24, 24, 32], np.float32)
 _LEFT = 0.25
+_ROUNDING = 1e-6  # of a pixel
 
 
 def check_picture(path: Path) -> None:
@@ -31,41 +33,62 @@ def check_picture(path: Path) -> None:
         raise OutputError(f"{path} cannot be written: {path.parent} is no folder")
 
 
-def draw_kept(photo: np.ndarray, info: ImageInfo, grid: tuple[int, int], kept: Sequence[int]) -> np.ndarray:
-    """What the model looks at of `photo` uint8 (H, W, 3), with the patches veiled that are not `kept`: uint8 (h, w, 3).
+class Grids(Protocol):
+    """Rows and columns of image tokens, and of those of a view of the whole photo in front of them, if there is one."""
 
-    `grid` is (rows, columns) of the image tokens, which `kept` numbers from 0, row by row.
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def overview(self) -> tuple[int, int] | None: ...
+
+
+def token_shapes(grids: Grids) -> list[tuple[float, float, float, float]]:
+    """Where each image token lies in the picture: x, y, width and height, in tokens of the grid."""
+    rows, columns = grids.grid
+    shapes: list[tuple[float, float, float, float]] = []
+    if grids.overview:
+        height, width = rows / grids.overview[0], columns / grids.overview[1]
+        shapes = [
+            (x * width, y * height, width, height) for y in range(grids.overview[0]) for x in range(grids.overview[1])
+        ]
+    return shapes + [(x, y, 1, 1) for y in range(rows) for x in range(columns)]
+
+
+def draw_kept(shown: np.ndarray, grids: Grids, kept: Sequence[int]) -> np.ndarray:
+    """What the model looks at, uint8 (h, w, 3), with the patches veiled that are not `kept`: uint8 (h, w, 3).
+
+    `kept` are numbers of image tokens; those of an overview cover all patches that they show.
     """
-    shown = enlarged_view(photo, info)
-    rows, columns = _owners(shown.shape[0], grid[0]), _owners(shown.shape[1], grid[1])
-    stays = _stays(grid, kept)[rows[:, None], columns[None, :], None]
-    return np.where(stays, shown, _veiled(shown))
+    return np.where(_stays(shown.shape[:2], grids, kept)[..., None], shown, _veiled(shown))
 
 
-def save_kept(path: Path, photo: np.ndarray, info: ImageInfo, grid: tuple[int, int], kept: Sequence[int]) -> None:
-    """Writes the picture of `draw_kept`, in the format that the name ends in. Raises OutputError."""
+def save_kept(path: Path, photo: np.ndarray, info: ImageInfo, grids: Grids, kept: Sequence[int]) -> None:
+    """Writes `photo` uint8 (H, W, 3) as `draw_kept` has it, in the format that the name ends in. Raises OutputError."""
     from PIL import Image
 
     data = io.BytesIO()
-    Image.fromarray(draw_kept(photo, info, grid, kept)).save(data, PICTURES[path.suffix.lower()], quality=85)
+    Image.fromarray(draw_kept(enlarged_view(photo, info), grids, kept)).save(
+        data, PICTURES[path.suffix.lower()], quality=85
+    )
     try:
         path.write_bytes(data.getvalue())
     except OSError as err:
         raise OutputError(f"{path} cannot be written: {err.strerror or err}; choose another place") from err
 
 
-def kept_cells(photo: np.ndarray, info: ImageInfo, grid: tuple[int, int], kept: Sequence[int]) -> Text:
+def kept_cells(photo: np.ndarray, info: ImageInfo, grids: Grids, kept: Sequence[int]) -> Text:
     """The same in small: a terminal's cell shows two patches, one above the other, each in its mean colour."""
     from rich.color import Color
     from rich.style import Style
     from rich.text import Text
 
-    seen = view(photo, info).astype(np.float32)
+    seen, grid = view(photo, info).astype(np.float32), grids.grid
     rows, columns = _owners(seen.shape[0], grid[0]), _owners(seen.shape[1], grid[1])
     colours = np.zeros((*grid, 3), np.float32)
     np.add.at(colours, (rows[:, None], columns[None, :]), seen)
     colours /= (np.bincount(rows, minlength=grid[0])[:, None] * np.bincount(columns, minlength=grid[1]))[..., None]
-    shown = np.where(_stays(grid, kept)[..., None], colours, _veiled(colours)).astype(int)
+    shown = np.where(_stays(grid, grids, kept)[..., None], colours, _veiled(colours)).astype(int)
     drawn = Text()
     for top in range(0, grid[0], 2):
         for column in range(grid[1]):
@@ -80,10 +103,18 @@ def _owners(pixels: int, patches: int) -> np.ndarray:
     return np.arange(pixels) * patches // pixels
 
 
-def _stays(grid: tuple[int, int], kept: Sequence[int]) -> np.ndarray:
-    stays = np.zeros(grid[0] * grid[1], bool)
-    stays[list(kept)] = True
-    return stays.reshape(grid)
+def _stays(size: tuple[int, ...], grids: Grids, kept: Sequence[int]) -> np.ndarray:
+    """Where a picture of `size` (height, width) shows a kept token: (height, width) bool."""
+    stays = np.zeros(size, bool)
+    down, across = size[0] / grids.grid[0], size[1] / grids.grid[1]
+    shapes = token_shapes(grids)
+    for x, y, width, height in (shapes[index] for index in kept):
+        # What begins inside belongs to it, as in _owners; a shape's edge is exact but for its last bits.
+        top, bottom, left, right = (
+            math.ceil(edge - _ROUNDING) for edge in (y * down, (y + height) * down, x * across, (x + width) * across)
+        )
+        stays[top:bottom, left:right] = True
+    return stays
 
 
 def _veiled(pixels: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from runtime.devices.findings import GraphLatency, TimedAnswers, Twin
 from runtime.errors import BundleError, EngineError, OutputError
 from runtime.explain import lints, rewrite_for
 from runtime.image import view_jpeg
+from runtime.kept_picture import token_shapes
 from runtime.names import plural
 from runtime.own_tokens import own_words
 from runtime.session import default_threads
@@ -706,7 +707,7 @@ def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) ->
     grid = set(range(prune.overview_tokens, prune.image_tokens))
     missing, extra = set(shown.kept.missing), set(shown.kept.extra)
     marks = [int(index) for index in golden.get("marks", np.zeros(0)).reshape(-1)] if prune.pruned else []
-    shapes = _shapes(prune)
+    shapes = token_shapes(prune)
     centres = tuple(
         (x + width / 2, y + height / 2, order)
         for order, (x, y, width, height) in enumerate((shapes[index] for index in marks), 1)
@@ -726,18 +727,6 @@ def _picture(bundle: Bundle, verdict: Verdict, golden: dict[str, np.ndarray]) ->
         text="\n\n".join(_lines(letters, prune)),
         caption=f"{manifest.golden.photo}: {len(kept)} of {prune.image_tokens} patches kept",
     )
-
-
-def _shapes(prune: PruneInfo) -> list[tuple[float, float, float, float]]:
-    """Where each image token lies in the picture: x, y, width and height, in tokens of the grid."""
-    rows, columns = prune.grid
-    shapes: list[tuple[float, float, float, float]] = []
-    if prune.overview:
-        height, width = rows / prune.overview[0], columns / prune.overview[1]
-        shapes = [
-            (x * width, y * height, width, height) for y in range(prune.overview[0]) for x in range(prune.overview[1])
-        ]
-    return shapes + [(x, y, 1, 1) for y in range(rows) for x in range(columns)]
 
 
 def _lines(letters: Sequence[str], prune: PruneInfo) -> Iterator[str]:

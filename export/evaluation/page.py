@@ -17,13 +17,19 @@ from runtime.report import Table, templates
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from runtime.bundle import ImageInfo
+    from runtime.kept_picture import Grids
+
 PAGES = ("summary.json", "evaluation.html")
 # The photo whose kept tokens are drawn, of those that are asked about.
 SHOWN = 0
 
 
-def write_pages(record: Record, questions: QuestionSet, grid: tuple[int, int], out_dir: Path) -> None:
-    """Writes summary.json and evaluation.html. Raises EngineMissingError without matplotlib."""
+def write_pages(record: Record, questions: QuestionSet, image: ImageInfo, grids: Grids, out_dir: Path) -> None:
+    """Writes summary.json and evaluation.html, in which `image` and `grids` say what of a photo is seen and as what.
+
+    Raises EngineMissingError without matplotlib.
+    """
     rows = scores(record)
     summary = {
         "model": record.model,
@@ -41,7 +47,7 @@ def write_pages(record: Record, questions: QuestionSet, grid: tuple[int, int], o
             count=questions.questions,
             photos=len(questions.photos),
             plot=_over_keep(rows),
-            kept=_kept(record, questions, grid),
+            kept=_kept(record, questions, image, grids),
             accuracies=_accuracies(rows),
             categories=_categories(rows),
         )
@@ -154,10 +160,10 @@ def _over_keep(rows: Sequence[Score]) -> str:
     return _svg(plt, figure)
 
 
-def _kept(record: Record, questions: QuestionSet, grid: tuple[int, int]) -> str:
+def _kept(record: Record, questions: QuestionSet, image: ImageInfo, grids: Grids) -> str:
     """Which tokens of one photo each method keeps at the keep that most methods have, as SVG."""
-    import numpy as np
-    from PIL import Image
+    from runtime.image import load_photo, view
+    from runtime.kept_picture import draw_kept
 
     pruned = [cell for cell in record.cells if cell.cut is not None and any(cell.kept)]
     if not pruned:
@@ -169,19 +175,11 @@ def _kept(record: Record, questions: QuestionSet, grid: tuple[int, int]) -> str:
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 2.7 * lines), squeeze=False)
-    with Image.open(questions.photos[SHOWN].photo) as photo:
-        side = min(photo.size)
-        left, top = (photo.width - side) // 2, (photo.height - side) // 2
-        square = photo.convert("RGB").crop((left, top, left + side, top + side)).resize((336, 336))
-    pixels = np.asarray(square, dtype=np.float64) / 255
+    seen = view(load_photo(questions.photos[SHOWN].photo), image)
     for place in axes.flat:
         place.axis("off")
     for place, cell in zip(axes.flat, shown, strict=False):
-        stays = np.zeros(grid[0] * grid[1])
-        stays[cell.kept[SHOWN]] = 1
-        share = np.kron(stays.reshape(grid), np.ones((336 // grid[0], 336 // grid[1])))
-        view = pixels[: share.shape[0], : share.shape[1]] * (0.22 + 0.78 * share[..., None])
-        place.imshow(view, interpolation="none")
+        place.imshow(draw_kept(seen, grids, cell.kept[SHOWN]), interpolation="none")
         place.set_title(cell.name, fontsize=9)
     figure.suptitle(f"{keep} kept tokens", fontsize=10)
     figure.tight_layout()

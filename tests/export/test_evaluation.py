@@ -14,15 +14,18 @@ from PIL import Image
 from export.checkpoints import open_checkpoint
 from export.evaluation import eager, run
 from export.evaluation.eager import EagerModel
+from export.evaluation.page import write_pages
 from export.evaluation.questions import Line, read_questions
-from export.evaluation.run import UNPRUNED, Record, evaluate, scores, wanted_cells
+from export.evaluation.run import UNPRUNED, Cell, Record, evaluate, scores, wanted_cells
 from export.evaluation.scores import accuracy, by_category, difference
+from export.families.family import ModelEntry
 from export.golden import make_golden
 from export.models.pocket import POCKET
 from export.models.prompt import SampleText
 from pruning import METHODS, PruneSpec
 from runtime.errors import OutputError, RequestError
 from runtime.image import load_photo
+from tests.tiny_tiles import TILED_ONEVISION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,3 +237,25 @@ def test_a_method_that_looks_at_the_question_sees_the_first_one(questions: Path)
     tokens, indices = kept
     assert set(indices[0].tolist()) == set(expected[0].topk(16).indices.tolist())
     assert tokens.shape == (1, 16, reading.image[2].shape[2])
+
+
+@pytest.mark.parametrize("entry", [POCKET, TILED_ONEVISION], ids=lambda entry: entry.name)
+def test_the_page_draws_kept_tokens_of_every_view(entry: ModelEntry, questions: Path, tmp_path: Path) -> None:
+    asked, tokens = read_questions(questions), entry.geometry.image_tokens
+    right = [[True] * len(photo.lines) for photo in asked.photos]
+    kept = [[0, tokens - 1]] * len(right)
+    record = Record(
+        model=entry.name,
+        weights_sha256="0",
+        questions=str(questions),
+        questions_sha256=asked.sha256,
+        categories=[[line.category for line in photo.lines] for photo in asked.photos],
+        cells=[
+            Cell(key="a", name=UNPRUNED, keep=tokens, cut=None, right=right, kept=[[], []]),
+            Cell(key="b", name="uniform", keep=2, cut=2, right=right, kept=kept),
+        ],
+    )
+    write_pages(record, asked, entry.family.image(None, entry.geometry), entry.geometry, tmp_path)
+    page = (tmp_path / "evaluation.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert page.count("<image ") == 1

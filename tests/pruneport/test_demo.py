@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle import read_bundle
-from runtime.image import load_photo
+from runtime.image import enlarged_view, load_photo
 from runtime.kept_picture import draw_kept
 from tests.conftest import CommandLine, demo_commands
 
@@ -81,7 +81,7 @@ def test_demo_asks_both_bundles_about_its_picture(demo: Run, xnnpack_bundle: Pat
     assert [row[0] for row in table if row[0]][-4:] == ["image ready", "TTFT, middle", "KV cache", "peak RSS"]
     kept = read_bundle(xnnpack_bundle).golden()["kept_indices"].tolist()
     manifest = read_bundle(xnnpack_bundle).manifest
-    expected = draw_kept(load_photo(picture), manifest.image, manifest.prune.grid, kept)
+    expected = draw_kept(enlarged_view(load_photo(picture), manifest.image), manifest.prune, kept)
     assert np.abs(load_photo(drawn).astype(int) - expected).mean() < 8  # what WebP loses
     drawn.unlink()
 

@@ -25,7 +25,7 @@ from export import cli
 from runtime.bundle import MANIFEST, Bundle, read_bundle
 from runtime.errors import BundleError, RequestError
 from runtime.generation import Answers, Sampling, open_graphs, start_answers
-from runtime.image import load_photo, preprocess
+from runtime.image import enlarged_view, load_photo, preprocess
 from runtime.kept_picture import draw_kept
 from runtime.own_tokens import own_tokens
 from runtime.prompt import Tokenizer, open_tokenizer
@@ -622,7 +622,7 @@ def test_compare_asks_both(
     assert said.code == 0, said.err
     kept = bundle.golden()["kept_indices"].tolist()
     manifest = bundle.manifest
-    expected = draw_kept(load_photo(photo), manifest.image, manifest.prune.grid, kept)
+    expected = draw_kept(enlarged_view(load_photo(photo), manifest.image), manifest.prune, kept)
     assert np.array_equal(load_photo(drawn), expected)
     lines = said.out.splitlines(keepends=True)
     assert golden.text.startswith(lines[0].removesuffix("\n"))
