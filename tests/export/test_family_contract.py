@@ -86,12 +86,9 @@ every_cut = pytest.mark.parametrize(
 every_export = pytest.mark.parametrize(
     "entry",
     [
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in PRODUCTS
-            if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_SMOLVLM)
-        ),
-        TINY_WIDE,
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in (*PRODUCTS, TINY_WIDE)
+        if each not in (TINY_QWEN2_VL, TINY_QWEN3_VL, TINY_SMOLVLM)
     ],
     ids=_name,
 )

@@ -97,6 +97,7 @@ def _eager(encoder: VisionEncoder, pixels: torch.Tensor) -> np.ndarray:
     return shown
 
 
+@pytest.mark.slow
 def test_layer_that_overflows_is_wrong_without_an_island_and_right_with_it(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path / "weights", **OVERFLOWS)
     precise = _encoder(checkpoint, "fp32")

@@ -254,14 +254,14 @@ EVERYTHING = ["golden", "lower", "manifest", "manifest"]
         ("golden.safetensors", flip, EVERYTHING),
         pytest.param("golden.safetensors", Path.unlink, EVERYTHING, marks=pytest.mark.slow),
         pytest.param("golden.safetensors", link, EVERYTHING, marks=pytest.mark.slow),
-        ("model.pte", flip, ["lower", "manifest", "manifest"]),
+        pytest.param("model.pte", flip, ["lower", "manifest", "manifest"], marks=pytest.mark.slow),
         pytest.param(
             "model.pte",
             lambda path: path.write_bytes(b"prog"),
             ["lower", "manifest", "manifest"],
             marks=pytest.mark.slow,
         ),
-        (MANIFEST, flip, ["manifest", "manifest"]),
+        pytest.param(MANIFEST, flip, ["manifest", "manifest"], marks=pytest.mark.slow),
         (STAGES, lambda path: path.write_bytes(path.read_bytes()[:-9]), EVERYTHING),
         pytest.param(STAGES, lambda path: path.write_bytes(b"[" * 100_000), EVERYTHING, marks=pytest.mark.slow),
         pytest.param(STAGES, lambda path: path.write_bytes(b"\xff\xfe"), EVERYTHING, marks=pytest.mark.slow),
@@ -439,7 +439,7 @@ class Dying(Linear):
         raise Killed
 
 
-@pytest.mark.parametrize("cut_short", [False, True])
+@pytest.mark.parametrize("cut_short", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_onnx_keeps_each_graph_and_adds_to_the_weights(cut_short: bool, tmp_path: Path) -> None:
     graphs = {name: Linear(seed).eval() for seed, name in enumerate(("a", "b", "c"))}
     (tmp_path / "whole").mkdir()

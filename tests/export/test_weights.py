@@ -150,7 +150,7 @@ def _written(graphs: Mapping[str, Graph], folder: Path, delegate: Delegate = DEL
     return (folder / FILE).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_each_weight_is_read_once_and_not_a_byte_differs(dtype: torch.dtype, tmp_path: Path) -> None:
     source = Drawn()
     graphs = _graphs(LateCheckpoint(cast(Checkpoint, source)), dtype)
